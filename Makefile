@@ -1,0 +1,34 @@
+# Two commands on a fresh machine (python3 and make): `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow lint format clean
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py --out demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --durations 10
+
+slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow --durations 0
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch and torchvision belong together: one resolution, nothing pinned to a local build
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo dist build

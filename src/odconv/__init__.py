@@ -1,0 +1,3 @@
+"""odconv: dynamic convolution for PyTorch."""
+
+__version__ = "0.1.0"
