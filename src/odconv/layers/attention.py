@@ -1,0 +1,174 @@
+"""The attention that weights each sample's mixture of kernels, and its temperature."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odconv.ops.contract import Attentions
+
+NORMS = ("batch", "group", "layer", "none")
+POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class Attention(nn.Module):
+    """Global average pool, a hidden layer, and one head for each attention.
+
+    Args:
+        dims: number of spatial axes of the input, 1, 2 or 3.
+        in_channels: channels of the input.
+        heads: shape of each attention but for the batch, by name ("channel", "filter", "spatial", "kernel").
+        hidden: width of the hidden layer (fc, norm, ReLU); None for heads directly on the pooled input.
+        norm: normalisation of the hidden layer: "batch", "group", "layer" or "none".
+        kernel_gate: what makes shares of the kernel head's logits: "softmax" or "sigmoid".
+        temperature: divisor of every logit, above 0; None for a method that has none.
+        device: where the parameters live.
+        dtype: dtype of the parameters. The attention is computed in at least float32 whatever it is.
+
+    The `fc` and the heads are 1x1 convolutions only to keep the keys and shapes of published checkpoints.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        in_channels: int,
+        heads: dict[str, tuple[int, ...]],
+        hidden: int | None,
+        norm: str = "none",
+        kernel_gate: str = "softmax",
+        temperature: float | None = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+        self.dims = dims
+        self.heads = heads
+        self.kernel_gate = kernel_gate
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        width = in_channels
+        if hidden is not None and heads:
+            self.fc = POINTWISE[dims](in_channels, hidden, 1, bias=False, **placed)
+            if norm == "batch":
+                self.bn = BATCH_NORM[dims](hidden, **placed)
+            elif norm != "none":  # on a vector, layer norm is group norm with one group
+                self.bn = nn.GroupNorm(math.gcd(hidden, 4) if norm == "group" else 1, hidden, **placed)
+            width = hidden
+        for name, shape in heads.items():
+            setattr(self, f"{name}_fc", POINTWISE[dims](width, math.prod(shape), 1, **placed))
+        self._temperature = temperature
+        self._place_temperature(torch.device(device) if device is not None else None)
+        if temperature is not None:
+            self.set_temperature(temperature)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as published: Kaiming normal (fan-out, ReLU), zero biases."""
+        for module in self.children():
+            if isinstance(module, tuple(POINTWISE.values())):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def set_temperature(self, value: float) -> None:
+        """Divide every logit by `value` from now on; a method without a temperature keeps none.
+
+        Args:
+            value: the temperature, above 0; large values make all attentions alike.
+
+        Raises:
+            ValueError: value is not a positive, finite number.
+        """
+        if not 0 < value < math.inf:
+            raise ValueError(f"temperature must be a positive number, got {value!r}")
+        if self.temperature is not None:
+            self._temperature = float(value)
+            self.temperature.fill_(value)  # in place: a compiled network reads the new value without recompiling
+
+    def forward(self, x: Tensor) -> Attentions:
+        """The attentions of each sample in x, (B, C, *map), in float32 or float64."""
+        if not self.heads:
+            return Attentions()
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            z = x.mean(tuple(range(2, x.dim())), dtype=dtype)
+            if hasattr(self, "fc"):
+                z = self._normalise(pointwise(self.fc, z)).relu()
+            return Attentions(**{name: self._gate(name, z) for name in self.heads})
+
+    def _gate(self, name: str, z: Tensor) -> Tensor:
+        logits = pointwise(getattr(self, f"{name}_fc"), z)
+        if self.temperature is not None:
+            logits = logits / self.temperature
+        gate = logits.softmax(1) if name == "kernel" and self.kernel_gate == "softmax" else logits.sigmoid()
+        return gate.unflatten(1, self.heads[name])
+
+    def _normalise(self, z: Tensor) -> Tensor:
+        """The hidden layer's norm, computed in z's dtype."""
+        if not hasattr(self, "bn"):
+            return z
+        if isinstance(self.bn, nn.GroupNorm):
+            return F.group_norm(z, self.bn.num_groups, self.bn.weight.to(z.dtype), self.bn.bias.to(z.dtype), self.bn.eps)
+        one_map = (..., *(None,) * self.dims)
+        if isinstance(self.bn, tuple(BATCH_NORM.values())):
+            return batch_norm(self.bn, z[one_map]).flatten(1)
+        return self.bn(z[one_map]).flatten(1)  # what the user put in its place, SyncBatchNorm say
+
+    def _place_temperature(self, device: torch.device | None) -> None:
+        value = None if self._temperature is None else torch.full((), self._temperature, dtype=torch.float32, device=device)
+        self.register_buffer("temperature", value, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        super()._apply(fn, recurse)
+        if self.temperature is not None:  # stays float32 through .half(), and keeps its value through .to_empty()
+            self._place_temperature(self.temperature.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.temperature is not None and self.heads:  # load_state_dict(assign=True) brings a meta module to a device
+            self._place_temperature(next(self.parameters()).device)
+
+
+def pointwise(layer: nn.Module, z: Tensor) -> Tensor:
+    """A 1x1 convolution applied to vectors, (B, C) -> (B, O), with its parameters cast to z's dtype."""
+    bias = None if layer.bias is None else layer.bias.to(z.dtype)
+    return F.linear(z, layer.weight.flatten(1).to(z.dtype), bias)
+
+
+def batch_norm(bn: nn.Module, z: Tensor) -> Tensor:
+    """``bn(z)`` in z's dtype; one sample has no variance, so it is normalised by the running statistics."""
+    by_batch = bn.training and z.shape[0] > 1
+    if bn.weight.dtype == z.dtype and by_batch == bn.training:
+        return bn(z)
+    mean, var = bn.running_mean.to(z.dtype), bn.running_var.to(z.dtype)
+    z = F.batch_norm(z, mean, var, bn.weight.to(z.dtype), bn.bias.to(z.dtype), by_batch, bn.momentum, bn.eps)
+    if by_batch:  # the statistics were updated in the copies
+        bn.running_mean.copy_(mean)
+        bn.running_var.copy_(var)
+        bn.num_batches_tracked.add_(1)
+    return z
+
+
+def set_temperature(model: nn.Module, value: float) -> None:
+    """Set the temperature of every attention in a network (ODConv and DyConv; CondConv has none).
+
+    Args:
+        model: any module; one without dynamic layers is left as it is.
+        value: the temperature, above 0. The published schedule falls from 30 to 1 over the first ten epochs.
+
+    Raises:
+        ValueError: value is not a positive, finite number.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be a positive number, got {value!r}")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_temperature(value)

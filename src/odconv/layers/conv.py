@@ -1,0 +1,377 @@
+"""The dynamic layers: one N-d core and, for each method, how its attention is built."""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odconv.layers.attention import Attention
+from odconv.ops import dynamic_conv
+from odconv.ops.contract import per_axis
+
+Size = int | Sequence[int]
+ATTENTIONS = ("channel", "filter", "spatial", "kernel")
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class DynamicConv(nn.Module):
+    """The core of every dynamic layer: n kernels, an attention, and :func:`odconv.functional.dynamic_conv`.
+
+    A subclass says how many `dims` it has, whether its bias is mixed, and builds its attention in `make_attention`.
+    The arguments are those of ``torch.nn.Conv2d``, and the number of kernels.
+    """
+
+    dims: ClassVar[int]
+    mixed_bias: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size,
+        padding: Size | str,
+        dilation: Size,
+        groups: int,
+        bias: bool,
+        padding_mode: str,
+        kernel_num: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("out_channels", out_channels),
+            ("groups", groups),
+            ("kernel_num", kernel_num),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide in_channels {in_channels} and out_channels {out_channels}, got {groups}"
+            )
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = per_axis("kernel_size", kernel_size, self.dims, least=1)
+        self.stride = per_axis("stride", stride, self.dims, least=1)
+        self.dilation = per_axis("dilation", dilation, self.dims, least=1)
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise ValueError(f"padding must be ints, 'same' or 'valid', got {padding!r}")
+            if padding == "same" and any(s != 1 for s in self.stride):
+                raise ValueError(f"padding 'same' needs stride 1, got {self.stride}")
+            self.padding: tuple[int, ...] | str = padding
+        else:
+            self.padding = per_axis("padding", padding, self.dims, least=0)
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.kernel_num = kernel_num
+        shape = (kernel_num, out_channels, in_channels // groups, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias: nn.Parameter | None
+        self.kernel_bias: nn.Parameter | None
+        for name, size in (("bias", (out_channels,)), ("kernel_bias", (kernel_num, out_channels))):
+            wanted = bias and self.mixed_bias == (name == "kernel_bias")
+            self.register_parameter(name, nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if wanted else None)
+    def reset_parameters(self) -> None:
+        """Draw the parameters as published: each kernel by itself (Kaiming normal, fan-out, ReLU); biases as nn.Conv2d's."""
+        for kernel in self.weight.unbind():
+            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+        bound = 1 / math.sqrt(self.weight[0, 0].numel())
+        for bias in (self.bias, self.kernel_bias):
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+        self.attention.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x, (B, C, *map), each sample with its own kernel; returns (B, O, *map)."""
+        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
+            axes = ", ".join("DHW"[3 - self.dims :])
+            raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
+        attentions = self.attention(x)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._margins(), mode=self.padding_mode), 0
+        y = dynamic_conv(
+            x,
+            self.weight,
+            **attentions._asdict(),
+            bias=self.bias if self.kernel_bias is None else self.kernel_bias,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        if self.bias is not None and self.kernel_bias is not None:
+            y = y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
+        return y
+
+    def _margins(self) -> list[int]:
+        """The padding as F.pad wants it: last axis first, both sides."""
+        if self.padding == "same":
+            total = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+            return [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+        if self.padding == "valid":
+            return [0] * 2 * self.dims
+        return [side for p in reversed(self.padding) for side in (p, p)]
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults, as nn.Conv2d prints them."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        parts += [f"padding={self.padding!r}"] if self.padding not in ((0,) * self.dims, "valid") else []
+        parts += [f"dilation={self.dilation}"] if self.dilation != (1,) * self.dims else []
+        parts += [f"groups={self.groups}"] if self.groups != 1 else []
+        parts += ["bias=True"] if self.bias is not None or self.kernel_bias is not None else []
+        parts += [f"padding_mode={self.padding_mode!r}"] if self.padding_mode != "zeros" else []
+        return ", ".join([*parts, f"kernel_num={self.kernel_num}"])
+
+
+class _ODConv(DynamicConv):
+    """Omni-dimensional dynamic convolution: n kernels weighted along channel, filter, spatial and kernel axes.
+
+    Follows Li, Zhou, Yao: Omni-Dimensional Dynamic Convolution, ICLR 2022. A drop-in for ``torch.nn.Conv{dims}d``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in
+            ``torch.nn.Conv{dims}d``, with its defaults.
+        bias: add a static bias, (O), after the filter attention. Default False, as published.
+        kernel_num: number n of kernels. Default 4.
+        reduction: width of the attention's hidden layer as a share of C. Default 1/16.
+        min_channels: least width of that hidden layer. Default 16.
+        attentions: which of the four to use. The filter attention is left out where groups = C = O (depth-wise), the
+            spatial one for 1x1 kernels, and the kernel one for n = 1, as published.
+        norm: norm of the attention's hidden layer: "batch", "group", "layer" or "none". Batch norm takes its running
+            statistics for a training batch of one.
+        temperature: divisor of the attention's logits. Default 1; see :func:`odconv.set_temperature`.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Input is (B, C, *map), output (B, O, *map).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        *,
+        kernel_num: int = 4,
+        reduction: float = 0.0625,
+        min_channels: int = 16,
+        attentions: Sequence[str] = ATTENTIONS,
+        norm: str = "batch",
+        temperature: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
+            device, dtype,
+        )  # fmt: skip
+        if isinstance(attentions, str) or not attentions or not set(attentions) <= set(ATTENTIONS):
+            raise ValueError(f"attentions must be some of {ATTENTIONS}, got {attentions!r}")
+        if kernel_num > 1 and "kernel" not in attentions:
+            raise ValueError(f"kernel_num must be 1 without the kernel attention, got {kernel_num} and {attentions!r}")
+        depthwise = groups == in_channels == out_channels
+        shapes = {
+            "channel": (in_channels,),
+            "filter": () if depthwise else (out_channels,),
+            "spatial": self.kernel_size if math.prod(self.kernel_size) > 1 else (),
+            "kernel": (kernel_num,) if kernel_num > 1 else (),
+        }
+        self.attention = Attention(
+            self.dims,
+            in_channels,
+            {name: shape for name, shape in shapes.items() if shape and name in attentions},
+            hidden_width(in_channels, reduction, min_channels),
+            norm,
+            temperature=temperature,
+            device=device,
+            dtype=dtype,
+        )
+        self.reset_parameters()
+
+
+class _DyConv(DynamicConv):
+    """Dynamic convolution: n kernels mixed by a softmax attention.
+
+    Follows Chen et al.: Dynamic Convolution: Attention over Convolution Kernels, CVPR 2020. A drop-in for
+    ``torch.nn.Conv{dims}d``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in
+            ``torch.nn.Conv{dims}d``, with its defaults.
+        bias: add a bias of n rows, (n, O), mixed like the kernels. Default False.
+        kernel_num: number n of kernels. Default 4.
+        reduction: width of the attention's hidden layer as a share of C. Default 1/4.
+        min_channels: least width of that hidden layer. Default 4.
+        temperature: divisor of the attention's logits. Default 1; see :func:`odconv.set_temperature`.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Input is (B, C, *map), output (B, O, *map).
+    """
+
+    mixed_bias = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        *,
+        kernel_num: int = 4,
+        reduction: float = 0.25,
+        min_channels: int = 4,
+        temperature: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
+            device, dtype,
+        )  # fmt: skip
+        self.attention = Attention(
+            self.dims,
+            in_channels,
+            {"kernel": (kernel_num,)},
+            hidden_width(in_channels, reduction, min_channels),
+            temperature=temperature,
+            device=device,
+            dtype=dtype,
+        )
+        self.reset_parameters()
+
+
+class _CondConv(DynamicConv):
+    """Conditionally parameterised convolution: n experts mixed by sigmoid routing weights.
+
+    Follows Yang et al.: CondConv: Conditionally Parameterized Convolutions for Efficient Inference, NeurIPS 2019. A
+    drop-in for ``torch.nn.Conv{dims}d``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in
+            ``torch.nn.Conv{dims}d``, with its defaults.
+        bias: add a bias of n rows, (n, O), mixed like the kernels. Default False.
+        kernel_num: number n of experts. Default 8.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Input is (B, C, *map), output (B, O, *map).
+    """
+
+    mixed_bias = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        *,
+        kernel_num: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
+            device, dtype,
+        )  # fmt: skip
+        self.attention = Attention(
+            self.dims,
+            in_channels,
+            {"kernel": (kernel_num,)},
+            hidden=None,
+            kernel_gate="sigmoid",
+            temperature=None,
+            device=device,
+            dtype=dtype,
+        )
+        self.reset_parameters()
+
+
+def hidden_width(in_channels: int, reduction: float, min_channels: int) -> int:
+    """Width of an attention's hidden layer."""
+    if not 0 < reduction:
+        raise ValueError(f"reduction must be above 0, got {reduction!r}")
+    if min_channels < 1:
+        raise ValueError(f"min_channels must be at least 1, got {min_channels!r}")
+    return max(int(in_channels * reduction), min_channels)
+
+
+class ODConv1d(_ODConv):
+    __doc__ = _ODConv.__doc__ and _ODConv.__doc__.replace("{dims}", "1")
+    dims = 1
+
+
+class ODConv2d(_ODConv):
+    __doc__ = _ODConv.__doc__ and _ODConv.__doc__.replace("{dims}", "2")
+    dims = 2
+
+
+class ODConv3d(_ODConv):
+    __doc__ = _ODConv.__doc__ and _ODConv.__doc__.replace("{dims}", "3")
+    dims = 3
+
+
+class DyConv1d(_DyConv):
+    __doc__ = _DyConv.__doc__ and _DyConv.__doc__.replace("{dims}", "1")
+    dims = 1
+
+
+class DyConv2d(_DyConv):
+    __doc__ = _DyConv.__doc__ and _DyConv.__doc__.replace("{dims}", "2")
+    dims = 2
+
+
+class DyConv3d(_DyConv):
+    __doc__ = _DyConv.__doc__ and _DyConv.__doc__.replace("{dims}", "3")
+    dims = 3
+
+
+class CondConv1d(_CondConv):
+    __doc__ = _CondConv.__doc__ and _CondConv.__doc__.replace("{dims}", "1")
+    dims = 1
+
+
+class CondConv2d(_CondConv):
+    __doc__ = _CondConv.__doc__ and _CondConv.__doc__.replace("{dims}", "2")
+    dims = 2
+
+
+class CondConv3d(_CondConv):
+    __doc__ = _CondConv.__doc__ and _CondConv.__doc__.replace("{dims}", "3")
+    dims = 3

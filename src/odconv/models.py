@@ -1,0 +1,143 @@
+"""The zoo: torchvision's networks with their convolutions replaced, as rows of data."""
+
+import difflib
+import fnmatch
+from os import PathLike
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from odconv.checkpoints import load_checkpoint, resolve
+from odconv.convert import Convolution, dynamic_like, replace_convolutions
+from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
+
+
+class Backbone(NamedTuple):
+    """A static network: torchvision's builder, its arguments, and the name of its stem."""
+
+    builder: str
+    arguments: dict[str, Any]
+    stem: str
+
+
+class Method(NamedTuple):
+    """A dynamic method: its layer, the options of its networks, and whether shortcut convolutions are replaced too."""
+
+    layer: type[DynamicConv]
+    options: dict[str, Any]
+    shortcuts: bool
+
+
+BACKBONES = {
+    **{f"resnet{depth}": Backbone(f"resnet{depth}", {}, "conv1") for depth in (18, 34, 50, 101, 152)},
+    **{
+        f"mobilenetv2_{percent:03d}": Backbone("mobilenet_v2", {"width_mult": percent / 100}, "features.0.0")
+        for percent in (50, 75, 100)
+    },
+}
+METHODS = {
+    "od": Method(ODConv2d, {"kernel_num": 1}, shortcuts=False),
+    "dy": Method(DyConv2d, {}, shortcuts=True),
+    "cond": Method(CondConv2d, {}, shortcuts=False),
+}
+NAMES = [*BACKBONES, *(f"{method}_{backbone}" for method in METHODS for backbone in BACKBONES)]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that :func:`create_model` knows.
+
+    Args:
+        pattern: a glob, "od_*" for example. Default all.
+    """
+    return fnmatch.filter(NAMES, pattern)
+
+
+def create_model(
+    name: str,
+    *,
+    kernel_num: int | None = None,
+    reduction: float | None = None,
+    num_classes: int = 1000,
+    dropout: float = 0.0,
+    weights: str | PathLike[str] | None = None,
+    stem: str = "standard",
+) -> nn.Module:
+    """Build a network of the zoo.
+
+    Args:
+        name: one of :func:`list_models`: a ResNet or MobileNetV2, static or with a method's prefix (od_, dy_, cond_).
+        kernel_num: number of kernels n of a dynamic network. Default 1 for od_, 4 for dy_, 8 for cond_.
+        reduction: width of the attention's hidden layer as a share of the channels. Default 1/16 for od_, 1/4 for dy_.
+        num_classes: outputs of the classifier. Default 1000.
+        dropout: share dropped before the classifier. Default 0.
+        weights: a checkpoint to load, a path or a Hugging Face Hub id; see :func:`odconv.load_checkpoint`.
+        stem: "standard", or "small" for images of about 32 pixels: a stem that keeps their size.
+
+    Returns:
+        The network, in training mode; its state dict has the keys and shapes of the published checkpoints.
+
+    Raises:
+        ValueError: an unknown name (the nearest are listed), an option that the network does not take, or weights that
+            do not fit.
+        ImportError: torchvision is not installed.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES)
+        hint = f"did you mean {', '.join(near)}?" if near else "see odconv.list_models()"
+        raise ValueError(f"unknown model {name!r}; {hint}")
+    if stem not in ("standard", "small"):
+        raise ValueError(f"stem must be 'standard' or 'small', got {stem!r}")
+    method_name, backbone = split_name(name)
+    static = BACKBONES[backbone]
+    model = build_static(static, num_classes, dropout)
+    if stem == "small":
+        make_stem_small(model, static)
+    if method_name is not None:
+        method = METHODS[method_name]
+        given = {"kernel_num": kernel_num, "reduction": reduction}
+        options = method.options | {option: value for option, value in given.items() if value is not None}
+        if reduction is not None and method.layer is CondConv2d:
+            raise ValueError(f"reduction must be None for {name}, whose attention has no hidden layer, got {reduction}")
+
+        def chosen(path: str, conv: Convolution) -> bool:
+            return path != static.stem and (method.shortcuts or ".downsample." not in path)
+
+        replace_convolutions(model, lambda conv: dynamic_like(conv, method.layer, **options), chosen)
+    elif kernel_num not in (None, 1) or reduction is not None:
+        raise ValueError(f"{name} is static: kernel_num and reduction must be None, got {kernel_num} and {reduction}")
+    if weights is not None:
+        load_checkpoint(model, resolve(weights))
+    return model
+
+
+def split_name(name: str) -> tuple[str | None, str]:
+    """The method and the static network in a model's name: "od_resnet18" -> ("od", "resnet18")."""
+    method, _, backbone = name.partition("_")
+    return (method, backbone) if method in METHODS else (None, name)
+
+
+def build_static(backbone: Backbone, num_classes: int, dropout: float) -> nn.Module:
+    """torchvision's network, with the published classifier: dropout before it and normal(0, 0.01) weights."""
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ImportError("the networks need torchvision: pip install 'odconv[train]'") from error
+    arguments = backbone.arguments | {"num_classes": num_classes}
+    if backbone.builder == "mobilenet_v2":
+        return models.mobilenet_v2(dropout=dropout, **arguments)
+    model = getattr(models, backbone.builder)(**arguments)
+    nn.init.normal_(model.fc.weight, std=0.01)
+    nn.init.zeros_(model.fc.bias)
+    if dropout > 0:  # beside the pooling, so that the keys stay as they are
+        model.avgpool = nn.Sequential(model.avgpool, nn.Dropout(dropout))
+    return model
+
+
+def make_stem_small(model: nn.Module, backbone: Backbone) -> None:
+    """Let the stem keep the size of its input: stride 1, and for a ResNet 3x3 without the max-pooling."""
+    if backbone.builder == "mobilenet_v2":
+        model.get_submodule(backbone.stem).stride = (1, 1)
+        return
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()

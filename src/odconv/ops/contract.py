@@ -1,0 +1,68 @@
+"""What goes into the operator: the attentions, the geometry, and the checks that every form relies on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Attentions(NamedTuple):
+    """The weights of each sample's mixture; one that is absent counts as ones (and `kernel` then needs n = 1).
+
+    Attributes:
+        kernel: share of each of the n kernels, (B, n).
+        spatial: weight of each tap, shared by the n kernels, (B, *kernel_size).
+        channel: weight of each input channel, (B, C).
+        filter: weight of each output filter, (B, O).
+    """
+
+    kernel: Tensor | None = None
+    spatial: Tensor | None = None
+    channel: Tensor | None = None
+    filter: Tensor | None = None
+
+
+class Geometry(NamedTuple):
+    """How the kernel moves over the map, one number an axis, as in ``torch.nn.functional.conv2d``."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def per_axis(name: str, value: int | Sequence[int], dims: int, least: int) -> tuple[int, ...]:
+    """`value` as one int an axis; a ValueError names the argument where it is not."""
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(values) != dims or not all(isinstance(v, int) and v >= least for v in values):
+        raise ValueError(f"{name} must be an int or {dims} ints, each at least {least}, got {value!r}")
+    return values
+
+
+def check_shapes(x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor | None, groups: int) -> None:
+    """Raise a ValueError that names the first argument whose shape does not fit the others."""
+    if weight.dim() not in (4, 5, 6):
+        raise ValueError(f"weight must have shape (n, O, C/groups, *kernel_size), got {tuple(weight.shape)}")
+    n, filters, channels = weight.shape[0], weight.shape[1], weight.shape[2] * groups
+    if groups < 1 or filters % groups:
+        raise ValueError(f"groups must be a positive divisor of the {filters} filters in weight, got {groups}")
+    if x.dim() != weight.dim() - 1 or x.shape[1] != channels:
+        axes = ", ".join("DHW"[4 - weight.dim() + 2 :])
+        raise ValueError(f"x must have shape (B, C, {axes}) with C = {channels}, got {tuple(x.shape)}")
+    batch = x.shape[0]
+    expected = {
+        "kernel": ("(B, n)", (batch, n)),
+        "spatial": ("(B, *kernel_size)", (batch, *weight.shape[3:])),
+        "channel": ("(B, C)", (batch, channels)),
+        "filter": ("(B, O)", (batch, filters)),
+    }
+    for name, (meaning, shape) in expected.items():
+        given = getattr(attentions, name)
+        if given is not None and tuple(given.shape) != shape:
+            raise ValueError(f"{name} must have shape {meaning} = {shape}, got {tuple(given.shape)}")
+    if attentions.kernel is None and n > 1:
+        raise ValueError(f"kernel must have shape (B, n) = ({batch}, {n}) to mix the {n} kernels in weight, got None")
+    if bias is not None and tuple(bias.shape) not in ((filters,), (n, filters)):
+        raise ValueError(f"bias must have shape (O) = ({filters},) or (n, O) = ({n}, {filters}), got {tuple(bias.shape)}")
+    if bias is not None and bias.dim() == 2 and attentions.kernel is None:
+        raise ValueError(f"bias of shape (n, O) = ({n}, {filters}) is mixed by kernel, which is None")

@@ -1,0 +1,143 @@
+"""The operator's contract and the choice of its form."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from odconv.ops import eager
+from odconv.ops.contract import Attentions, Geometry, check_shapes, per_axis
+from odconv.ops.reference import reference
+
+BACKENDS = {
+    "reference": reference,
+    "single": eager.single,
+    "shared": eager.shared,
+    "product": eager.product,
+    "grouped": eager.grouped,
+}
+
+
+def dynamic_conv(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    kernel: Tensor | None = None,
+    spatial: Tensor | None = None,
+    channel: Tensor | None = None,
+    filter: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve each sample with its own mixture of n kernels, in 1, 2 or 3 dimensions.
+
+    ``y[b] = filter[b] * conv(channel[b] * x[b], sum_i kernel[b, i] * (spatial[b] * weight[i])) + bias``,
+    the operator of ODConv (Li et al., ICLR 2022) and, with `kernel` alone, of CondConv and DyConv. An attention
+    that is None counts as ones.
+
+    Args:
+        x: input, (B, C, L), (B, C, H, W) or (B, C, D, H, W); any memory format; B may be 0.
+        weight: the n kernels, (n, O, C/groups, *kernel_size).
+        kernel: share of each kernel, (B, n); may be None only for n = 1.
+        spatial: weight of each tap, (B, *kernel_size).
+        channel: weight of each input channel, (B, C).
+        filter: weight of each output filter, (B, O).
+        bias: (O), added after `filter`, or (n, O), mixed by `kernel` and then added.
+        stride: step of the kernel, an int or one an axis.
+        padding: zeros added on both sides, an int, one an axis, "valid" (none) or "same" (stride 1: output as large as x).
+        dilation: distance between taps, an int or one an axis.
+        groups: blocks of channels and filters that are convolved apart; divides C and O.
+        backend: "auto" chooses the form by shape. A named form is strict: "reference" (the definition, a loop),
+            "single" (B = 1 only), "shared", "product" or "grouped" (B > 0), described in :mod:`odconv.ops.eager`.
+
+    Returns:
+        (B, O, *map), in x's dtype, or in the autocast dtype under autocast.
+
+    Raises:
+        ValueError: an argument's shape or value does not fit; the message names it and what is expected.
+        TypeError: x and weight differ in dtype outside autocast.
+    """
+    attentions = Attentions(kernel, spatial, channel, filter)
+    check_shapes(x, weight, attentions, bias, groups)
+    dims = weight.dim() - 3
+    taps = tuple(weight.shape[3:])
+    steps = per_axis("stride", stride, dims, least=1)
+    spread = per_axis("dilation", dilation, dims, least=1)
+    if isinstance(padding, str):
+        x, margin = pad_by_name(x, padding, taps, steps, spread)
+    else:
+        margin = per_axis("padding", padding, dims, least=0)
+    geometry = Geometry(steps, margin, spread, groups)
+
+    dtype = compute_dtype(x, weight)
+    x, weight = x.to(dtype), weight.to(dtype)
+    attentions = Attentions(*(None if a is None else a.to(dtype) for a in attentions))
+
+    if backend == "auto":
+        backend = choose(x, weight, geometry)
+    elif backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    elif backend == "single" and x.shape[0] != 1:
+        raise ValueError(f"backend 'single' needs a batch of one, got x of shape {tuple(x.shape)}")
+    elif backend == "grouped" and x.shape[0] == 0:
+        raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
+    y = BACKENDS[backend](x, weight, attentions, geometry)
+
+    if bias is None:
+        return y
+    bias = bias.to(dtype)
+    if bias.dim() == 2 and attentions.kernel is not None:
+        return y + eager.over_map(attentions.kernel @ bias, y)
+    return y + eager.over_map(bias, y[0])
+
+
+def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    """The name of the cheapest form for these shapes; rows of benchmarks/results/forms.csv set the limits."""
+    dense = "shared" if weight.shape[0] == 1 else "product"
+    if is_exporting():  # one graph for every batch: the batch may be neither 1 nor a number of groups
+        return dense
+    if x.shape[0] == 1:
+        return "single"
+    if x.shape[0] == 0:
+        return dense
+    # Mixed kernels cost |W| a sample, columns C * k * L: a map with fewer positions than a group has filters is unfolded.
+    # A depth-wise kernel has one filter a group, so it is always grouped.
+    positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
+    return "grouped" if positions >= weight.shape[1] // geometry.groups else dense
+
+
+def is_exporting() -> bool:
+    """Whether torch.export or the ONNX exporter is tracing."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype to convolve in: autocast's where it is on, else the one that x and weight share."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
+    return x.dtype
+
+
+def pad_by_name(
+    x: Tensor, padding: str, taps: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """x and the symmetric padding left to do; an even span under "same" is padded here, one more zero at the end."""
+    if padding not in ("same", "valid"):
+        raise ValueError(f"padding must be ints, 'same' or 'valid', got {padding!r}")
+    if padding == "valid":
+        return x, (0,) * len(taps)
+    if any(s != 1 for s in stride):
+        raise ValueError(f"padding 'same' needs stride 1, got {stride}")
+    total = [d * (k - 1) for k, d in zip(taps, dilation, strict=True)]
+    if all(t % 2 == 0 for t in total):
+        return x, tuple(t // 2 for t in total)
+    return F.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)]), (0,) * len(taps)

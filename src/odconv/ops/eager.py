@@ -1,0 +1,136 @@
+"""Fast forms of the operator in plain PyTorch; :func:`~odconv.ops.reference.reference` is their definition.
+
+Every form takes the reference's arguments, checked already, and returns the same up to rounding. Each rests on one identity:
+a batch of one needs one ordinary convolution (`single`), one kernel needs no mixing (`shared`), a small map or a 1x1 kernel
+makes a batched matrix product (`product`), and a large map a convolution whose groups are the samples (`grouped`, which is
+also the depth-wise form). :func:`~odconv.ops.dynamic_conv.choose` picks one by shape.
+
+In shapes: B batch, n kernels, O filters, C channels, g groups, k taps of a kernel, L output positions.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from odconv.ops.contract import Attentions, Geometry
+from odconv.ops.reference import CONVOLUTIONS
+
+MIXED_BLOCK = 128 * 1024  # numbers a sample; larger blocks leave the cache
+
+def single(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+    """B = 1: mix once, then one ordinary convolution."""
+    mixed = mixed_kernels(weight, attentions, geometry.groups)
+    return CONVOLUTIONS[weight.dim() - 3](x, mixed[0], None, *geometry)
+
+
+def shared(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+    """All n kernels serve the whole batch in one dense convolution, and their n outputs are mixed.
+
+    For n = 1 there is nothing to mix and nothing is lost; for n > 1 it is n times the arithmetic, but at full speed and
+    without a kernel per sample.
+    """
+    kernel, spatial, channel, filter = attentions
+    conv, n = CONVOLUTIONS[weight.dim() - 3], weight.shape[0]
+    by_group = weight.unflatten(1, (geometry.groups, -1)).transpose(0, 1)  # (g, n, O/g, C/g, *k)
+    if spatial is None:
+        x = x if channel is None else x * over_map(channel, x)
+        y = conv(x, by_group.flatten(0, 2), None, *geometry)
+    else:
+        cols, size = scaled_columns(x, weight, attentions, geometry)
+        # as a 1x1 convolution, which oneDNN runs at twice the speed of MKL's matrix product on AMD processors
+        y = F.conv1d(cols.flatten(1, 2), by_group.flatten(0, 2).flatten(1)[..., None], groups=geometry.groups)
+        y = y.unflatten(2, size)
+    if n > 1 and kernel is not None:
+        y = y.unflatten(1, (geometry.groups, n, -1))
+        y = (y * over_map(kernel[:, None, :, None], y)).sum(2).flatten(1, 2)
+    elif kernel is not None:
+        filter = kernel if filter is None else filter * kernel
+    return y if filter is None else y * over_map(filter, y)
+
+
+def product(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+    """Columns times the mixed kernels, one matrix product a sample and group, mixed a few filters at a time."""
+    cols, size = scaled_columns(x, weight, attentions, geometry)
+    blocks = weight.unflatten(1, (geometry.groups, -1)).split(filters_per_block(weight, geometry.groups), dim=2)
+    outputs = []
+    for block in blocks:
+        mixed = mix(block, attentions.kernel).flatten(3)  # (B, g, block, C/g * k)
+        outputs.append(mixed @ cols)
+    y = torch.cat(outputs, dim=2).flatten(1, 2).unflatten(2, size)
+    return y if attentions.filter is None else y * over_map(attentions.filter, y)
+
+
+def filters_per_block(weight: Tensor, groups: int) -> int:
+    """How many filters to mix at a time so that a sample's block of kernels holds about MIXED_BLOCK numbers."""
+    filters = weight.shape[1] // groups
+    if torch.compiler.is_compiling():  # the compiler plans its own memory, and an unrolled loop costs it time
+        return filters
+    return max(1, min(filters, MIXED_BLOCK * filters // weight[0].numel()))
+
+
+def grouped(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+    """Large maps and depth-wise kernels: one convolution in which every sample is a group (or `groups` of them)."""
+    batch = x.shape[0]
+    mixed = mixed_kernels(weight, attentions, geometry.groups)
+    mixed = mixed.expand(batch, *mixed.shape[1:]).flatten(0, 1)  # (B * O, C/g, *k)
+    one_sample = x.reshape(1, -1, *x.shape[2:])
+    geometry = geometry._replace(groups=batch * geometry.groups)
+    y = CONVOLUTIONS[weight.dim() - 3](one_sample, mixed, None, *geometry)
+    return y.view(batch, -1, *y.shape[2:])
+
+
+def mix(weight: Tensor, kernel: Tensor | None) -> Tensor:
+    """One kernel per sample, (B, O, C/g, *k), as one matrix product; (1, O, C/g, *k) where there is nothing to mix."""
+    return weight if kernel is None else (kernel @ weight.flatten(1)).unflatten(1, weight.shape[1:])
+
+
+def mixed_kernels(weight: Tensor, attentions: Attentions, groups: int) -> Tensor:
+    """Kernels that hold all four attentions, (B, O, C/g, *k): scaling them costs |W| a sample and no pass over the maps."""
+    kernel, spatial, channel, filter = attentions
+    mixed = mix(weight, kernel)
+    if spatial is not None:
+        mixed = mixed * spatial[:, None, None]
+    if channel is not None:
+        by_group = channel.unflatten(1, (groups, 1, -1))  # (B, g, 1, C/g)
+        mixed = (mixed.unflatten(1, (groups, -1)) * over_map(by_group, mixed[:, None])).flatten(1, 2)
+    if filter is not None:
+        mixed = mixed * over_map(filter[..., None], mixed)
+    return mixed
+
+
+def over_map(scale: Tensor, like: Tensor) -> Tensor:
+    """`scale` with trailing axes of one, to be multiplied with `like`."""
+    return scale[(..., *(None,) * (like.dim() - scale.dim()))]
+
+
+def scaled_columns(
+    x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The patches that a kernel sees, times channel and spatial attention, (B, g, C/g * k, L), and the map that L forms."""
+    cols, size = columns(x, tuple(weight.shape[3:]), geometry)
+    scale = None if attentions.channel is None else attentions.channel[:, :, None]
+    if attentions.spatial is not None:
+        taps = attentions.spatial.flatten(1)[:, None]
+        scale = taps if scale is None else scale * taps
+    if scale is not None:
+        cols = cols * scale[..., None]
+    return cols.unflatten(1, (geometry.groups, weight.shape[2])).flatten(2, 3), size
+
+
+def columns(x: Tensor, kernel_size: tuple[int, ...], geometry: Geometry) -> tuple[Tensor, tuple[int, ...]]:
+    """The patches that a kernel sees, (B, C, k, L), and the map that the L positions form."""
+    stride, padding, dilation, _ = geometry
+    taps = math.prod(kernel_size)
+    if len(kernel_size) == 2 and taps > 1:
+        spans = zip(x.shape[2:], kernel_size, *geometry[:3], strict=True)
+        size = tuple((extent + 2 * p - d * (k - 1) - 1) // s + 1 for extent, k, s, p, d in spans)
+        return F.unfold(x, kernel_size, dilation, padding, stride).unflatten(1, (-1, taps)), size
+    if any(padding):
+        x = F.pad(x, [p for axis in reversed(padding) for p in (axis, axis)])
+    for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]  # a view: the taps of this axis go last
+    dims = len(kernel_size)
+    size = tuple(x.shape[2 : 2 + dims])
+    return x.flatten(2 + dims).movedim(-1, 2).flatten(3), size

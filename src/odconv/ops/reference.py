@@ -1,0 +1,28 @@
+"""The definition of the operator, as plain as its formula: the form that every other form is held against."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from odconv.ops.contract import Attentions, Geometry
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def reference(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+    """y[b] = filter[b] * conv(channel[b] * x[b], sum_i kernel[b, i] * spatial[b] * weight[i]), a sample at a time."""
+    kernel, spatial, channel, filter = attentions
+    per_map = (-1, *(1,) * (weight.dim() - 3))
+    conv = CONVOLUTIONS[weight.dim() - 3]
+    if x.shape[0] == 0:  # nothing to stack; the map of an empty batch does not depend on the attentions
+        return conv(x, weight[0], None, *geometry)
+    outputs = []
+    for b, sample in enumerate(x):
+        mixed = torch.zeros_like(weight[0])
+        for i, one_kernel in enumerate(weight):
+            term = one_kernel if spatial is None else spatial[b] * one_kernel
+            mixed = mixed + (term if kernel is None else kernel[b, i] * term)
+        scaled = sample if channel is None else channel[b].view(per_map) * sample
+        y = conv(scaled[None], mixed, None, *geometry)[0]
+        outputs.append(y if filter is None else filter[b].view(per_map) * y)
+    return torch.stack(outputs)
