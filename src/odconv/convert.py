@@ -18,8 +18,8 @@ def replace_convolutions(
 ) -> list[str]:
     """Replace every chosen convolution inside a network, in place.
 
-    A convolution used in several places is replaced by one layer in all of them. Dynamic layers are left alone, with the
-    1x1 convolutions of their attentions.
+    A convolution used in several places is replaced by one layer in all of them. Dynamic layers are left as they are,
+    the 1x1 convolutions of their attentions included.
 
     Args:
         model: the network.

@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -59,7 +59,7 @@ def create_model(
     reduction: float | None = None,
     num_classes: int = 1000,
     dropout: float = 0.0,
-    weights: str | PathLike[str] | None = None,
+    weights: str | Path | None = None,
     stem: str = "standard",
 ) -> nn.Module:
     """Build a network of the zoo.
@@ -116,7 +116,7 @@ def split_name(name: str) -> tuple[str | None, str]:
     return (method, backbone) if method in METHODS else (None, name)
 
 
-def build_static(backbone: Backbone, num_classes: int, dropout: float) -> nn.Module:
+def build_static(backbone: Backbone, num_classes: int, dropout: float) -> Any:
     """torchvision's network, with the published classifier: dropout before it and normal(0, 0.01) weights."""
     try:
         from torchvision import models
@@ -133,10 +133,10 @@ def build_static(backbone: Backbone, num_classes: int, dropout: float) -> nn.Mod
     return model
 
 
-def make_stem_small(model: nn.Module, backbone: Backbone) -> None:
+def make_stem_small(model: Any, backbone: Backbone) -> None:
     """Let the stem keep the size of its input: stride 1, and for a ResNet 3x3 without the max-pooling."""
     if backbone.builder == "mobilenet_v2":
-        model.get_submodule(backbone.stem).stride = (1, 1)
+        model.features[0][0].stride = (1, 1)
         return
     model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from odconv.ops.contract import Attentions
 
 NORMS = ("batch", "group", "layer", "none")
-POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+Pointwise = nn.Conv1d | nn.Conv2d | nn.Conv3d
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+POINTWISE: dict[int, type[Pointwise]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM: dict[int, type[BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class Attention(nn.Module):
@@ -51,6 +53,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.kernel_gate = kernel_gate
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc: Pointwise | None = None
+        self.bn: nn.Module | None = None  # so named in published checkpoints, whatever norm it is
         width = in_channels
         if hidden is not None and heads:
             self.fc = POINTWISE[dims](in_channels, hidden, 1, bias=False, **placed)
@@ -61,20 +65,20 @@ class Attention(nn.Module):
             width = hidden
         for name, shape in heads.items():
             setattr(self, f"{name}_fc", POINTWISE[dims](width, math.prod(shape), 1, **placed))
-        self._temperature = temperature
-        self._place_temperature(torch.device(device) if device is not None else None)
-        if temperature is not None:
-            self.set_temperature(temperature)
+        self.temperature: Tensor | None
+        self.register_buffer("temperature", None, persistent=False)
+        self._temperature = temperature  # what the buffer holds, for when it is made anew
+        self._place_temperature(device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weights as published: Kaiming normal (fan-out, ReLU), zero biases."""
         for module in self.children():
-            if isinstance(module, tuple(POINTWISE.values())):
+            if isinstance(module, Pointwise):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif hasattr(module, "reset_parameters"):
+            elif isinstance(module, BatchNorm | nn.GroupNorm):
                 module.reset_parameters()
 
     def set_temperature(self, value: float) -> None:
@@ -86,8 +90,7 @@ class Attention(nn.Module):
         Raises:
             ValueError: value is not a positive, finite number.
         """
-        if not 0 < value < math.inf:
-            raise ValueError(f"temperature must be a positive number, got {value!r}")
+        check_temperature(value)
         if self.temperature is not None:
             self._temperature = float(value)
             self.temperature.fill_(value)  # in place: a compiled network reads the new value without recompiling
@@ -99,7 +102,7 @@ class Attention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             z = x.mean(tuple(range(2, x.dim())), dtype=dtype)
-            if hasattr(self, "fc"):
+            if self.fc is not None:
                 z = self._normalise(pointwise(self.fc, z)).relu()
             return Attentions(**{name: self._gate(name, z) for name in self.heads})
 
@@ -112,18 +115,20 @@ class Attention(nn.Module):
 
     def _normalise(self, z: Tensor) -> Tensor:
         """The hidden layer's norm, computed in z's dtype."""
-        if not hasattr(self, "bn"):
+        norm = self.bn
+        if norm is None:
             return z
-        if isinstance(self.bn, nn.GroupNorm):
-            return F.group_norm(z, self.bn.num_groups, self.bn.weight.to(z.dtype), self.bn.bias.to(z.dtype), self.bn.eps)
-        one_map = (..., *(None,) * self.dims)
-        if isinstance(self.bn, tuple(BATCH_NORM.values())):
-            return batch_norm(self.bn, z[one_map]).flatten(1)
-        return self.bn(z[one_map]).flatten(1)  # what the user put in its place, SyncBatchNorm say
+        if isinstance(norm, nn.GroupNorm):
+            return F.group_norm(z, norm.num_groups, norm.weight.to(z.dtype), norm.bias.to(z.dtype), norm.eps)
+        maps = z.reshape(*z.shape, *(1,) * self.dims)
+        if isinstance(norm, BatchNorm):
+            return batch_norm(norm, maps).flatten(1)
+        return norm(maps).flatten(1)  # what the user put in its place, SyncBatchNorm say
 
-    def _place_temperature(self, device: torch.device | None) -> None:
-        value = None if self._temperature is None else torch.full((), self._temperature, dtype=torch.float32, device=device)
-        self.register_buffer("temperature", value, persistent=False)
+    def _place_temperature(self, device: torch.device | str | None) -> None:
+        if self._temperature is not None:
+            check_temperature(self._temperature)
+            self.temperature = torch.full((), self._temperature, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
         super()._apply(fn, recurse)
@@ -133,28 +138,40 @@ class Attention(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.temperature is not None and self.heads:  # load_state_dict(assign=True) brings a meta module to a device
+        if (
+            self.temperature is not None and self.heads
+        ):  # load_state_dict(assign=True) may bring it from meta to a device
             self._place_temperature(next(self.parameters()).device)
 
 
-def pointwise(layer: nn.Module, z: Tensor) -> Tensor:
+def pointwise(layer: Pointwise, z: Tensor) -> Tensor:
     """A 1x1 convolution applied to vectors, (B, C) -> (B, O), with its parameters cast to z's dtype."""
     bias = None if layer.bias is None else layer.bias.to(z.dtype)
     return F.linear(z, layer.weight.flatten(1).to(z.dtype), bias)
 
 
-def batch_norm(bn: nn.Module, z: Tensor) -> Tensor:
+def batch_norm(bn: BatchNorm, z: Tensor) -> Tensor:
     """``bn(z)`` in z's dtype; one sample has no variance, so it is normalised by the running statistics."""
     by_batch = bn.training and z.shape[0] > 1
     if bn.weight.dtype == z.dtype and by_batch == bn.training:
         return bn(z)
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError(
+            "norm without running statistics cannot normalise a batch of one, nor compute in another dtype"
+        )
     mean, var = bn.running_mean.to(z.dtype), bn.running_var.to(z.dtype)
-    z = F.batch_norm(z, mean, var, bn.weight.to(z.dtype), bn.bias.to(z.dtype), by_batch, bn.momentum, bn.eps)
-    if by_batch:  # the statistics were updated in the copies
+    momentum = 0.1 if bn.momentum is None else bn.momentum
+    z = F.batch_norm(z, mean, var, bn.weight.to(z.dtype), bn.bias.to(z.dtype), by_batch, momentum, bn.eps)
+    if by_batch:  # the statistics were updated in copies
         bn.running_mean.copy_(mean)
         bn.running_var.copy_(var)
-        bn.num_batches_tracked.add_(1)
     return z
+
+
+def check_temperature(value: float) -> None:
+    """Raise a ValueError unless `value` can divide logits."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature must be a positive number, got {value!r}")
 
 
 def set_temperature(model: nn.Module, value: float) -> None:
@@ -167,8 +184,7 @@ def set_temperature(model: nn.Module, value: float) -> None:
     Raises:
         ValueError: value is not a positive, finite number.
     """
-    if not 0 < value < math.inf:
-        raise ValueError(f"temperature must be a positive number, got {value!r}")
+    check_temperature(value)
     for module in model.modules():
         if isinstance(module, Attention):
             module.set_temperature(value)

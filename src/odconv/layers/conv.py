@@ -26,6 +26,7 @@ class DynamicConv(nn.Module):
 
     dims: ClassVar[int]
     mixed_bias: ClassVar[bool] = False
+    attention: Attention
 
     def __init__(
         self,
@@ -75,13 +76,13 @@ class DynamicConv(nn.Module):
         self.kernel_num = kernel_num
         shape = (kernel_num, out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias: nn.Parameter | None
-        self.kernel_bias: nn.Parameter | None
-        for name, size in (("bias", (out_channels,)), ("kernel_bias", (kernel_num, out_channels))):
-            wanted = bias and self.mixed_bias == (name == "kernel_bias")
-            self.register_parameter(name, nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if wanted else None)
+        static = torch.empty(out_channels, device=device, dtype=dtype) if bias and not self.mixed_bias else None
+        mixed = torch.empty(kernel_num, out_channels, device=device, dtype=dtype) if bias and self.mixed_bias else None
+        self.bias = None if static is None else nn.Parameter(static)
+        self.kernel_bias = None if mixed is None else nn.Parameter(mixed)
+
     def reset_parameters(self) -> None:
-        """Draw the parameters as published: each kernel by itself (Kaiming normal, fan-out, ReLU); biases as nn.Conv2d's."""
+        """Draw the parameters as published: Kaiming normal (fan-out, ReLU) for each kernel, biases as nn.Conv2d's."""
         for kernel in self.weight.unbind():
             nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
         bound = 1 / math.sqrt(self.weight[0, 0].numel())
@@ -96,16 +97,15 @@ class DynamicConv(nn.Module):
             axes = ", ".join("DHW"[3 - self.dims :])
             raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
         attentions = self.attention(x)
-        padding = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._margins(), mode=self.padding_mode), 0
+            x = F.pad(x, self._margins(), mode=self.padding_mode)
         y = dynamic_conv(
             x,
             self.weight,
             **attentions._asdict(),
             bias=self.bias if self.kernel_bias is None else self.kernel_bias,
             stride=self.stride,
-            padding=padding,
+            padding=self.padding if self.padding_mode == "zeros" else 0,
             dilation=self.dilation,
             groups=self.groups,
         )
@@ -115,12 +115,12 @@ class DynamicConv(nn.Module):
 
     def _margins(self) -> list[int]:
         """The padding as F.pad wants it: last axis first, both sides."""
-        if self.padding == "same":
-            total = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-            return [side for t in reversed(total) for side in (t // 2, t - t // 2)]
-        if self.padding == "valid":
-            return [0] * 2 * self.dims
-        return [side for p in reversed(self.padding) for side in (p, p)]
+        if not isinstance(self.padding, str):
+            return [side for p in reversed(self.padding) for side in (p, p)]
+        spans = [
+            0 if self.padding == "valid" else d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)
+        ]
+        return [side for span in reversed(spans) for side in (span // 2, span - span // 2)]
 
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults, as nn.Conv2d prints them."""
@@ -136,11 +136,11 @@ class DynamicConv(nn.Module):
 class _ODConv(DynamicConv):
     """Omni-dimensional dynamic convolution: n kernels weighted along channel, filter, spatial and kernel axes.
 
-    Follows Li, Zhou, Yao: Omni-Dimensional Dynamic Convolution, ICLR 2022. A drop-in for ``torch.nn.Conv{dims}d``.
+    Follows Li, Zhou, Yao: Omni-Dimensional Dynamic Convolution, ICLR 2022. A drop-in for ``torch.nn.ConvNd``.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in
-            ``torch.nn.Conv{dims}d``, with its defaults.
+            ``torch.nn.Conv2d``, with its defaults.
         bias: add a static bias, (O), after the filter attention. Default False, as published.
         kernel_num: number n of kernels. Default 4.
         reduction: width of the attention's hidden layer as a share of C. Default 1/16.
@@ -212,11 +212,11 @@ class _DyConv(DynamicConv):
     """Dynamic convolution: n kernels mixed by a softmax attention.
 
     Follows Chen et al.: Dynamic Convolution: Attention over Convolution Kernels, CVPR 2020. A drop-in for
-    ``torch.nn.Conv{dims}d``.
+    ``torch.nn.ConvNd``.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in
-            ``torch.nn.Conv{dims}d``, with its defaults.
+            ``torch.nn.Conv2d``, with its defaults.
         bias: add a bias of n rows, (n, O), mixed like the kernels. Default False.
         kernel_num: number n of kernels. Default 4.
         reduction: width of the attention's hidden layer as a share of C. Default 1/4.
@@ -272,11 +272,11 @@ class _CondConv(DynamicConv):
     """Conditionally parameterised convolution: n experts mixed by sigmoid routing weights.
 
     Follows Yang et al.: CondConv: Conditionally Parameterized Convolutions for Efficient Inference, NeurIPS 2019. A
-    drop-in for ``torch.nn.Conv{dims}d``.
+    drop-in for ``torch.nn.ConvNd``.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in
-            ``torch.nn.Conv{dims}d``, with its defaults.
+            ``torch.nn.Conv2d``, with its defaults.
         bias: add a bias of n rows, (n, O), mixed like the kernels. Default False.
         kernel_num: number n of experts. Default 8.
         device: where the parameters live.
@@ -325,7 +325,7 @@ class _CondConv(DynamicConv):
 
 def hidden_width(in_channels: int, reduction: float, min_channels: int) -> int:
     """Width of an attention's hidden layer."""
-    if not 0 < reduction:
+    if not reduction > 0:
         raise ValueError(f"reduction must be above 0, got {reduction!r}")
     if min_channels < 1:
         raise ValueError(f"min_channels must be at least 1, got {min_channels!r}")
@@ -333,45 +333,36 @@ def hidden_width(in_channels: int, reduction: float, min_channels: int) -> int:
 
 
 class ODConv1d(_ODConv):
-    __doc__ = _ODConv.__doc__ and _ODConv.__doc__.replace("{dims}", "1")
     dims = 1
 
 
 class ODConv2d(_ODConv):
-    __doc__ = _ODConv.__doc__ and _ODConv.__doc__.replace("{dims}", "2")
     dims = 2
 
 
 class ODConv3d(_ODConv):
-    __doc__ = _ODConv.__doc__ and _ODConv.__doc__.replace("{dims}", "3")
     dims = 3
 
 
 class DyConv1d(_DyConv):
-    __doc__ = _DyConv.__doc__ and _DyConv.__doc__.replace("{dims}", "1")
     dims = 1
 
 
 class DyConv2d(_DyConv):
-    __doc__ = _DyConv.__doc__ and _DyConv.__doc__.replace("{dims}", "2")
     dims = 2
 
 
 class DyConv3d(_DyConv):
-    __doc__ = _DyConv.__doc__ and _DyConv.__doc__.replace("{dims}", "3")
     dims = 3
 
 
 class CondConv1d(_CondConv):
-    __doc__ = _CondConv.__doc__ and _CondConv.__doc__.replace("{dims}", "1")
     dims = 1
 
 
 class CondConv2d(_CondConv):
-    __doc__ = _CondConv.__doc__ and _CondConv.__doc__.replace("{dims}", "2")
     dims = 2
 
 
 class CondConv3d(_CondConv):
-    __doc__ = _CondConv.__doc__ and _CondConv.__doc__.replace("{dims}", "3")
     dims = 3

@@ -63,6 +63,8 @@ def check_shapes(x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor
     if attentions.kernel is None and n > 1:
         raise ValueError(f"kernel must have shape (B, n) = ({batch}, {n}) to mix the {n} kernels in weight, got None")
     if bias is not None and tuple(bias.shape) not in ((filters,), (n, filters)):
-        raise ValueError(f"bias must have shape (O) = ({filters},) or (n, O) = ({n}, {filters}), got {tuple(bias.shape)}")
+        raise ValueError(
+            f"bias must have shape (O) = ({filters},) or (n, O) = ({n}, {filters}), got {tuple(bias.shape)}"
+        )
     if bias is not None and bias.dim() == 2 and attentions.kernel is None:
         raise ValueError(f"bias of shape (n, O) = ({n}, {filters}) is mixed by kernel, which is None")

@@ -50,7 +50,7 @@ def dynamic_conv(
         filter: weight of each output filter, (B, O).
         bias: (O), added after `filter`, or (n, O), mixed by `kernel` and then added.
         stride: step of the kernel, an int or one an axis.
-        padding: zeros added on both sides, an int, one an axis, "valid" (none) or "same" (stride 1: output as large as x).
+        padding: zeros added on both sides, an int, one an axis, "valid" (none) or "same" (output as large as x).
         dilation: distance between taps, an int or one an axis.
         groups: blocks of channels and filters that are convolved apart; divides C and O.
         backend: "auto" chooses the form by shape. A named form is strict: "reference" (the definition, a loop),
@@ -106,8 +106,8 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
         return "single"
     if x.shape[0] == 0:
         return dense
-    # Mixed kernels cost |W| a sample, columns C * k * L: a map with fewer positions than a group has filters is unfolded.
-    # A depth-wise kernel has one filter a group, so it is always grouped.
+    # Mixed kernels cost |W| a sample and columns C * k * L: a map is unfolded where it has fewer positions than a group
+    # has filters. A depth-wise kernel has one filter a group, so it is always grouped.
     positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
     return "grouped" if positions >= weight.shape[1] // geometry.groups else dense
 

@@ -1,9 +1,9 @@
 """Fast forms of the operator in plain PyTorch; :func:`~odconv.ops.reference.reference` is their definition.
 
-Every form takes the reference's arguments, checked already, and returns the same up to rounding. Each rests on one identity:
-a batch of one needs one ordinary convolution (`single`), one kernel needs no mixing (`shared`), a small map or a 1x1 kernel
-makes a batched matrix product (`product`), and a large map a convolution whose groups are the samples (`grouped`, which is
-also the depth-wise form). :func:`~odconv.ops.dynamic_conv.choose` picks one by shape.
+Every form takes the reference's arguments, checked already, and returns the same up to rounding. Each rests on one
+identity: a batch of one needs one ordinary convolution (`single`), one kernel needs no mixing (`shared`), a small map
+makes a batched matrix product (`product`), and a large map a convolution whose groups are the samples (`grouped`, which
+is also the depth-wise form). :func:`~odconv.ops.dynamic_conv.choose` picks one by shape.
 
 In shapes: B batch, n kernels, O filters, C channels, g groups, k taps of a kernel, L output positions.
 """
@@ -18,6 +18,7 @@ from odconv.ops.contract import Attentions, Geometry
 from odconv.ops.reference import CONVOLUTIONS
 
 MIXED_BLOCK = 128 * 1024  # numbers a sample; larger blocks leave the cache
+
 
 def single(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
     """B = 1: mix once, then one ordinary convolution."""
@@ -87,7 +88,7 @@ def mix(weight: Tensor, kernel: Tensor | None) -> Tensor:
 
 
 def mixed_kernels(weight: Tensor, attentions: Attentions, groups: int) -> Tensor:
-    """Kernels that hold all four attentions, (B, O, C/g, *k): scaling them costs |W| a sample and no pass over the maps."""
+    """Kernels that hold all four attentions, (B, O, C/g, *k), so that the maps need no further pass."""
     kernel, spatial, channel, filter = attentions
     mixed = mix(weight, kernel)
     if spatial is not None:
@@ -102,13 +103,13 @@ def mixed_kernels(weight: Tensor, attentions: Attentions, groups: int) -> Tensor
 
 def over_map(scale: Tensor, like: Tensor) -> Tensor:
     """`scale` with trailing axes of one, to be multiplied with `like`."""
-    return scale[(..., *(None,) * (like.dim() - scale.dim()))]
+    return scale.reshape(*scale.shape, *(1,) * (like.dim() - scale.dim()))
 
 
 def scaled_columns(
     x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """The patches that a kernel sees, times channel and spatial attention, (B, g, C/g * k, L), and the map that L forms."""
+    """The columns of x times channel and spatial attention, (B, g, C/g * k, L), and the map that L forms."""
     cols, size = columns(x, tuple(weight.shape[3:]), geometry)
     scale = None if attentions.channel is None else attentions.channel[:, :, None]
     if attentions.spatial is not None:
