@@ -69,6 +69,7 @@ class Attention(nn.Module):
         self.register_buffer("temperature", None, persistent=False)
         self._temperature = temperature  # what the buffer holds, for when it is made anew
         self._place_temperature(device)
+        self.register_load_state_dict_post_hook(place_temperature)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -136,12 +137,11 @@ class Attention(nn.Module):
             self._place_temperature(self.temperature.device)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if (
-            self.temperature is not None and self.heads
-        ):  # load_state_dict(assign=True) may bring it from meta to a device
-            self._place_temperature(next(self.parameters()).device)
+
+def place_temperature(attention: Attention, incompatible_keys: Any) -> None:
+    """After loading: ``load_state_dict(assign=True)`` may have brought a meta module to a device."""
+    if attention.heads:
+        attention._place_temperature(next(attention.parameters()).device)
 
 
 def pointwise(layer: Pointwise, z: Tensor) -> Tensor:

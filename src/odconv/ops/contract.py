@@ -68,3 +68,13 @@ def check_shapes(x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor
         )
     if bias is not None and bias.dim() == 2 and attentions.kernel is None:
         raise ValueError(f"bias of shape (n, O) = ({n}, {filters}) is mixed by kernel, which is None")
+
+
+def check_map(x: Tensor, taps: tuple[int, ...], geometry: Geometry) -> None:
+    """Raise a ValueError where the padded map of x is smaller than the kernel."""
+    for extent, k, _, p, d in zip(x.shape[2:], taps, *geometry[:3], strict=True):
+        if extent + 2 * p < d * (k - 1) + 1:
+            raise ValueError(
+                f"x must have a map of at least the kernel's span, {taps} with dilation {geometry.dilation}, after padding "
+                f"{geometry.padding}, got {tuple(x.shape)}"
+            )

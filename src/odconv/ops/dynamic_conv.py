@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from odconv.ops import eager
-from odconv.ops.contract import Attentions, Geometry, check_shapes, per_axis
+from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, per_axis
 from odconv.ops.reference import reference
 
 BACKENDS = {
@@ -74,6 +74,7 @@ def dynamic_conv(
     else:
         margin = per_axis("padding", padding, dims, least=0)
     geometry = Geometry(steps, margin, spread, groups)
+    check_map(x, taps, geometry)
 
     dtype = compute_dtype(x, weight)
     x, weight = x.to(dtype), weight.to(dtype)

@@ -1,0 +1,308 @@
+"""Reading weights from anybody's checkpoints, loading them with errors that explain, and writing safetensors.
+
+No code in a file is ever run: everything is read with ``weights_only=True``.
+"""
+
+import difflib
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+WRAPPERS = ("module.", "model.")
+"""What DataParallel and LightningModules put before every key."""
+
+SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
+
+
+class Mismatch(NamedTuple):
+    """What did not fit when weights were loaded.
+
+    Attributes:
+        missing: keys of the model that the file does not have.
+        unexpected: keys of the file that the model does not have.
+        mismatched: keys whose tensors have another shape: (key, shape in the file, shape in the model).
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights from a checkpoint.
+
+    Reads safetensors, plain state dicts, and dicts that hold one under `state_dict`, `model` or `model_state_dict` (the
+    published ODConv files, Lightning's, torchvision's). A prefix that wraps the keys, such as `module.`, is removed.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors by name, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file; names similar ones.
+        ValueError: the file is damaged, or no checkpoint, or holds no weights, or pickled objects that are no tensors
+            (which are refused, not run).
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"the checkpoint {path} does not exist{_similar_files(path)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"the checkpoint {path} is a folder, not a file{_similar_files(path / path.name)}")
+    path.open("rb").close()  # whatever fails from here on is the fault of the content
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _find_state_dict(_read_pickle(path), path)
+    # copies, for memory that is mapped from a file changes with the file
+    return {bare: state[key].detach().clone() for key, bare in _bare_names(state).items()}
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> Mismatch:
+    """Load the weights of a checkpoint into a model.
+
+    Tensors are converted to the model's device and dtype. Keys are compared without the prefixes that wrap them, on
+    both sides. `num_batches_tracked` may be missing, as PyTorch allows too.
+
+    Args:
+        model: the network.
+        path: the file; see :func:`read_state_dict` for what it can be.
+        strict: True to load all or nothing. False to load what fits and leave the rest of the model as it is.
+
+    Returns:
+        What did not fit; nothing if `strict`.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as :func:`read_state_dict`.
+        ValueError: `strict`, and something does not fit. The message lists it and guesses the cause; the model is left
+            untouched.
+    """
+    state = read_state_dict(path)
+    own_keys = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    names = {bare: key for key, bare in _bare_names(own_keys).items()}
+    own = {bare: own_keys[key] for bare, key in names.items()}
+    fitting = {names[key]: tensor for key, tensor in state.items() if key in own and own[key].shape == tensor.shape}
+    mismatch = Mismatch(
+        missing=[key for key in own if key not in state and not key.endswith("num_batches_tracked")],
+        unexpected=[key for key in state if key not in own],
+        mismatched=[
+            (key, tuple(tensor.shape), tuple(own[key].shape))
+            for key, tensor in state.items()
+            if key in own and own[key].shape != tensor.shape
+        ],
+    )
+    if strict and any(mismatch):
+        raise ValueError(_explain(mismatch, state, own, type(model).__name__, path))
+    model.load_state_dict(fitting, strict=False)
+    return mismatch
+
+
+def save_safetensors(
+    weights: nn.Module | Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write weights as a safetensors file, whole or not at all.
+
+    Tensors that share memory are written once for each of their names.
+
+    Args:
+        weights: a model, or its state dict.
+        path: the file; its folder is made where needed, an old file is replaced.
+        metadata: texts to keep in the file's header.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    tensors = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in state.items()
+        if isinstance(tensor, Tensor)
+    }
+    content = save(tensors, {"format": "pt", **(metadata or {})})
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def resolve(weights: str | Path) -> Path:
+    """Find the file that is meant by a path or the name of a repository on the Hugging Face Hub.
+
+    Args:
+        weights: a path; or "owner/name" for the repository's model.safetensors, pytorch_model.bin, model.pth or
+            model.pt; or "owner/name/file". Files of the Hub are downloaded once and kept in its own cache, which also
+            serves offline.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileNotFoundError: neither a file nor a repository with weights was found.
+        ModuleNotFoundError: the Hub is meant, and huggingface_hub is not installed.
+    """
+    path = Path(weights)
+    if path.exists():
+        return path
+    name = path.as_posix()
+    on_hub = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
+    is_local = name.endswith(SUFFIXES) and (path.parent.is_dir() or name.count("/") == 1)
+    if not on_hub or is_local:
+        raise FileNotFoundError(f"the weights {path} do not exist{_similar_files(path)}")
+    repository, file = on_hub.groups()
+    return _download(repository, [file] if file else HUB_FILES)
+
+
+def _download(repository: str, files: Sequence[str]) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"to get {repository} (which is no file) from the Hugging Face Hub, huggingface_hub is needed: "
+            "pip install huggingface_hub"
+        ) from error
+    reason: Exception | None = None
+    for file in files:
+        try:
+            return Path(hf_hub_download(repository, file))
+        except EntryNotFoundError as error:  # not there, or offline and not in the cache
+            reason = error
+        except HfHubHTTPError as error:
+            reason = error
+            break
+    raise FileNotFoundError(
+        f"{repository} is no file, and the Hugging Face Hub gives no {' or '.join(files)} under that name: {reason}"
+    ) from reason
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or damaged or cut short: {error}") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        # mmap: what lies beside the weights, such as an optimizer's state, is never read from the disk
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # on damaged files torch.load raises about everything
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} holds an object that is no tensor ({refused[1]}) and could run code; it was refused, and "
+                "nothing was run. If you trust the file, save its state dict alone, or allow the object with "
+                "torch.serialization.add_safe_globals"
+            ) from error
+        raise ValueError(f"{path} is no PyTorch checkpoint, or damaged or cut short") from error
+
+
+def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+    for entry in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content.get(entry), dict):
+            content = content[entry]
+            break
+    else:
+        if not all(isinstance(value, Tensor) for value in content.values()):
+            raise ValueError(f"{path} holds no state dict, only the entries {_some(map(str, content))}")
+    state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"{path} holds a state dict without tensors")
+    return state
+
+
+def _bare_names(keys: Iterable[str]) -> dict[str, str]:
+    """Map each key to itself without what wraps nearly all (nine of ten) of them, and without torch.compile's mark."""
+    bare = {key: key.replace("_orig_mod.", "") for key in keys}
+    while wrapper := next((w for w in WRAPPERS if sum(b.startswith(w) for b in bare.values()) > 0.9 * len(bare)), None):
+        shorter = {key: name.removeprefix(wrapper) for key, name in bare.items()}
+        if len(set(shorter.values())) < len(bare):
+            break
+        bare = shorter
+    return bare
+
+
+def _explain(
+    mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, Tensor], model: str, path: str | Path
+) -> str:
+    lines = [f"the checkpoint {path} does not fit the {model}"]
+    if mismatch.missing:
+        lines.append(f"{len(mismatch.missing)} keys missing in the file: {_some(mismatch.missing)}")
+    if mismatch.unexpected:
+        lines.append(f"{len(mismatch.unexpected)} keys unknown to the model: {_some(mismatch.unexpected)}")
+    if mismatch.mismatched:
+        shapes = [f"{key} {theirs} in the file, {ours} in the model" for key, theirs, ours in mismatch.mismatched]
+        lines.append(f"{len(shapes)} of another shape: {_some(shapes, '; ')}")
+    lines += [f"probable cause: {cause}" for cause in _causes(mismatch, state, own)]
+    return "\n  ".join(lines)
+
+
+def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Guess why weights do not fit, from the keys that are alike and from which axes of which tensors differ."""
+    theirs, ours = _dynamic_layers(state), _dynamic_layers(own)
+    if bool(theirs) != bool(ours):
+        file, network = ("dynamic", "static") if theirs else ("static", "dynamic")
+        return [f"the file is of a {file} network, the model is {network}"]
+    shared = len(own.keys() & state.keys())
+    if shared < 0.75 * max(len(own), len(state)):
+        return [f"another architecture: of the model's {len(own)} keys, {shared} are among the file's {len(state)}"]
+    causes: dict[str, str] = {}
+    for key, there, here in mismatch.mismatched:
+        layer, _, name = key.rpartition(".")
+        if name != "weight" or len(there) != len(here):
+            continue
+        differ = [axis for axis, (a, b) in enumerate(zip(there, here, strict=True)) if a != b]
+        if layer in ours:  # (n, O, C, ...)
+            if 0 in differ:
+                causes["kernel_num"] = f"kernel_num is {there[0]} in the file, {here[0]} in the model"
+            differ = [axis - 1 for axis in differ if axis > 0]
+        elif _dynamic_layers([key]) & ours:
+            if layer.endswith("attention.fc") and differ == [0]:
+                causes["reduction"] = f"another reduction: {key} is {there} in the file, {here} in the model"
+            continue
+        if len(here) == 2 and differ == [0]:
+            causes["num_classes"] = f"num_classes is {there[0]} in the file, {here[0]} in the model ({layer})"
+        elif {0, 1} & {*differ}:
+            causes.setdefault("width", f"another width: {key} is {there} in the file, {here} in the model")
+        elif differ:
+            causes.setdefault("stem", f"another kernel size (stem?): {key} is {there} in the file, {here} in the model")
+    return list(causes.values()) or ["other options of the layers or the network"]
+
+
+def _dynamic_layers(keys: Iterable[str]) -> set[str]:
+    """Return the names of the layers with an attention of their own; a lone layer has the name ""."""
+    return {f".{key}".rpartition(".attention.")[0][1:] for key in keys if ".attention." in f".{key}"}
+
+
+def _similar_files(path: Path) -> str:
+    """Name the files beside `path` that may have been meant."""
+    if not path.parent.is_dir():
+        return f" (nor does its folder {path.parent})"
+    names = [file.name for file in path.parent.iterdir() if file.is_file()]
+    similar = difflib.get_close_matches(path.name, names, n=3) or sorted(n for n in names if n.endswith(SUFFIXES))[:3]
+    return f"; did you mean {' or '.join(str(path.with_name(name)) for name in similar)}?" if similar else ""
+
+
+def _some(names: Iterable[str], separator: str = ", ") -> str:
+    """List at most eight names."""
+    names = list(names)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (separator.join(names[:8]) or "none") + more
