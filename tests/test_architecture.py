@@ -1,0 +1,41 @@
+"""Imports point downward, and `import odconv` loads torch and nothing heavier."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "src" / "odconv"
+BELOW = {  # the rooms that a room may import from
+    "ops": set(),
+    "functional": {"ops"},
+    "checkpoints": set(),
+    "data": set(),
+    "layers": {"ops"},
+    "convert": {"layers", "ops"},
+    "models": {"convert", "layers", "ops", "checkpoints"},
+}
+LEAVES = ("train", "profile", "visualize")
+BELOW |= {leaf: {*BELOW} for leaf in LEAVES}
+BELOW |= {"cli": {*BELOW}, "__main__": {"cli"}, "__init__": {*BELOW, "functional"}}
+
+
+def test_imports_point_downward():
+    for file in PACKAGE.rglob("*.py"):
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import"
+                modules = [f"odconv.{alias.name}" if node.module == "odconv" else node.module for alias in node.names]
+            rooms = {module.split(".")[1] for module in modules if module.startswith("odconv.")} - {room, "__version__"}
+            assert rooms <= BELOW[room], f"{file} imports from {rooms - BELOW[room]}"
+
+
+def test_import_odconv_is_light():
+    heavy = (
+        "torchvision lightning pytorch_lightning torchmetrics jsonargparse matplotlib rich yaml sklearn PIL safetensors"
+    )
+    code = f"import sys, odconv; print(*({heavy.split()!r} and [m for m in {heavy.split()!r} if m in sys.modules]))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == []

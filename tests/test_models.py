@@ -1,0 +1,116 @@
+"""The zoo: names, options, what is replaced, loading weights, and whole networks under compile and export."""
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim, export
+
+import odconv
+from odconv.layers import DynamicConv
+
+pytest.importorskip("torchvision")
+
+
+def dynamic(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv)}
+
+
+def test_names():
+    assert len(odconv.list_models()) == 32
+    assert odconv.list_models("od_mobile*") == ["od_mobilenetv2_050", "od_mobilenetv2_075", "od_mobilenetv2_100"]
+    assert odconv.list_models("nothing") == []
+
+
+@pytest.mark.parametrize("name", odconv.list_models())
+def test_every_network_is_built_with_its_defaults(name):
+    with torch.device("meta"):
+        model = odconv.create_model(name, num_classes=10)
+    layers = dynamic(model)
+    prefix = name.partition("_")[0]
+    expected = {"od": (odconv.ODConv2d, 1), "dy": (odconv.DyConv2d, 4), "cond": (odconv.CondConv2d, 8)}.get(prefix)
+    if expected is None:
+        assert not layers
+        return
+    assert {(type(layer), layer.kernel_num) for layer in layers.values()} == {expected}
+    convolutions = [m for m in model.modules() if type(m) is nn.Conv2d]
+    attention = [m for layer in layers.values() for m in layer.attention.modules() if type(m) is nn.Conv2d]
+    shortcuts = sum("downsample" in key and key.endswith("0.weight") for key in model.state_dict())
+    static = 1 + (0 if prefix == "dy" else shortcuts)
+    assert len(convolutions) - len(attention) == static
+
+
+def test_options_reach_the_layers():
+    model = odconv.create_model("od_resnet18", kernel_num=2, reduction=0.25, num_classes=7, dropout=0.3)
+    layer = model.layer4[1].conv1
+    assert (layer.kernel_num, layer.attention.fc.weight.shape[0]) == (2, 128)
+    assert model.fc.weight.shape == (7, 512)
+    assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.3]
+    assert set(model.state_dict()) == set(odconv.create_model("od_resnet18", kernel_num=2).state_dict())
+    mobile = odconv.create_model("od_mobilenetv2_050", dropout=0.3)
+    assert [m.p for m in mobile.modules() if isinstance(m, nn.Dropout)] == [0.3]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "od_resnet50", "mobilenetv2_050", "od_mobilenetv2_050"])
+def test_the_small_stem_keeps_small_images(name):
+    model = odconv.create_model(name, stem="small", num_classes=10).eval()
+    first = model.layer1 if "resnet" in name else model.features[1]
+    seen = []
+    first.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2:]))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert seen == [(32, 32)]
+
+
+@pytest.mark.parametrize("name", ["od_resnet18", "dy_resnet18", "cond_mobilenetv2_050", "od_mobilenetv2_050"])
+def test_a_training_step_reaches_every_parameter(name):
+    torch.manual_seed(0)
+    model = odconv.create_model(name, num_classes=5)
+    nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.arange(4)).backward()
+    assert not [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+def test_whole_networks_compile_without_a_break_and_export_with_a_dynamic_batch():
+    torch._dynamo.reset()
+    model = odconv.create_model("od_mobilenetv2_050", kernel_num=4).eval()
+    x = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+        program = export(model, (x,), dynamic_shapes=({0: Dim("batch", min=1, max=64)},)).module()
+        torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(program(x[:1]), expected[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_loaded_and_what_does_not_fit_is_explained(tmp_path):
+    trained = odconv.create_model("od_resnet18", kernel_num=2, num_classes=10)
+    published = {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in trained.state_dict().items()}}
+    torch.save(published, tmp_path / "published.pth.tar")
+    model = odconv.create_model("od_resnet18", kernel_num=2, num_classes=10, weights=tmp_path / "published.pth.tar")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), trained.state_dict().values(), strict=True)
+    )
+    for options, cause in (
+        ({"kernel_num": 1, "num_classes": 10}, "kernel_num is 2 in the file, 1 in the model"),
+        ({"kernel_num": 2, "num_classes": 20}, "num_classes is 10 in the file, 20 in the model"),
+        ({"kernel_num": 2, "num_classes": 10, "reduction": 0.25}, "reduction"),
+    ):
+        with pytest.raises(ValueError, match=cause):
+            odconv.create_model("od_resnet18", **options, weights=tmp_path / "published.pth.tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("od_resnet19", {}, "unknown model 'od_resnet19'; did you mean od_resnet1"),
+        ("vgg", {}, r"unknown model 'vgg'; see odconv.list_models\(\)"),
+        ("od_resnet18", {"kernel_num": 0}, "kernel_num must be an int of at least 1, got 0"),
+        ("od_resnet18", {"stem": "tiny"}, "stem must be 'standard' or 'small', got 'tiny'"),
+        ("resnet18", {"kernel_num": 4}, "resnet18 is static: kernel_num and reduction must be None, got 4 and None"),
+        ("cond_resnet18", {"reduction": 0.5}, "reduction must be None for cond_resnet18"),
+        ("od_resnet18", {"reduction": -1}, "reduction must be above 0, got -1"),
+    ],
+)
+def test_what_the_zoo_refuses(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        odconv.create_model(name, **options)
