@@ -263,6 +263,12 @@ def test_the_temperature_survives_half_to_empty_loading_and_copies():
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_shapes_can_be_had_on_the_meta_device(name):
+    layer = LAYERS[name](**CHANNELS, kernel_size=3, stride=2, device="meta")
+    assert layer(map_of(layer, extent=9, device="meta")).shape == (3, 12, *(4,) * layer.dims)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_deepcopy_and_pickle_keep_the_layer(name):
     layer = LAYERS[name](**CHANNELS, kernel_size=3, padding="same", bias=True).eval()
     x = map_of(layer)

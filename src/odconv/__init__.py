@@ -16,6 +16,7 @@ from odconv.layers import (
     set_temperature,
 )
 from odconv.models import create_model, list_models
+from odconv.profile import profile
 
 __version__ = "0.1.0"
 
@@ -34,5 +35,6 @@ __all__ = [
     "functional",
     "list_models",
     "load_checkpoint",
+    "profile",
     "set_temperature",
 ]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ class Attention(nn.Module):
         """The attentions of each sample in x, (B, C, *map), in float32 or float64."""
         if not self.heads:
             return Attentions()
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             dtype = torch.promote_types(x.dtype, torch.float32)
             z = x.mean(tuple(range(2, x.dim())), dtype=dtype)
             if self.fc is not None:

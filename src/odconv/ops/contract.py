@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -70,11 +71,16 @@ def check_shapes(x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor
         raise ValueError(f"bias of shape (n, O) = ({n}, {filters}) is mixed by kernel, which is None")
 
 
+def is_exporting() -> bool:
+    """Whether torch.export or the ONNX exporter is tracing, for which shapes may be unknown."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
 def check_map(x: Tensor, taps: tuple[int, ...], geometry: Geometry) -> None:
     """Raise a ValueError where the padded map of x is smaller than the kernel."""
     for extent, k, _, p, d in zip(x.shape[2:], taps, *geometry[:3], strict=True):
         if extent + 2 * p < d * (k - 1) + 1:
             raise ValueError(
-                f"x must have a map of at least the kernel's span, {taps} with dilation {geometry.dilation}, after padding "
-                f"{geometry.padding}, got {tuple(x.shape)}"
+                f"x must have a map of at least the kernel's span, {taps} with dilation {geometry.dilation}, "
+                f"after padding {geometry.padding}, got {tuple(x.shape)}"
             )

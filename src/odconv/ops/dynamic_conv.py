@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from odconv.ops import eager
-from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, per_axis
+from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, is_exporting, per_axis
 from odconv.ops.reference import reference
 
 BACKENDS = {
@@ -99,8 +99,9 @@ def dynamic_conv(
 
 
 def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
-    """The name of the cheapest form for these shapes; rows of benchmarks/results/forms.csv set the limits."""
-    dense = "shared" if weight.shape[0] == 1 else "product"
+    """The name of the cheapest form for these shapes; rows of benchmarks/results/layers_*.csv set the limits."""
+    n, filters = weight.shape[0], weight.shape[1] // geometry.groups
+    dense = "shared" if n == 1 else "product"
     if is_exporting():  # one graph for every batch: the batch may be neither 1 nor a number of groups
         return dense
     if x.shape[0] == 1:
@@ -110,18 +111,15 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     # Mixed kernels cost |W| a sample and columns C * k * L: a map is unfolded where it has fewer positions than a group
     # has filters. A depth-wise kernel has one filter a group, so it is always grouped.
     positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
-    return "grouped" if positions >= weight.shape[1] // geometry.groups else dense
-
-
-def is_exporting() -> bool:
-    """Whether torch.export or the ONNX exporter is tracing."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    if positions >= filters:
+        return "grouped"
+    return "shared" if n * positions <= 64 else dense  # so few products cost less than mixing a kernel for each sample
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype to convolve in: autocast's where it is on, else the one that x and weight share."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if x.dtype != weight.dtype:
         raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")

@@ -1,0 +1,147 @@
+"""The command `odconv`: a table of commands; what a command needs is imported when it is called."""
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from odconv import __version__
+
+
+class Command(NamedTuple):
+    """A command: "module:function", what it does, and whether it takes recipes."""
+
+    target: str
+    purpose: str
+    recipes: bool = False
+
+
+COMMANDS = {
+    "train": Command("odconv.train:train", "train a network on images", recipes=True),
+    "evaluate": Command("odconv.train:evaluate", "measure the accuracy of a checkpoint"),
+    "predict": Command("odconv.train:predict", "say what is on images"),
+    "profile": Command("odconv.profile:main", "count parameters and multiply-adds, measure latency"),
+    "sort-val": Command("odconv.data:sort_validation", "sort ImageNet's flat validation folder into classes"),
+}
+
+USAGE = """usage: odconv COMMAND [options]
+
+commands:
+{commands}
+
+options:
+  --help     this text; odconv COMMAND --help lists the options of a command
+  --version  the version
+  --debug    after an error, show where it arose"""
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the command and its options; default those of the process.
+
+    Returns:
+        Exit status: 0, 1 after an error, 2 for a command line that cannot be understood, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        _run([argument for argument in arguments if argument != "--debug"])
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if debug:
+            raise
+        rank = os.environ.get("RANK", "0")  # torchrun starts several processes, which mostly fail alike
+        print(f"odconv: error{f' in process {rank}' if rank != '0' else ''}: {_explain(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    name, *options = arguments or ["--help"]
+    if name in ("--help", "-h"):
+        print(USAGE.format(commands="\n".join(f"  {name:10} {command.purpose}" for name, command in COMMANDS.items())))
+    elif name == "--version":
+        print(f"odconv {__version__}")
+    elif name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}{_nearest(name, COMMANDS)}; odconv --help lists all")
+    else:
+        module, _, function = COMMANDS[name].target.partition(":")
+        command = getattr(importlib.import_module(module), function)
+        command(**parse_options(name, command, options))
+
+
+def parse_options(name: str, function: Callable[..., Any], arguments: list[str]) -> dict[str, Any]:
+    """Read the options of a command: the parameters of its function, those without a `*` before them as positional."""
+    import docstring_parser
+    import jsonargparse
+
+    class Recipe(jsonargparse.ActionConfigFile):  # type: ignore[name-defined]
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+            super().__call__(parser, cfg, _find_recipe(values), option_string)
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    docs = docstring_parser.parse(function.__doc__ or "")
+    parser = jsonargparse.ArgumentParser(
+        prog=f"odconv {name}", description=docs.short_description, exit_on_error=False, allow_abbrev=False
+    )
+    if COMMANDS[name].recipes:
+        parser.add_argument("--config", action=Recipe, help="Recipe: a YAML file of options, or the name of one here.")
+    help_texts = {param.arg_name: param.description for param in docs.params}
+    parameters = inspect.signature(function).parameters.values()
+    positional = [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    for parameter in positional:  # each a list of words
+        many = {"nargs": "+"} if parameter.default is parameter.empty else {"nargs": "*", "default": parameter.default}
+        parser.add_argument(parameter.name, help=help_texts[parameter.name], **many)
+    parser.add_function_arguments(function, as_group=False, skip={parameter.name for parameter in positional})
+    for action in parser._actions:
+        if isinstance(action.default, bool):
+            action.nargs, action.const = "?", True  # the flag alone says yes
+    try:
+        options = parser.parse_args(arguments).as_dict()
+    except jsonargparse.ArgumentError as error:
+        raise UsageError(_clear(str(error), [action.dest for action in parser._actions])) from error
+    options.pop("config", None)
+    return options
+
+
+def _find_recipe(name: str) -> str:
+    """Return the path of a recipe: a file, or else one that comes with odconv."""
+    if Path(name).is_file():
+        return name
+    recipes = {Path(file.name).stem: str(file) for file in (resources.files("odconv") / "recipes").iterdir()}
+    if name not in recipes:
+        raise FileNotFoundError(f"there is neither a file nor a recipe {name!r}{_nearest(Path(name).stem, recipes)}")
+    return recipes[name]
+
+
+def _clear(message: str, options: Iterable[str]) -> str:
+    """Put a message of jsonargparse in our words: one line, and the nearest option for one that does not exist."""
+    if unknown := re.search(r"Option '(\S+)' is not accepted|unrecognized arguments: (?:--)?([^\s=]+)", message):
+        name = unknown[1] or unknown[2]
+        return f"unknown option {name!r}{_nearest(name, options)}"
+    message = message.replace("the following arguments are required", "missing options")
+    return re.sub(r'Parser key "(\w+)":', r"\1:", " ".join(message.split()))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("odconv"):
+        return f"{error}; the command line needs more packages: pip install 'odconv[train]'"
+    return str(error)

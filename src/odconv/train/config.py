@@ -1,0 +1,100 @@
+"""What a training run is told: one typed, documented field an option."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from math import inf
+from typing import Literal, TypeAlias, get_args, get_origin
+
+Amp: TypeAlias = Literal["none", "bf16", "fp16"]
+Stem: TypeAlias = Literal["standard", "small"]
+
+# what a value must be, and the fields this holds for
+RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("at least 1", lambda value: 1 <= value < inf, "kernel_num num_classes image_size resize_size epochs batch_size"),
+    ("at least 1", lambda value: 1 <= value < inf, "test_batch step temp_init devices"),
+    ("at least 0", lambda value: 0 <= value < inf, "workers wd temp_epoch seed"),
+    ("above 0", lambda value: 0 < value < inf, "lr"),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, "reduction min_scale gamma"),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, "dropout momentum"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Options of `odconv train`; the defaults are those of the published ResNets."""
+
+    arch: str
+    """Network, such as od_resnet18; odconv.list_models() has all names."""
+    kernel_num: int | None = None
+    """Kernels a dynamic layer mixes; default: that of the network."""
+    reduction: float | None = None
+    """Width of the attention's hidden layer, as a share of the channels; default: that of the network."""
+    num_classes: int | None = None
+    """Outputs of the classifier; default: the number of classes in the data."""
+    dropout: float = 0.0
+    """Share of features dropped before the classifier."""
+    stem: Stem = "standard"
+    """First layers: standard, or small for images well below 100 pixels."""
+    weights: str | None = None
+    """File of weights to start from."""
+
+    data: str
+    """Folder with train/ and val/ (or archives of them), folder of CIFAR-10, or the word digits."""
+    image_size: int = 224
+    """Side of the images that the network sees, in pixels."""
+    resize_size: int = 256
+    """Shorter side before the centre is cropped in evaluation, in pixels."""
+    augment: Literal["imagenet", "small", "none"] = "imagenet"
+    """Augmentation: imagenet (random crop of random size, flip), small (shift, flip) or none."""
+    min_scale: float = 0.08
+    """Smallest share of an image's area that augment imagenet cuts out."""
+    workers: int | None = None
+    """Processes that read images, for each training process; default: by the number of CPU cores, at most 8."""
+
+    out: str
+    """Folder for checkpoints, logs, the resolved options and the result."""
+    epochs: int = 100
+    """Passes over the training images."""
+    batch_size: int = 256
+    """Images in a training step, over all processes."""
+    test_batch: int = 100
+    """Images in an evaluation step, over all processes."""
+    lr: float = 0.1
+    """Learning rate at the start."""
+    lr_decay: Literal["schedule", "step", "cos"] = "schedule"
+    """Times gamma at the epochs of schedule, times gamma every step epochs, or half a cosine down to 0."""
+    schedule: Sequence[int] = (30, 60, 90)
+    """Epochs at which lr_decay schedule acts."""
+    step: int = 30
+    """Epochs between the drops of lr_decay step."""
+    gamma: float = 0.1
+    """Factor of each drop."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    wd: float = 1e-4
+    """Weight decay, on every parameter."""
+    temp_epoch: int = 10
+    """Epochs in which the temperature of dynamic layers falls to 1, with every step; 0: it is 1 from the start."""
+    temp_init: float = 30.0
+    """Temperature at the start."""
+
+    amp: Amp = "none"
+    """Mixed precision: none, bf16 or fp16."""
+    devices: int | Literal["auto"] = "auto"
+    """GPUs, or CPU processes, to train on; auto: all GPUs, else one process; torchrun decides by itself."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and dropout."""
+    resume: str | None = None
+    """Checkpoint to go on from; auto: the last one in out, if there is one."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", tuple(self.schedule))
+        for allowed, holds, names in RULES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value not in (None, "auto") and not holds(value):
+                    raise ValueError(f"{name} must be {allowed}, got {value}")
+        for field in fields(self):
+            choices, value = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,67 @@
+"""Lightning's Trainer, set up alike for training and evaluation."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+
+from odconv.train.config import Amp
+from odconv.train.files import CheckpointFiles
+
+PRECISION: dict[Amp, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+NOISE = (
+    "Checkpoint directory .* exists and is not empty",
+    "The '.*_dataloader' does not have many workers",
+    "The number of training batches .* is smaller than the logging interval",
+    "This DataLoader will create .* worker processes in total",
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+)
+"""Warnings that tell a user nothing to act on."""
+
+
+def make_trainer(
+    devices: int | Literal["auto"],
+    amp: Amp,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> pl.Trainer:
+    """Set up a Trainer for the GPUs or CPU processes that are asked for, or that torchrun has started.
+
+    Args:
+        devices: number of processes on this machine; torchrun overrides it.
+        amp: mixed precision.
+        callbacks: callbacks; a progress bar is added on a terminal.
+        options: further arguments of the Trainer.
+
+    Raises:
+        ValueError: the machine has no such devices.
+    """
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    local, world = (int(os.environ.get(name, "0")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))  # set by torchrun
+    terminal = sys.stdout.isatty()
+    try:
+        return pl.Trainer(
+            devices=local or devices,
+            num_nodes=world // local if local else 1,
+            precision=PRECISION[amp],
+            callbacks=[*callbacks, *([TQDMProgressBar()] if terminal else [])],
+            plugins=[CheckpointFiles()],
+            benchmark=True,
+            use_distributed_sampler=False,  # ours resume and evaluate exactly
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            enable_progress_bar=terminal,
+            **options,
+        )
+    except MisconfigurationException as error:
+        raise ValueError(f"devices={devices} does not work here: {error}") from error

@@ -1,0 +1,268 @@
+"""Pictures of attentions and of training, as matplotlib figures (nothing global is touched, no display is needed)."""
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from odconv.layers import Attentions, DynamicConv
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+INK, FAINT = "#222222", "#888888"
+COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")  # Paul Tol's, for every eye
+GATES = "viridis"
+LEAST_RANGE = 0.1  # of a colour scale: what varies less shall look alike
+EXPLANATION = (
+    "A row is an image: what stays the same down a column does not depend on the image, what changes does. "
+    "± is the standard deviation.\nKernels: a bar's parts are their shares. The others: dark is low, bright is high; "
+    "channels and filters stand in the order of their means."
+)
+
+
+def record_attentions(model: nn.Module, x: Tensor) -> dict[str, Attentions]:
+    """Run a network on some inputs and keep the attentions of its dynamic layers.
+
+    The network runs in evaluation mode and is left as it was.
+
+    Args:
+        model: a network with dynamic layers.
+        x: its input, (B, C, *map), on its device.
+
+    Returns:
+        The attentions by the name of their layer, on the CPU; those of the last call of a layer that is called often.
+
+    Raises:
+        ValueError: the network has no dynamic layers.
+    """
+    recorded: dict[str, Attentions] = {}
+    names: dict[nn.Module, str] = {
+        module.attention: name for name, module in model.named_modules() if isinstance(module, DynamicConv)
+    }
+    if not names:
+        raise ValueError(f"model must have dynamic layers, got a {type(model).__name__} without")
+
+    def record(module: nn.Module, _: Any, attentions: Attentions) -> None:
+        recorded[names[module]] = Attentions(*(None if a is None else a.detach().cpu() for a in attentions))
+
+    training = {module: module.training for module in model.modules()}
+    hooks = [attention.register_forward_hook(record) for attention in names]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return recorded
+
+
+def plot_attentions(
+    attentions: Mapping[str, Attentions],
+    images: Tensor | None = None,
+    titles: Sequence[str] | None = None,
+    layers: Sequence[str] | None = None,
+) -> "Figure":
+    """Draw the attentions of some layers for some images: a block a layer, and in it a row an image.
+
+    Down a column of a block, what stays the same does not depend on the image; what changes does. How much it changes
+    stands above it, as the standard deviation over the images, beside that over the channels, filters or taps.
+
+    Args:
+        attentions: what :func:`record_attentions` gave, for at most about 12 images.
+        images: the images, (B, 3, H, W) or (B, 1, H, W); each is stretched to its own range. Default none.
+        titles: a word an image. Default its number.
+        layers: names of the layers to draw. Default four, evenly spread over the depth.
+
+    Returns:
+        The figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ValueError: a layer that was not recorded, or images or titles of another number.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(attentions)
+    layers = [names[round(i * (len(names) - 1) / 3)] for i in range(4)] if layers is None and len(names) > 4 else layers
+    chosen = {name: attentions[name] for name in layers or names if name in attentions}
+    if missing := [name for name in layers or () if name not in attentions]:
+        raise ValueError(f"layers must be some of {', '.join(names)}, got {', '.join(missing)}")
+    batch = next(a.shape[0] for a in next(iter(chosen.values())) if a is not None)
+    titles = [str(i + 1) for i in range(batch)] if titles is None else titles
+    for name, given in {"images": images, "titles": titles}.items():
+        if given is not None and len(given) != batch:
+            raise ValueError(f"{name} must be as many as the recorded images = {batch}, got {len(given)}")
+
+    kinds = [kind for kind in PANELS if any(getattr(a, kind) is not None for a in chosen.values())]
+    row, head, top = 0.36, 0.95, 0.95  # inches: height of an image, of what stands above a block, above all
+    width, height = 13.0, top + 0.2 + len(chosen) * (batch * row + head)
+    figure = Figure((width, height), facecolor="white")
+    figure.text(0.02, 1 - 0.34 / height, "Attentions, image by image", size=16, weight="bold", color=INK)
+    figure.text(0.02, 1 - 0.85 / height, EXPLANATION, size=9, color=FAINT, linespacing=1.5)
+    grid = figure.add_gridspec(
+        len(chosen), 1 + len(kinds),
+        width_ratios=[1.1, *(PANELS[kind].width for kind in kinds)],
+        left=0.02, right=0.985, bottom=0.2 / height, top=1 - (top + head) / height,
+        wspace=0.05, hspace=head / (batch * row),
+    )  # fmt: skip
+    for line, (name, recorded) in enumerate(chosen.items()):
+        draw_images(empty_axes(figure, grid[line, 0], batch), name, images, titles)
+        for column, kind in enumerate(kinds, start=1):
+            values = getattr(recorded, kind)
+            if values is not None:
+                axes = empty_axes(figure, grid[line, column], batch)
+                PANELS[kind].draw(axes, values)
+                describe(axes, f"{kind} ({'x'.join(map(str, values.shape[1:]))})", values, PANELS[kind].unit)
+    return figure
+
+
+def empty_axes(figure: "Figure", place: Any, batch: int) -> "Axes":
+    """Axes with a row for each image, from the top, and equal units in both directions."""
+    axes = figure.add_subplot(place)
+    box, (width, height) = axes.get_position(), figure.get_size_inches()
+    axes.set(xlim=(0, box.width * width / (box.height * height) * batch), ylim=(batch, 0))
+    axes.axis("off")
+    return axes
+
+
+def describe(axes: "Axes", title: str, values: Tensor, unit: str) -> None:
+    """Say what a panel shows and how much of it depends on the image."""
+    between_images = values.std(0, correction=0).mean()
+    between_entries = values.mean(0).std(correction=0)
+    write_above(axes, 31, f"{title}  {values.min():.2f} to {values.max():.2f}", size=9, weight="bold")
+    write_above(axes, 18, f"between images ±{between_images:.3f}", size=8)
+    write_above(axes, 6, f"between {unit} ±{between_entries:.3f}", size=8, color=FAINT)
+
+
+def write_above(axes: "Axes", points: float, text: str, color: str = INK, **font: Any) -> None:
+    """Text that starts at the left of the axes, some points above them."""
+    axes.annotate(text, (0, 1), (0, points), xycoords="axes fraction", textcoords="offset points", color=color, **font)
+
+
+def draw_images(axes: "Axes", layer: str, images: Tensor | None, titles: Sequence[str]) -> None:
+    """The images themselves, with the name of the layer above."""
+    write_above(axes, 46, layer, size=12, weight="bold")
+    for row, title in enumerate(titles):
+        if images is not None:
+            image = images[row].float().cpu()
+            image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+            pixels = image.movedim(0, -1).expand(-1, -1, 3).numpy()
+            axes.imshow(pixels, extent=(0, 0.9, row + 0.95, row + 0.05), aspect="auto")
+        axes.text(1.1 if images is not None else 0, row + 0.5, title, va="center", size=9, color=INK)
+
+
+def draw_shares(axes: "Axes", values: Tensor) -> None:
+    """The share of each kernel, (B, n), as one bar an image."""
+    scale = axes.get_xlim()[1] * 0.94 / values.sum(1).max().item()
+    ends = (values.float().cumsum(1) * scale).numpy()
+    rows = [row + 0.5 for row in range(len(values))]
+    for index in range(values.shape[1]):
+        left = ends[:, index - 1] if index else 0 * ends[:, 0]
+        colour = COLOURS[index % len(COLOURS)]
+        axes.barh(rows, ends[:, index] - left, 0.8, left=left, color=colour, edgecolor="white")
+
+
+def draw_taps(axes: "Axes", values: Tensor) -> None:
+    """The weight of each tap, (B, *kernel_size), as one grid an image; a 3-d kernel's slices stand side by side."""
+    scale = colour_scale(values)
+    slices = values.reshape(len(values), -1, *(1, *values.shape[1:])[-2:]).float()  # (B, slices, rows, columns)
+    cell = 0.88 / max(slices.shape[2:])
+    for row, one_image in enumerate(slices):
+        for index, taps in enumerate(one_image):
+            left, top = index * (cell * taps.shape[1] + 0.12), row + 0.06
+            box = (left, left + cell * taps.shape[1], top + cell * taps.shape[0], top)
+            axes.imshow(taps.numpy(), extent=box, aspect="auto", cmap=GATES, norm=scale)
+
+
+def draw_strips(axes: "Axes", values: Tensor) -> None:
+    """The weight of each channel or filter, (B, C), as one strip an image, in the order of their means."""
+    ordered = values[:, values.mean(0).argsort()].float()
+    scale, right = colour_scale(values), axes.get_xlim()[1]
+    for row, strip in enumerate(ordered):
+        box = (0, right, row + 0.94, row + 0.06)
+        axes.imshow(strip[None].numpy(), extent=box, aspect="auto", cmap=GATES, interpolation="nearest", norm=scale)
+
+
+def colour_scale(values: Tensor) -> "Normalize":
+    """A colour scale from the least to the largest value, at least LEAST_RANGE wide."""
+    from matplotlib.colors import Normalize
+
+    low, high = values.min().item(), values.max().item()
+    margin = max(0.0, LEAST_RANGE - (high - low)) / 2
+    return Normalize(low - margin, high + margin)
+
+
+class Panel(NamedTuple):
+    """How an attention is drawn, how wide, and what its entries are called."""
+
+    draw: Callable[["Axes", Tensor], None]
+    width: float
+    unit: str
+
+
+PANELS = {
+    "kernel": Panel(draw_shares, 2.1, "kernels"),
+    "spatial": Panel(draw_taps, 2.1, "taps"),
+    "channel": Panel(draw_strips, 4.0, "channels"),
+    "filter": Panel(draw_strips, 4.0, "filters"),
+}
+
+
+def plot_history(runs: Mapping[str, str | Path]) -> "Figure":
+    """Draw the loss, the accuracy and the temperature of training runs over their epochs.
+
+    Args:
+        runs: folders of runs (with metrics.csv) by the names that the picture shall show.
+
+    Returns:
+        The figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        FileNotFoundError: a folder holds no metrics.csv.
+        ValueError: no runs.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if not runs:
+        raise ValueError("runs must name at least one run, got none")
+    figure = Figure((13, 4.2), facecolor="white", layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=[3, 3, 2])
+    for index, (name, folder) in enumerate(runs.items()):
+        rows = read_metrics(Path(folder) / "metrics.csv")
+        colour = COLOURS[index % len(COLOURS)]
+        epochs = [row["epoch"] for row in rows]
+        line = {"color": colour, "linewidth": 2, "marker": "o", "markersize": 4}
+        best = max(row["top1"] for row in rows)
+        panels[0].plot(epochs, [row["train_loss"] for row in rows], label=name, **line)
+        panels[0].plot(epochs, [row["val_loss"] for row in rows], **line | {"linestyle": "--", "marker": ""})
+        panels[1].plot(epochs, [row["top1"] for row in rows], label=f"{name}, best {best:.1f} %", **line)
+        panels[2].plot(epochs, [row["temperature"] for row in rows], **line)
+    titles = ("loss (training; dashed: validation)", "top-1 accuracy in validation, %", "temperature after the epoch")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, loc="left", size=11, weight="bold", color=INK)
+        axes.set_xlabel("epoch", color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color="#E5E5E5", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(colors=FAINT)
+    panels[0].set_yscale("log")
+    panels[2].set_ylim(bottom=0)
+    panels[0].legend(frameon=False)
+    panels[1].legend(frameon=False, loc="lower right")
+    return figure
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv, one an epoch."""
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

@@ -1,0 +1,254 @@
+"""The command line: help, recipes, and one clear message for everything that can be wrong."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from odconv import __version__, create_model
+from odconv.cli import COMMANDS, main
+
+DIGITS = ["--data", "digits", "--image_size", "8", "--resize_size", "8", "--workers", "0", "--stem", "small"]
+TRAIN = ["train", "--arch", "mobilenetv2_050", *DIGITS, "--augment", "small", "--epochs", "1", "--out"]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "odconv", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]):
+    """Check that a command line fails with one message that says `expected`."""
+
+    def check(expected: str, *arguments: str, status: int = 1) -> None:
+        assert main(list(arguments)) == status
+        errors = capsys.readouterr().err
+        assert errors.count("odconv: error: ") == 1
+        assert "Traceback" not in errors
+        assert re.search(expected, errors), errors
+
+    return check
+
+
+def make_folder(root: Path, classes: dict[str, tuple[str, ...]]) -> str:
+    from PIL import Image
+
+    for split, names in classes.items():
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), "red").save(root / split / name / "0.png")
+    return str(root)
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +{command.purpose}$", text, re.MULTILINE) for name, command in COMMANDS.items())
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"odconv {__version__}\n"
+    assert main([]) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: odconv {command} ")
+    for option in re.findall(r"^  (--\w+) ", text, re.MULTILINE):
+        if option not in ("--config", "--print_config", "--help"):
+            assert re.search(rf"^  {option} [^\n]*\s+\w", text, re.MULTILINE), f"{option} is not explained"
+
+
+def test_help_imports_no_heavy_package() -> None:
+    code = "import sys; from odconv.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('lightning', 'torchvision', 'torchmetrics', 'sklearn') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_console_script_is_main() -> None:
+    (script,) = entry_points(group="console_scripts", name="odconv")
+    assert script.load() is main
+
+
+def test_wrong_usage(fails, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("arch: resnet18\nepoch: 3\n")
+    out = str(tmp_path / "out")
+    fails("unknown command 'trian'; did you mean train", "trian", status=2)
+    fails("unknown option 'epoch'; did you mean epochs", *TRAIN, out, "--epoch", "3", status=2)
+    fails("unknown option 'epoch'; did you mean epochs", "train", "--config", str(recipe), status=2)
+    fails("missing options: arch", "train", "--data", "digits", "--out", out, status=2)
+    fails("lr: .*fast", *TRAIN, out, "--lr", "fast", status=2)
+    fails("lr_decay: .*'cos'.*cosine", *TRAIN, out, "--lr_decay", "cosine", status=2)
+    fails("recipe 'od_resnet18_4'; did you mean od_resnet18_4x", "train", "--config", "od_resnet18_4")
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("lr", "-0.1", r"lr must be above 0, got -0\.1"),
+        ("lr", ".nan", "lr must be above 0, got nan"),
+        ("epochs", "0", "epochs must be at least 1, got 0"),
+        ("batch_size", "0", "batch_size must be at least 1, got 0"),
+        ("kernel_num", "0", "kernel_num must be at least 1, got 0"),
+        ("wd", "-1", "wd must be at least 0, got -1"),
+        ("dropout", "1", "dropout must be at least 0 and below 1, got 1"),
+        ("momentum", "1", "momentum must be at least 0 and below 1, got 1"),
+        ("temp_epoch", "-1", "temp_epoch must be at least 0, got -1"),
+        ("temp_init", "0.5", r"temp_init must be at least 1, got 0\.5"),
+        ("devices", "0", "devices must be at least 1, got 0"),
+        ("num_classes", "9", "num_classes must be at least 10, the classes in the data, got 9"),
+        ("arch", "od_resnet19", "od_resnet18"),
+        ("weights", "missing.pth", "missing.pth"),
+        ("resume", "missing.ckpt", r"missing\.ckpt does not exist"),
+    ],
+)
+def test_bad_values(fails, tmp_path: Path, option: str, value: str, expected: str) -> None:
+    fails(expected, *TRAIN, str(tmp_path / "out"), f"--{option}={value}")
+
+
+def test_bad_data(fails, tmp_path: Path) -> None:
+    train = [*TRAIN, str(tmp_path / "out"), "--data"]
+    (tmp_path / "empty").mkdir()
+    fails("the data folder .*nowhere does not exist", *train, str(tmp_path / "nowhere"))
+    fails("has no train/ and no val/", *train, str(tmp_path / "empty"))
+    no_val = make_folder(tmp_path / "no_val", {"train": ("cat", "dog")})
+    fails("has no val/", *train, no_val)
+    no_train = make_folder(tmp_path / "no_train", {"val": ("cat", "dog")})
+    fails("has no train/", *train, no_train)
+    differ = make_folder(tmp_path / "differ", {"train": ("cat", "dog"), "val": ("cat", "cow")})
+    fails("different classes.*dog.*cow", *train, differ)
+
+
+def test_bad_checkpoints(fails, tmp_path: Path) -> None:
+    good, short, hostile = (tmp_path / name for name in ("good.pth", "short.pth", "hostile.pth"))
+    torch.save(create_model("od_mobilenetv2_050", kernel_num=2, num_classes=10).state_dict(), good)
+    short.write_bytes(good.read_bytes()[:100_000])
+    mark = tmp_path / "was_run"
+    hostile.write_bytes(pickle.dumps(Hostile(str(mark))))
+    for command in (
+        ["evaluate", *DIGITS, "--arch", "od_mobilenetv2_050", "--weights"],
+        ["predict", "x.png", "--arch", "od_mobilenetv2_050", "--weights"],
+        [*TRAIN, str(tmp_path / "resumed"), "--resume"],
+        [*TRAIN, str(tmp_path / "started"), "--arch", "od_mobilenetv2_050", "--weights"],
+    ):
+        fails("missing.pth", *command, str(tmp_path / "missing.pth"))
+        fails("short.pth is no PyTorch checkpoint, or damaged or cut short", *command, str(short))
+        fails("hostile.pth", *command, str(hostile))
+        for path in tmp_path.glob("*ed"):
+            shutil.rmtree(path)
+    assert not mark.exists()
+    fails(
+        "kernel_num is 2 in the file, 4 in the model",
+        *["evaluate", *DIGITS, "--arch", "od_mobilenetv2_050", "--kernel_num", "4", "--weights", str(good)],
+    )
+    fails("holds no state of a training run", *TRAIN, str(tmp_path / "out"), "--resume", str(good))
+
+
+class Hostile:
+    """Pickled code."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_bad_output_folders(fails, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    fails("the output folder .*file/out cannot be written: Not a directory", *TRAIN, str(tmp_path / "file" / "out"))
+    fails("is not empty; resume=auto", *TRAIN, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_recipe_overridden_by_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("arch: resnet18\nepochs: 3\nlr: 1e-3\n")
+    shown = {}
+    for name in ("od_resnet18_4x", str(recipe)):
+        with pytest.raises(SystemExit) as done:
+            main(["train", "--config", name, "--data=x", "--out=y", "--lr=0.2", "--wd=0", "--print_config"])
+        assert done.value.code == 0
+        shown[name] = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["od_resnet18_4x"]["kernel_num"], shown["od_resnet18_4x"]["epochs"]) == (4, 100)
+    assert (shown[str(recipe)]["arch"], shown[str(recipe)]["epochs"]) == ("resnet18", 3)
+    assert all((options["lr"], options["wd"], options["data"]) == (0.2, 0, "x") for options in shown.values())
+
+
+def test_a_run_from_start_to_end(fails, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, result = tmp_path / "run", tmp_path / "result.json"
+    done = run(*TRAIN, str(out), "--batch_size", "128")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^epoch   1/1   loss .* top-1 +[\d.]+ %   top-5 +[\d.]+ %", done.stdout, re.MULTILINE)
+    again = ["train", "--config", str(out / "config.yaml")]
+    fails("run is not empty; resume=auto", *again)
+    fails(
+        "its arch is mobilenetv2_050, that of this run mobilenetv2_075",
+        *again,
+        "--resume=auto",
+        "--arch=mobilenetv2_075",
+    )
+    assert main(["evaluate", "--weights", str(out / "best.ckpt"), "--data", "digits", "--out", str(result)]) == 0
+    assert re.search(r"top-1 +[\d.]+ % .* 360 images", capsys.readouterr().out)
+    assert json.loads(result.read_text())["images"] == 360
+
+
+def test_debug_shows_where_an_error_arose(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none"):
+        main(["evaluate", "--debug", "--weights", str(tmp_path / "none.pth"), "--data", "digits"])
+
+
+def test_signals_end_a_run_quietly(tmp_path: Path) -> None:
+    signals = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    processes = {
+        sent: subprocess.Popen(
+            [sys.executable, "-m", "odconv", *TRAIN, str(tmp_path / sent.name), "--epochs", "1000"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for sent in signals
+    }
+    for sent, process in processes.items():
+        for line in process.stdout:
+            if line.startswith("epoch   2/"):
+                break
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (signals[sent], "")
+        assert torch.load(tmp_path / sent.name / "last.ckpt", weights_only=True)["epoch"] >= 0
+
+
+def test_two_processes_started_by_the_trainer(fails, tmp_path: Path) -> None:
+    out, result = tmp_path / "run", tmp_path / "result.json"
+    train = [*TRAIN, str(out), "--devices", "2"]
+    fails("batch_size must be a multiple of the number of processes = 2, got 33", *train, "--batch_size", "33")
+    done = run(*train, "--batch_size", "128", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   1/1") == 1
+    assert "warn" not in done.stderr.lower()
+    assert main(["evaluate", "--weights", str(out / "last.ckpt"), "--data", "digits", "--out", str(result)]) == 0
+    one, two = json.loads(result.read_text()), json.loads((out / "result.json").read_text())
+    assert (two["top1"], two["top5"]) == (pytest.approx(one["top1"], abs=1e-3), pytest.approx(one["top5"], abs=1e-3))
