@@ -73,7 +73,8 @@ def origin() -> dict[str, Any]:
             if "model name" in line
         ]
         processor = models[0] if models else processor
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return {
         "machine": processor,
         "threads": torch.get_num_threads(),

@@ -27,6 +27,7 @@ def main() -> None:
     for recipe in RECIPES:
         run = args.runs / f"{recipe}_seed{args.seed}"
         train = ["train", "--config", recipe, "--data", args.data, "--out", str(run), "--seed", str(args.seed)]
+        train += ["--devices", "1"]
         if not (run / "result.json").exists() and command([*train, "--resume", "auto"]):
             raise SystemExit(1)
         results.append(

@@ -43,7 +43,7 @@ def train(recipe: str, out: Path) -> Path:
     """Train as `odconv train` does; returns the folder of the run."""
     run = out / recipe
     shutil.rmtree(run, ignore_errors=True)
-    arguments = ["train", "--config", recipe, "--out", str(run)]
+    arguments = ["train", "--config", recipe, "--out", str(run), "--devices", "1"]
     print(f"\n$ odconv {' '.join(arguments)}", flush=True)
     if status := command(arguments):
         sys.exit(status)

@@ -183,6 +183,11 @@ K = torch.zeros(8, 3)
         ({"x": torch.zeros(8, 5, 5, 5)}, r"x must have shape \(B, C, H, W\) with C = 4, got \(8, 5, 5, 5\)"),
         ({"x": torch.zeros(4, 5, 5)}, r"x must have shape"),
         ({"weight": torch.zeros(6, 4, 3)}, r"weight must have shape"),
+        (
+            {"weight": torch.zeros(0, 6, 4, 3, 3), "kernel": torch.zeros(8, 0)},
+            r"weight must have shape .* none of them 0",
+        ),
+        ({"groups": 2.0}, "groups must be an int of at least 1, got 2.0"),
         ({"groups": 4}, r"groups must be a positive divisor of the 6 filters in weight, got 4"),
         ({"stride": 0}, r"stride must be an int or 2 ints, each at least 1, got 0"),
         ({"padding": (1, 1, 1)}, r"padding must be an int or 2 ints, each at least 0, got \(1, 1, 1\)"),

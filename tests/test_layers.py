@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch.export import Dim, export
 
@@ -206,8 +207,6 @@ def test_padding_modes_are_those_of_torch(name, mode, padding):
 def test_training_on_small_batches_with_every_norm(norm, batch):
     torch.manual_seed(0)
     layer = odconv.ODConv2d(**CHANNELS, kernel_size=3, norm=norm)
-    if norm == "batch" and batch == 0:
-        layer.eval()  # torch's batch norm refuses to train on nothing
     layer(map_of(layer, batch)).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
 
@@ -407,7 +406,11 @@ def test_a_static_bias_beside_a_mixed_one_is_added_too():
         ({"padding": "same", "stride": 2}, "padding 'same' needs stride 1"),
         ({"padding_mode": "mirror"}, "padding_mode must be one of .* got 'mirror'"),
         ({"reduction": 0}, "reduction must be above 0, got 0"),
-        ({"min_channels": 0}, "min_channels must be at least 1, got 0"),
+        ({"reduction": math.inf}, "reduction must be above 0, got inf"),
+        ({"min_channels": 0}, "min_channels must be an int of at least 1, got 0"),
+        ({"min_channels": 16.0}, "min_channels must be an int of at least 1, got 16.0"),
+        ({"kernel_size": 3.0}, "kernel_size must be an int or 2 ints, each at least 1, got 3.0"),
+        ({"stride": None}, "stride must be an int or 2 ints, each at least 1, got None"),
         ({"norm": "instance"}, "norm must be one of .* got 'instance'"),
         ({"temperature": 0}, "temperature must be a positive number, got 0"),
         ({"attentions": "kernel"}, "attentions must be some of"),
@@ -419,6 +422,21 @@ def test_a_static_bias_beside_a_mixed_one_is_added_too():
 def test_what_a_layer_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         odconv.ODConv2d(**(CHANNELS | {"kernel_size": 3} | change))
+
+
+def test_numpy_sizes_and_any_iterable_of_attentions_are_taken():
+    layer = odconv.ODConv2d(
+        np.int64(8), np.int32(12), np.int64(3), kernel_num=np.int8(2), attentions=iter(("kernel", "filter"))
+    )
+    assert set(layer.attention.heads) == {"kernel", "filter"}
+    assert layer(map_of(layer)).shape == (3, 12, 4, 4)
+
+
+def test_sync_batch_norm_in_half_precision_evaluates():
+    layer = odconv.ODConv2d(**CHANNELS, kernel_size=3)
+    half = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(layer)).half().eval()
+    x = map_of(layer)
+    torch.testing.assert_close(half(x.half()).float(), layer.eval()(x), rtol=1e-2, atol=1e-2)
 
 
 def test_an_input_of_another_shape_is_named():

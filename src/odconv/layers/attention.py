@@ -124,9 +124,11 @@ class Attention(nn.Module):
         if isinstance(norm, nn.GroupNorm):
             return F.group_norm(z, norm.num_groups, norm.weight.to(z.dtype), norm.bias.to(z.dtype), norm.eps)
         maps = z.reshape(*z.shape, *(1,) * self.dims)
-        if isinstance(norm, BatchNorm):
+        if isinstance(norm, BatchNorm) or (isinstance(norm, nn.SyncBatchNorm) and not norm.training):
             return batch_norm(norm, maps).flatten(1)
-        return norm(maps).flatten(1)  # what the user put in its place, SyncBatchNorm say
+        return norm(maps).flatten(
+            1
+        )  # what the user put in its place, or SyncBatchNorm with its own rule for small batches
 
     def _place_temperature(self, device: torch.device | str | None) -> None:
         if self._temperature is not None:
@@ -152,7 +154,7 @@ def pointwise(layer: Pointwise, z: Tensor) -> Tensor:
     return F.linear(z, layer.weight.flatten(1).to(z.dtype), bias)
 
 
-def batch_norm(bn: BatchNorm, z: Tensor) -> Tensor:
+def batch_norm(bn: BatchNorm | nn.SyncBatchNorm, z: Tensor) -> Tensor:
     """``bn(z)`` in z's dtype; one sample has no variance, so it is normalised by the running statistics."""
     by_batch = bn.training and z.shape[0] > 1
     if bn.weight.dtype == z.dtype and by_batch == bn.training:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from odconv.layers.attention import Attention
 from odconv.ops import dynamic_conv
-from odconv.ops.contract import per_axis
+from odconv.ops.contract import per_axis, positive
 
 Size = int | Sequence[int]
 ATTENTIONS = ("channel", "filter", "spatial", "kernel")
@@ -20,8 +20,8 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class DynamicConv(nn.Module):
     """The core of every dynamic layer: n kernels, an attention, and :func:`odconv.functional.dynamic_conv`.
 
-    A subclass says how many `dims` it has, whether its bias is mixed, and builds its attention in `make_attention`.
-    The arguments are those of ``torch.nn.Conv2d``, and the number of kernels.
+    A subclass says how many `dims` it has and whether its bias is mixed, and builds its `attention`. The arguments are
+    those of ``torch.nn.Conv2d``, and the number of kernels.
     """
 
     dims: ClassVar[int]
@@ -44,14 +44,8 @@ class DynamicConv(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("in_channels", in_channels),
-            ("out_channels", out_channels),
-            ("groups", groups),
-            ("kernel_num", kernel_num),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        in_channels, out_channels = positive("in_channels", in_channels), positive("out_channels", out_channels)
+        groups, kernel_num = positive("groups", groups), positive("kernel_num", kernel_num)
         if in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"groups must divide in_channels {in_channels} and out_channels {out_channels}, got {groups}"
@@ -184,6 +178,7 @@ class _ODConv(DynamicConv):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
             device, dtype,
         )  # fmt: skip
+        attentions = attentions if isinstance(attentions, str) else tuple(attentions)
         if isinstance(attentions, str) or not attentions or not set(attentions) <= set(ATTENTIONS):
             raise ValueError(f"attentions must be some of {ATTENTIONS}, got {attentions!r}")
         if kernel_num > 1 and "kernel" not in attentions:
@@ -325,11 +320,9 @@ class _CondConv(DynamicConv):
 
 def hidden_width(in_channels: int, reduction: float, min_channels: int) -> int:
     """Width of an attention's hidden layer."""
-    if not reduction > 0:
+    if not 0 < reduction < math.inf:
         raise ValueError(f"reduction must be above 0, got {reduction!r}")
-    if min_channels < 1:
-        raise ValueError(f"min_channels must be at least 1, got {min_channels!r}")
-    return max(int(in_channels * reduction), min_channels)
+    return max(int(in_channels * reduction), positive("min_channels", min_channels))
 
 
 class ODConv1d(_ODConv):

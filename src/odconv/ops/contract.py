@@ -1,5 +1,6 @@
 """What goes into the operator: the attentions, the geometry, and the checks that every form relies on."""
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,18 +35,34 @@ class Geometry(NamedTuple):
 
 def per_axis(name: str, value: int | Sequence[int], dims: int, least: int) -> tuple[int, ...]:
     """`value` as one int an axis; a ValueError names the argument where it is not."""
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(values) != dims or not all(isinstance(v, int) and v >= least for v in values):
+    try:
+        values = tuple(map(operator.index, value)) if isinstance(value, Sequence) else (operator.index(value),) * dims
+    except TypeError:
+        values = ()
+    if len(values) != dims or min(values) < least:
         raise ValueError(f"{name} must be an int or {dims} ints, each at least {least}, got {value!r}")
     return values
 
 
+def positive(name: str, value: int) -> int:
+    """`value` as an int of at least 1; a ValueError names the argument where it is not."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    return number
+
+
 def check_shapes(x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor | None, groups: int) -> None:
     """Raise a ValueError that names the first argument whose shape does not fit the others."""
-    if weight.dim() not in (4, 5, 6):
-        raise ValueError(f"weight must have shape (n, O, C/groups, *kernel_size), got {tuple(weight.shape)}")
-    n, filters, channels = weight.shape[0], weight.shape[1], weight.shape[2] * groups
-    if groups < 1 or filters % groups:
+    if weight.dim() not in (4, 5, 6) or 0 in weight.shape:
+        raise ValueError(
+            f"weight must have shape (n, O, C/groups, *kernel_size), none of them 0, got {tuple(weight.shape)}"
+        )
+    n, filters, channels = weight.shape[0], weight.shape[1], weight.shape[2] * positive("groups", groups)
+    if filters % groups:
         raise ValueError(f"groups must be a positive divisor of the {filters} filters in weight, got {groups}")
     if x.dim() != weight.dim() - 1 or x.shape[1] != channels:
         axes = ", ".join("DHW"[4 - weight.dim() + 2 :])
