@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from odconv import ODConv2d
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve, save_safetensors
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -345,6 +346,34 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
     writer.join()
 
 
+@pytest.mark.parametrize("temperature", ["warm", float("nan"), -1.0, [1.0]])
+def test_a_bad_temperature_leaves_the_model_untouched(temperature: object, tmp_path: Path) -> None:
+    model = nn.Sequential(ODConv2d(4, 4, 3))
+    torch.save({"state_dict": model.state_dict(), "odconv": {"temperature": temperature}}, tmp_path / "weights.pth")
+    other = nn.Sequential(ODConv2d(4, 4, 3))
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match="temperature"):
+        load_checkpoint(other, tmp_path / "weights.pth")
+    assert_same(other.state_dict(), before)
+
+
+def test_layers_of_different_temperatures_have_no_safetensors(tmp_path: Path) -> None:
+    model = nn.Sequential(ODConv2d(4, 4, 3, temperature=2.0), ODConv2d(4, 4, 3, temperature=3.0))
+    with pytest.raises(ValueError, match=r"the layers have different temperatures, 2\.0, 3\.0"):
+        save_safetensors(model, tmp_path / "model.safetensors")
+
+
+def test_nothing_is_loaded_on_the_meta_device(tmp_path: Path) -> None:
+    state = network().state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    with torch.device("meta"):
+        model = network()
+    with pytest.raises(ValueError, match=r"Sequential is on the meta device.* model\.to_empty\(device=\.\.\.\) first"):
+        load_checkpoint(model, tmp_path / "weights.pth")
+    load_checkpoint(model.to_empty(device="cpu"), tmp_path / "weights.pth")
+    assert_same(model.state_dict(), state)
+
+
 def test_resolve_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -356,6 +385,11 @@ def test_resolve_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             resolve(missing)
     with pytest.raises(FileNotFoundError, match="the weights resnet18 do not exist"):
         resolve("resnet18")
+    for missing in ("runs/best.ckpt", "runs/typo/best.ckpt", "runs/typo/best", "a/b/c/model.safetensors"):
+        with pytest.raises(FileNotFoundError, match=rf"the weights {missing} do not exist \(nor does its folder"):
+            resolve(missing)
+    with pytest.raises(ValueError, match="hf://owner/name or hf://owner/name/file, got hf://model"):
+        resolve("hf://model")
 
 
 def hub_cache(cache: Path, repository: str, *files: str) -> None:
@@ -384,9 +418,15 @@ for weights in sys.argv[1:]:
     except FileNotFoundError as error:
         print("error:", error)
 """
-    names = ["both", "od_resnet18", "od_resnet18/deep/best.pth", "empty", "nothing/model.pth"]
+    names = [
+        "someone/both",
+        "hf://someone/od_resnet18",
+        "hf://someone/od_resnet18/deep/best.pth",
+        "someone/empty",
+        "hf://someone/nothing/model.pth",
+    ]
     output = subprocess.run(
-        [sys.executable, "-c", script, *(f"someone/{name}" for name in names)],
+        [sys.executable, "-c", script, *names],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,

@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from odconv import __version__, create_model
-from odconv.cli import COMMANDS, main
+from odconv.cli import COMMANDS, Command, main, parse_options
+from odconv.profile import main as profile
 
 DIGITS = ["--data", "digits", "--image_size", "8", "--resize_size", "8", "--workers", "0", "--stem", "small"]
 TRAIN = ["train", "--arch", "mobilenetv2_050", *DIGITS, "--augment", "small", "--epochs", "1", "--out"]
@@ -88,6 +89,51 @@ def test_help_imports_no_heavy_package() -> None:
 def test_the_console_script_is_main() -> None:
     (script,) = entry_points(group="console_scripts", name="odconv")
     assert script.load() is main
+
+
+def test_what_nobody_foresaw_is_one_line_too(fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(*, key: str) -> None:
+        """Look a key up.
+
+        Args:
+            key: What to look up.
+        """
+        if key == "shapes":
+            torch.ones(2) @ torch.ones(3)
+        {}[key]
+
+    monkeypatch.setattr(sys.modules[__name__], "command", command, raising=False)
+    monkeypatch.setitem(COMMANDS, "look", Command(f"{__name__}:command", "look a key up"))
+    fails(r"error: KeyError: 'x' \(--debug shows where\)\n$", "look", "--key", "x")
+    fails(r"error: RuntimeError: .* \(--debug shows where\)\n$", "look", "--key", "shapes")
+    with pytest.raises(KeyError):
+        main(["look", "--key", "x", "--debug"])
+
+
+def test_a_switch_takes_no_name_for_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    def options(*arguments: str) -> dict:
+        return parse_options("profile", profile, list(arguments))
+
+    for arguments in (["--table", "resnet18"], ["resnet18", "--table"], ["--table=true", "resnet18"]):
+        assert (options(*arguments)["table"], options(*arguments)["names"]) == (True, ["resnet18"])
+    for arguments in (["--latency", "false", "resnet18"], ["--latency=false", "resnet18"]):
+        assert (options(*arguments)["latency"], options(*arguments)["names"]) == (False, ["resnet18"])
+    assert (options("--latency", "--table")["latency"], options()["table"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "holds no options"),
+        (b"# lr: 0.1\n", "holds no options"),
+        (b"- lr\n", "holds no options"),
+        (b"lr: [0.1\n", "is no YAML: .*expected"),
+        (b"\x80\xff\x00", "is no YAML"),
+    ],
+)
+def test_bad_recipes(fails, content: bytes, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    fails(f"the recipe .*mine.yaml {expected}", "train", "--config", str(tmp_path / "mine.yaml"))
 
 
 def test_wrong_usage(fails, tmp_path: Path) -> None:
@@ -187,13 +233,19 @@ def test_recipe_overridden_by_flags(capsys: pytest.CaptureFixture[str], tmp_path
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("arch: resnet18\nepochs: 3\nlr: 1e-3\n")
     shown = {}
+    flags = ["--data=x", "--lr", "0.2", "--wd=0"]
     for name in ("od_resnet18_4x", str(recipe)):
-        with pytest.raises(SystemExit) as done:
-            main(["train", "--config", name, "--data=x", "--out=y", "--lr=0.2", "--wd=0", "--print_config"])
-        assert done.value.code == 0
-        shown[name] = yaml.safe_load(capsys.readouterr().out)
-    assert (shown["od_resnet18_4x"]["kernel_num"], shown["od_resnet18_4x"]["epochs"]) == (4, 100)
-    assert (shown[str(recipe)]["arch"], shown[str(recipe)]["epochs"]) == ("resnet18", 3)
+        for place, given in enumerate(
+            (["--config", name, *flags], [*flags, "--config", name], [*flags, f"--config={name}", "--seed=1"])
+        ):
+            with pytest.raises(SystemExit) as done:
+                main(["train", *given, "--out=y", "--print_config"])
+            assert done.value.code == 0
+            shown[name, place] = yaml.safe_load(capsys.readouterr().out)
+    for place in range(3):
+        ours, mine = shown["od_resnet18_4x", place], shown[str(recipe), place]
+        assert (ours["kernel_num"], ours["epochs"]) == (4, 100)
+        assert (mine["arch"], mine["epochs"]) == ("resnet18", 3)
     assert all((options["lr"], options["wd"], options["data"]) == (0.2, 0, "x") for options in shown.values())
 
 

@@ -601,6 +601,28 @@ def test_sort_validation_with_the_devkit(meta: str, tmp_path: Path) -> None:
     assert_sorted(folder)
 
 
+@pytest.mark.parametrize("damage", ["garbage", "other"])
+def test_a_bad_devkit_is_named(damage: str, tmp_path: Path) -> None:
+    savemat = pytest.importorskip("scipy.io").savemat
+    make_flat(tmp_path / "val")
+    (tmp_path / "truth.txt").write_text("1\n2\n")
+    savemat(tmp_path / "meta.mat", {"other": np.ones(3)})
+    if damage == "garbage":
+        (tmp_path / "meta.mat").write_bytes(b"\x80 no such thing" * 20)
+    with pytest.raises(ValueError, match=r"meta\.mat is not the devkit's meta\.mat, or damaged: "):
+        sort_validation(folder=str(tmp_path / "val"), labels=str(tmp_path / "truth.txt"))
+
+
+def test_labels_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    make_flat(tmp_path / "val")
+    labels = tmp_path / "labels.txt"
+    with pytest.raises(FileNotFoundError, match=r"the file of labels .*labels\.txt does not exist"):
+        sort_validation(folder=str(tmp_path / "val"), labels=str(labels))
+    labels.write_bytes(b"\x80\xff")
+    with pytest.raises(ValueError, match=r"labels\.txt is no text file"):
+        sort_validation(folder=str(tmp_path / "val"), labels=str(labels))
+
+
 def test_sort_validation_with_links_and_after_a_break(tmp_path: Path) -> None:
     folder, labels, out = tmp_path / "val", tmp_path / "labels.txt", tmp_path / "sorted"
     names = make_flat(folder)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.export import Dim, export
 
 import odconv
+from odconv.checkpoints import save_safetensors
 from odconv.layers import DynamicConv
 
 pytest.importorskip("torchvision")
@@ -99,6 +100,38 @@ def test_weights_are_loaded_and_what_does_not_fit_is_explained(tmp_path):
             odconv.create_model("od_resnet18", **options, weights=tmp_path / "published.pth.tar")
 
 
+def test_the_temperature_of_a_checkpoint_comes_with_it(tmp_path):
+    def small(temperature, **options):
+        torch.manual_seed(0)
+        model = odconv.create_model("od_mobilenetv2_050", num_classes=10, stem="small", **options)
+        if temperature is not None:
+            odconv.set_temperature(model, temperature)
+        return model
+
+    trained, x = small(12.5), torch.randn(4, 3, 32, 32)
+    state = {f"model.{key}": value for key, value in trained.state_dict().items()}
+    torch.save({"state_dict": state, "odconv": {"classes": [], "temperature": 12.5}}, tmp_path / "best.ckpt")
+    save_safetensors(trained, tmp_path / "best.safetensors")
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
+    with torch.no_grad():
+        expected = trained(x)
+        for file in ("best.ckpt", "best.safetensors"):
+            torch.testing.assert_close(small(None, weights=tmp_path / file)(x), expected, rtol=0, atol=0)
+        assert not torch.allclose(small(None, weights=tmp_path / "published.pth")(x), expected)
+        own = small(12.5)
+        odconv.load_checkpoint(own, tmp_path / "published.pth")
+        torch.testing.assert_close(own(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("file", "model"), [("od", "dy"), ("dy", "od"), ("od", "cond"), ("cond", "dy")])
+def test_a_file_of_another_method_is_told(file, model, tmp_path):
+    names = {"od": "ODConv", "dy": "DyConv", "cond": "CondConv"}
+    state = odconv.create_model(f"{file}_mobilenetv2_050", kernel_num=2).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=f"another method: {names[file]}, the model is {names[model]}"):
+        odconv.create_model(f"{model}_mobilenetv2_050", kernel_num=2, weights=tmp_path / "weights.pth")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -109,6 +142,10 @@ def test_weights_are_loaded_and_what_does_not_fit_is_explained(tmp_path):
         ("resnet18", {"kernel_num": 4}, "resnet18 is static: kernel_num and reduction must be None, got 4 and None"),
         ("cond_resnet18", {"reduction": 0.5}, "reduction must be None for cond_resnet18"),
         ("od_resnet18", {"reduction": -1}, "reduction must be above 0, got -1"),
+        ("resnet18", {"num_classes": 0}, "num_classes must be an int of at least 1, got 0"),
+        ("od_mobilenetv2_050", {"num_classes": 2.5}, "num_classes must be an int of at least 1, got 2.5"),
+        ("od_resnet18", {"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ("mobilenetv2_050", {"dropout": -0.1}, "dropout must be at least 0 and below 1, got -0.1"),
     ],
 )
 def test_what_the_zoo_refuses(name, options, message):

@@ -19,6 +19,8 @@ WRAPPERS = ("module.", "model.")
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
+TEMPERATURE = "odconv.temperature"
+"""Where a safetensors file's header records the temperature, which is no weight."""
 
 
 class Mismatch(NamedTuple):
@@ -53,15 +55,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             (which are refused, not run).
         OSError: the file cannot be read.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"the checkpoint {path} does not exist{_similar_files(path)}")
-    if path.is_dir():
-        raise IsADirectoryError(f"the checkpoint {path} is a folder, not a file{_similar_files(path / path.name)}")
-    path.open("rb").close()  # whatever fails from here on is the fault of the content
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _find_state_dict(_read_pickle(path), path)
-    # copies, for memory that is mapped from a file changes with the file
-    return {bare: state[key].detach().clone() for key, bare in _bare_names(state).items()}
+    return _read(Path(path))[0]
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> Mismatch:
@@ -69,6 +63,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
 
     Tensors are converted to the model's device and dtype. Keys are compared without the prefixes that wrap them, on
     both sides. `num_batches_tracked` may be missing, as PyTorch allows too.
+
+    Where the file records the temperature at which its dynamic layers were trained (checkpoints of `odconv train` and
+    of :func:`save_safetensors` do), it is set in the model's; else the model keeps its own.
 
     Args:
         model: the network.
@@ -82,11 +79,17 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
         FileNotFoundError, ValueError, OSError: as :func:`read_state_dict`.
         ValueError: `strict`, and something does not fit. The message lists it and guesses the cause; the model is left
             untouched.
+        ValueError: the model is on the meta device, or the temperature in the file is no positive number.
     """
-    state = read_state_dict(path)
+    state, temperature = _read(Path(path))
     own_keys = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     names = {bare: key for key, bare in _bare_names(own_keys).items()}
     own = {bare: own_keys[key] for bare, key in names.items()}
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError(
+            f"the {type(model).__name__} is on the meta device, where nothing can be loaded; call "
+            "model.to_empty(device=...) first"
+        )
     fitting = {names[key]: tensor for key, tensor in state.items() if key in own and own[key].shape == tensor.shape}
     mismatch = Mismatch(
         missing=[key for key in own if key not in state and not key.endswith("num_batches_tracked")],
@@ -99,6 +102,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     )
     if strict and any(mismatch):
         raise ValueError(_explain(mismatch, state, own, type(model).__name__, path))
+    if temperature is not None:
+        for layer in _with_temperature(model):
+            layer.set_temperature(temperature)
     model.load_state_dict(fitting, strict=False)
     return mismatch
 
@@ -108,7 +114,8 @@ def save_safetensors(
 ) -> None:
     """Write weights as a safetensors file, whole or not at all.
 
-    Tensors that share memory are written once for each of their names.
+    Tensors that share memory are written once for each of their names. The temperature of a model's dynamic layers is
+    recorded in the header, for :func:`load_checkpoint`.
 
     Args:
         weights: a model, or its state dict.
@@ -117,6 +124,7 @@ def save_safetensors(
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: the model's layers have different temperatures, of which a file can record one.
     """
     from safetensors.torch import save
 
@@ -127,7 +135,8 @@ def save_safetensors(
         for key, tensor in state.items()
         if isinstance(tensor, Tensor)
     }
-    content = save(tensors, {"format": "pt", **(metadata or {})})
+    record = _record_temperature(weights) if isinstance(weights, nn.Module) else {}
+    content = save(tensors, {"format": "pt", **record, **(metadata or {})})
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,27 +152,31 @@ def resolve(weights: str | Path) -> Path:
     """Find the file that is meant by a path or the name of a repository on the Hugging Face Hub.
 
     Args:
-        weights: a path; or "owner/name" for the repository's model.safetensors, pytorch_model.bin, model.pth or
-            model.pt; or "owner/name/file". Files of the Hub are downloaded once and kept in its own cache, which also
-            serves offline.
+        weights: a path; or "owner/name", where nothing is at that path and the name has no suffix of a checkpoint, or
+            "hf://owner/name" for the repository's model.safetensors, pytorch_model.bin, model.pth or model.pt; or
+            "hf://owner/name/file". Files of the Hub are downloaded once and kept in its own cache, which also serves
+            offline.
 
     Returns:
         The path of the file.
 
     Raises:
         FileNotFoundError: neither a file nor a repository with weights was found.
+        ValueError: a name that begins with hf:// and is none of the Hub's.
         ModuleNotFoundError: the Hub is meant, and huggingface_hub is not installed.
     """
-    path = Path(weights)
+    path, name = Path(weights), str(weights)
+    if name.startswith("hf://"):
+        on_hub = re.fullmatch(r"hf://([^/]+/[^/]+)(?:/(.+))?", name)
+        if not on_hub:
+            raise ValueError(f"weights must be hf://owner/name or hf://owner/name/file, got {name}")
+        repository, file = on_hub.groups()
+        return _download(repository, [file] if file else HUB_FILES)
     if path.exists():
         return path
-    name = path.as_posix()
-    on_hub = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?", name)
-    is_local = name.endswith(SUFFIXES) and (path.parent.is_dir() or name.count("/") == 1)
-    if not on_hub or is_local:
-        raise FileNotFoundError(f"the weights {path} do not exist{_similar_files(path)}")
-    repository, file = on_hub.groups()
-    return _download(repository, [file] if file else HUB_FILES)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(SUFFIXES):
+        return _download(name, HUB_FILES)
+    raise FileNotFoundError(f"the weights {path} do not exist{_similar_files(path)}")
 
 
 def _download(repository: str, files: Sequence[str]) -> Path:
@@ -189,14 +202,49 @@ def _download(repository: str, files: Sequence[str]) -> Path:
     ) from reason
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read(path: Path) -> tuple[dict[str, Tensor], float | None]:
+    """Read the weights, and the temperature where the file records it."""
+    if not path.exists():
+        raise FileNotFoundError(f"the checkpoint {path} does not exist{_similar_files(path)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"the checkpoint {path} is a folder, not a file{_similar_files(path / path.name)}")
+    path.open("rb").close()  # whatever fails from here on is the fault of the content
+    if path.suffix == ".safetensors":
+        state, temperature = _read_safetensors(path)
+    else:
+        content = _read_pickle(path)
+        state = _find_state_dict(content, path)
+        notes = content.get("odconv")
+        temperature = notes.get("temperature") if isinstance(notes, dict) else None
+    try:
+        temperature = None if temperature is None else float(temperature)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} records a temperature that is no number: {temperature!r}") from error
+    # copies, for memory that is mapped from a file changes with the file
+    return {bare: state[key].detach().clone() for key, bare in _bare_names(state).items()}, temperature
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get(TEMPERATURE)  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or damaged or cut short: {error}") from error
+
+
+def _with_temperature(model: nn.Module) -> list[Any]:
+    """List the modules that have a temperature to set."""
+    return [module for module in model.modules() if callable(getattr(module, "set_temperature", None))]
+
+
+def _record_temperature(model: nn.Module) -> dict[str, str]:
+    temperatures = [getattr(layer, "temperature", None) for layer in _with_temperature(model)]
+    values = {value.item() for value in temperatures if isinstance(value, Tensor) and value.ndim == 0}
+    if len(values) > 1:
+        raise ValueError(f"the layers have different temperatures, {_some(map(str, sorted(values)))}: set one first")
+    return {TEMPERATURE: str(values.pop())} if values else {}
 
 
 def _read_pickle(path: Path) -> Any:
@@ -261,6 +309,8 @@ def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, T
     if bool(theirs) != bool(ours):
         file, network = ("dynamic", "static") if theirs else ("static", "dynamic")
         return [f"the file is of a {file} network, the model is {network}"]
+    if theirs and (file := _method(state)) != (network := _method(own)):
+        return [f"the file is of another method: {file}, the model is {network}"]
     shared = len(own.keys() & state.keys())
     if shared < 0.75 * max(len(own), len(state)):
         return [f"another architecture: of the model's {len(own)} keys, {shared} are among the file's {len(state)}"]
@@ -290,6 +340,12 @@ def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, T
 def _dynamic_layers(keys: Iterable[str]) -> set[str]:
     """Return the names of the layers with an attention of their own; a lone layer has the name ""."""
     return {f".{key}".rpartition(".attention.")[0][1:] for key in keys if ".attention." in f".{key}"}
+
+
+def _method(keys: Iterable[str]) -> str:
+    """Tell the method of dynamic layers from the parts of their attentions."""
+    parts = {f".{key}".partition(".attention.")[2].partition(".")[0] for key in keys}
+    return "ODConv" if "channel_fc" in parts else "DyConv" if "fc" in parts else "CondConv"
 
 
 def _similar_files(path: Path) -> str:

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run([argument for argument in arguments if argument != "--debug"])
     except KeyboardInterrupt:
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:
         if debug:
             raise
         rank = os.environ.get("RANK", "0")  # torchrun starts several processes, which mostly fail alike
@@ -106,20 +106,48 @@ def parse_options(name: str, function: Callable[..., Any], arguments: list[str])
         many = {"nargs": "+"} if parameter.default is parameter.empty else {"nargs": "*", "default": parameter.default}
         parser.add_argument(parameter.name, help=help_texts[parameter.name], **many)
     parser.add_function_arguments(function, as_group=False, skip={parameter.name for parameter in positional})
-    for action in parser._actions:
-        if isinstance(action.default, bool):
-            action.nargs, action.const = "?", True  # the flag alone says yes
+    switches = [action for action in parser._actions if isinstance(action.default, bool)]
+    for action in switches:
+        action.nargs = "?"  # in the help; _arrange adds the value
+    switch_names = {name for action in switches for name in action.option_strings}
     try:
-        options = parser.parse_args(arguments).as_dict()
+        options = parser.parse_args(_arrange(arguments, switch_names, COMMANDS[name].recipes)).as_dict()
     except jsonargparse.ArgumentError as error:
         raise UsageError(_clear(str(error), [action.dest for action in parser._actions])) from error
     options.pop("config", None)
     return options
 
 
+def _arrange(arguments: Iterable[str], switches: Collection[str], recipes: bool) -> list[str]:
+    """Put recipes first, for all other options to override them, and "=true" behind a switch without a value."""
+    first: list[str] = []
+    rest: list[str] = []
+    words = list(arguments)
+    while words:
+        word, *words = words
+        if recipes and word == "--config":
+            first += [word, *words[:1]]
+            words = words[1:]
+        elif recipes and word.startswith("--config="):
+            first.append(word)
+        elif word in switches and words[:1] not in (["true"], ["false"]):
+            rest.append(f"{word}=true")
+        else:
+            rest.append(word)
+    return first + rest
+
+
 def _find_recipe(name: str) -> str:
     """Return the path of a recipe: a file, or else one that comes with odconv."""
+    import yaml
+
     if Path(name).is_file():
+        try:
+            options = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"the recipe {name} is no YAML: {' '.join(str(error).split())}") from error
+        if not options or not isinstance(options, dict):
+            raise ValueError(f"the recipe {name} holds no options, such as lr: 0.1")
         return name
     recipes = {Path(file.name).stem: str(file) for file in (resources.files("odconv") / "recipes").iterdir()}
     if name not in recipes:
@@ -144,4 +172,6 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 def _explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("odconv"):
         return f"{error}; the command line needs more packages: pip install 'odconv[train]'"
-    return str(error)
+    if isinstance(error, ValueError | TypeError | OSError | ImportError):  # raised for wrong input, in plain words
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"

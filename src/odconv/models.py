@@ -68,17 +68,18 @@ def create_model(
         name: one of :func:`list_models`: a ResNet or MobileNetV2, static or with a method's prefix (od_, dy_, cond_).
         kernel_num: number of kernels n of a dynamic network. Default 1 for od_, 4 for dy_, 8 for cond_.
         reduction: width of the attention's hidden layer as a share of the channels. Default 1/16 for od_, 1/4 for dy_.
-        num_classes: outputs of the classifier. Default 1000.
-        dropout: share dropped before the classifier. Default 0.
-        weights: a checkpoint to load, a path or a Hugging Face Hub id; see :func:`odconv.load_checkpoint`.
+        num_classes: outputs of the classifier, at least 1. Default 1000.
+        dropout: share dropped before the classifier, at least 0 and below 1. Default 0.
+        weights: a checkpoint to load: a path, or owner/name or hf://owner/name/file for the Hugging Face Hub; see
+            :func:`odconv.load_checkpoint`.
         stem: "standard", or "small" for images of about 32 pixels: a stem that keeps their size.
 
     Returns:
         The network, in training mode; its state dict has the keys and shapes of the published checkpoints.
 
     Raises:
-        ValueError: an unknown name (the nearest are listed), an option that the network does not take, or weights that
-            do not fit.
+        ValueError: an unknown name (the nearest are listed), an option that the network does not take or that is out
+            of range, or weights that do not fit.
         ImportError: torchvision is not installed.
     """
     if name not in NAMES:
@@ -87,6 +88,10 @@ def create_model(
         raise ValueError(f"unknown model {name!r}; {hint}")
     if stem not in ("standard", "small"):
         raise ValueError(f"stem must be 'standard' or 'small', got {stem!r}")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be an int of at least 1, got {num_classes!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
     method_name, backbone = split_name(name)
     static = BACKBONES[backbone]
     model = build_static(static, num_classes, dropout)

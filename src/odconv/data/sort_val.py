@@ -54,7 +54,7 @@ def sort_validation(*, folder: str, labels: str, meta: str | None = None, out: s
 
 def _read_labels(path: Path, meta: Path | None) -> dict[str, str]:
     """Read the WordNet id of each image, by its name without a suffix."""
-    lines = path.read_text().split("\n")
+    lines = _read_text(path).split("\n")
     numbers = [line.strip() for line in lines if line.strip()]
     if numbers and all(number.isdigit() for number in numbers):
         wnids = _read_meta(meta or path.with_name("meta.mat"))
@@ -72,6 +72,15 @@ def _read_labels(path: Path, meta: Path | None) -> dict[str, str]:
     return found
 
 
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"the file of labels {path} does not exist")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file") from error
+
+
 def _read_meta(path: Path) -> dict[int, str]:
     """Read the WordNet id of each of the devkit's class numbers, which are not in the order of the ids."""
     if not path.is_file():
@@ -82,9 +91,12 @@ def _read_meta(path: Path) -> dict[int, str]:
     if path.suffix == ".mat":
         from scipy.io import loadmat  # type: ignore[import-untyped]
 
-        synsets = loadmat(path, squeeze_me=True)["synsets"]
-        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    rows = re.findall(r"^\s*(\d+)\W+(n\d{8})\b", path.read_text(), re.MULTILINE)
+        try:
+            synsets = loadmat(path, squeeze_me=True)["synsets"]
+            return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        except Exception as error:  # on damaged files loadmat raises about everything
+            raise ValueError(f"{path} is not the devkit's meta.mat, or damaged: {error}") from error
+    rows = re.findall(r"^\s*(\d+)\W+(n\d{8})\b", _read_text(path), re.MULTILINE)
     if not rows:
         raise ValueError(f"{path} has no line with a number and a WordNet id, such as '1 n02119789'")
     return {int(number): wnid for number, wnid in rows}
