@@ -1,6 +1,6 @@
 """Norm of the gradient of new networks by temperature: why ODConv is trained from 30 down.
 
-    python benchmarks/gradients.py --data ../shared/data/imagenette96
+python benchmarks/gradients.py --data ../shared/data/imagenette96
 """
 
 import argparse

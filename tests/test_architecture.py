@@ -9,11 +9,12 @@ PACKAGE = Path(__file__).parents[1] / "src" / "odconv"
 BELOW = {  # the rooms that a room may import from
     "ops": set(),
     "functional": {"ops"},
-    "checkpoints": set(),
+    "files": set(),
+    "checkpoints": {"files"},
     "data": set(),
     "layers": {"ops"},
     "convert": {"layers", "ops"},
-    "models": {"convert", "layers", "ops", "checkpoints"},
+    "models": {"convert", "layers", "ops", "checkpoints", "files"},
 }
 LEAVES = ("train", "profile", "visualize")
 BELOW |= {leaf: {*BELOW} for leaf in LEAVES}

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,11 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 from odconv import ODConv2d
 from odconv.data import IGNORE, Images, evaluation_transform
-from odconv.train import TrainConfig, evaluate, predict, train
+from odconv.train import TrainConfig, evaluate, predict, run, train
 from odconv.train.files import CheckpointFiles
 from odconv.train.loaders import evaluation_loader, training_loader
 from odconv.train.module import Evaluation, Training
@@ -41,7 +43,9 @@ OPTIONS = {
     "temp_epoch": 2,
     "workers": 0,
 }
+HALF = torch.float16 if torch.cuda.is_available() else torch.bfloat16  # Lightning has no fp16 on the CPU
 RANDOM = {"epochs": 3, "dropout": 0.2, "workers": 2, "augment": "imagenet"}
+AGAIN = OPTIONS | RANDOM | {"workers": 0}
 
 
 def make_folder(root: Path, per_class: dict[str, int], classes: tuple[str, ...] = ("bar", "dot", "gap")) -> Path:
@@ -203,7 +207,7 @@ def test_a_killed_run_resumes_to_the_same_weights(folder: Path, trained: Path, t
 
 
 def test_what_a_run_leaves(trained: Path, folder: Path) -> None:
-    names = {path.name for path in trained.iterdir()}
+    names = {path.name for path in trained.iterdir()} - {".lock"}
     assert names == {"best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "result.json", "tensorboard"}
     table, result = rows(trained), json.loads((trained / "result.json").read_text())
     assert [row["epoch"] for row in table] == [1, 2, 3]
@@ -218,12 +222,92 @@ def test_what_a_run_leaves(trained: Path, folder: Path) -> None:
     )
     config = TrainConfig(**yaml.safe_load((trained / "config.yaml").read_text()))
     assert (config.num_classes, config.data, config.schedule) == (3, str(folder), (30, 60, 90))
+    assert (config.kernel_num, config.reduction) == (1, 0.0625)
+    assert result["kernel_num"] == 1
 
 
-def test_a_finished_run_is_not_changed_by_resuming(trained: Path, folder: Path) -> None:
-    before = weights(trained / "last.ckpt")
-    train(**OPTIONS | RANDOM, data=str(folder), out=str(trained), resume="auto")
-    assert all(torch.equal(tensor, before[key]) for key, tensor in weights(trained / "last.ckpt").items())
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    """The finished run in another folder."""
+    return shutil.copytree(trained, tmp_path / "copy")
+
+
+def test_a_finished_run_is_not_changed_by_resuming(copy: Path, folder: Path) -> None:
+    files = [path for path in copy.iterdir() if path.is_file()]
+    before = [path.read_bytes() for path in files]
+    train(**AGAIN | {"wd": 1.0}, data=str(folder), out=str(copy), resume="auto")
+    ours = {"best.ckpt", "config.yaml", "metrics.csv", "result.json"}
+    assert ours < {path.name for path in files}
+    for path, content in zip(files, before, strict=True):
+        assert path.name not in ours or path.read_bytes() == content, path
+
+
+def test_a_moved_run_keeps_its_best(copy: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, best = CheckpointFiles().load_checkpoint(copy / "last.ckpt"), (copy / "best.ckpt").read_bytes()
+    for state in checkpoint["callbacks"].values():  # as if the second epoch had been very good
+        if "rows" in state:
+            state["rows"][1]["top1"] = 90.0
+        elif state["monitor"]:
+            score = torch.tensor(90.0)
+            state |= {"best_model_score": score, "kth_value": score, "best_k_models": {state["best_model_path"]: score}}
+    torch.save(checkpoint, copy / "last.ckpt")
+    result = train(**AGAIN | {"epochs": 4, "lr": 1e4}, data=str(folder), out=str(copy), resume="auto")
+    assert result["top1"] < 90
+    assert (result["best_top1"], result["best_epoch"]) == (90, 2)
+    assert (copy / "best.ckpt").read_bytes() == best
+    assert "lr 0.003 -> 10000.0" in capsys.readouterr().out
+
+
+def test_going_on_in_another_folder(trained: Path, copy: Path, folder: Path, tmp_path: Path) -> None:
+    options = AGAIN | {"epochs": 4, "lr": 1e4, "data": str(folder), "resume": str(trained / "last.ckpt")}
+    with pytest.raises(FileExistsError, match="copy is not empty"):
+        train(**options, out=str(copy))
+    train(**options, out=str(tmp_path / "new"))
+    assert (tmp_path / "new" / "best.ckpt").read_bytes() == (trained / "best.ckpt").read_bytes()
+    assert len(rows(tmp_path / "new")) == 4
+
+
+def test_two_runs_cannot_share_a_folder(copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "LOCK_WAIT", 0.1)
+    options = AGAIN | {"data": str(folder), "out": str(copy), "resume": "auto"}
+    hold = (
+        "from filelock import FileLock\nwith FileLock(__import__('sys').argv[1]):\n    print(flush=True)\n    input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(copy / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(OSError, match=r"another run is writing to .*copy"):
+            train(**options)
+    finally:
+        other.kill()
+        other.communicate()
+    train(**options)
+
+
+def test_a_full_disk(copy: Path, folder: Path) -> None:
+    before = {name: (copy / name).read_bytes() for name in ("best.ckpt", "last.ckpt")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"\.ckpt cannot be written"):
+            train(**AGAIN | {"epochs": 4}, data=str(folder), out=str(copy), resume="auto")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {name: (copy / name).read_bytes() for name in before} == before
+    assert not [*copy.glob(".*.partial")]
+
+
+def test_resuming_needs_the_same_data_and_order(copy: Path, folder: Path, tmp_path: Path) -> None:
+    options = AGAIN | {"out": str(copy), "resume": "auto"}
+    others = make_folder(tmp_path / "others", {"train": 1, "val": 1}, ("bar", "spot", "gap"))
+    with pytest.raises(ValueError, match="only the checkpoint has dot, only the data has spot"):
+        train(**options, data=str(others))
+    for name, value in {"seed": 1, "batch_size": 4, "temp_epoch": 0, "kernel_num": 4}.items():
+        with pytest.raises(ValueError, match=f"its {name} is .*, that of this run {value}"):
+            train(**options | {name: value}, data=str(folder))
 
 
 def test_evaluation_uses_the_temperature_of_its_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -231,6 +315,16 @@ def test_evaluation_uses_the_temperature_of_its_checkpoint(folder: Path, tmp_pat
     train(**OPTIONS | {"temp_epoch": 10}, data=str(folder), out=str(tmp_path))
     result = evaluate(weights=str(tmp_path / "last.ckpt"), data=str(folder), workers=0)
     assert result["loss"] == pytest.approx(rows(tmp_path)[0]["val_loss"], rel=1e-5)
+    other = evaluate(weights=str(tmp_path / "last.ckpt"), data=str(folder), workers=0, temperature=1.0)
+    assert other["loss"] != pytest.approx(result["loss"], rel=1e-5)
+
+
+def test_the_end_of_the_temperature_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = OPTIONS | {"temp_epoch": 10, "temp_init": 31.0, "data": str(folder)}
+    train(**options, out=str(tmp_path / "od"))
+    assert "the temperature will end at 28\n" in capsys.readouterr().out
+    train(**options | {"arch": "mobilenetv2_050"}, out=str(tmp_path / "static"))
+    assert "temperature" not in capsys.readouterr().out
 
 
 def test_unreadable_images_are_named_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -252,6 +346,30 @@ def test_unreadable_images_are_named_and_counted(tmp_path: Path, caplog: pytest.
     assert [without[name] for name in ("top1", "top5", "images")] == [
         result[name] for name in ("top1", "top5", "images")
     ]
+
+
+def test_no_readable_image_for_evaluation(trained: Path, tmp_path: Path) -> None:
+    data, out = make_folder(tmp_path / "data", {"train": 3, "val": 1}), tmp_path / "out"
+    for path in data.glob("val/*/*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of the images for evaluation can be read"):
+        evaluate(weights=str(trained / "last.ckpt"), data=str(data), workers=0, skip_corrupt=True)
+    with pytest.raises(ValueError, match="none of the images for evaluation can be read"):
+        train(**OPTIONS, data=str(data), out=str(out))
+    assert not [*out.glob("*.ckpt")]
+
+
+@pytest.mark.parametrize("readable", [5, 2])
+def test_unreadable_images_do_not_count_in_batch_norm(readable: int) -> None:
+    images, labels = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 4
+    blank = torch.tensor([i >= readable for i in range(5)]).roll(2)
+    images[blank], labels[blank] = 0, IGNORE
+    norm = nn.BatchNorm2d(3)
+    module = Training(nn.Sequential(norm, Tiny()), TrainConfig(arch="tiny", data="", out=""), list("abcd"))
+    trainer = make_trainer(1, "none", max_epochs=1, logger=False, enable_checkpointing=False)
+    trainer.fit(module, DataLoader([(images, labels)], batch_size=None))
+    assert torch.allclose(norm.running_mean, 0.1 * images[~blank].mean((0, 2, 3)), atol=1e-6)
+    assert trainer.callback_metrics["train_corrupt"] == 5 - readable
 
 
 def test_a_batch_without_a_readable_image_changes_nothing() -> None:
@@ -278,11 +396,21 @@ def test_accuracy_is_that_of_the_logits() -> None:
     assert module.val_loss.compute().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision(folder: Path, tmp_path: Path, amp: str) -> None:
-    result = train(**OPTIONS | {"amp": amp}, data=str(folder), out=str(tmp_path))
-    assert np.isfinite(rows(tmp_path)[0]["train_loss"])
-    assert 0 <= result["top1"] <= 100
+@pytest.mark.parametrize(("amp", "dtype"), [("none", torch.float32), ("bf16", torch.bfloat16), ("fp16", HALF)])
+def test_mixed_precision(tmp_path: Path, amp: str, dtype: torch.dtype) -> None:
+    data, used = make_folder(tmp_path / "data", {"train": 4, "val": 1}), set()
+
+    def note(module: nn.Module, _: object, output: object) -> None:
+        if isinstance(module, nn.Linear) and isinstance(output, torch.Tensor):
+            used.add(output.dtype)
+
+    hook = nn.modules.module.register_module_forward_hook(note)
+    try:
+        train(**OPTIONS | {"amp": amp}, data=str(data), out=str(tmp_path / "out"))
+    finally:
+        hook.remove()
+    assert used == {dtype}
+    assert np.isfinite(rows(tmp_path / "out")[0]["train_loss"])
 
 
 def test_evaluation_by_class_names(trained: Path, folder: Path, tmp_path: Path) -> None:
@@ -335,6 +463,44 @@ def test_prediction(trained: Path, folder: Path, tmp_path: Path, capsys: pytest.
     assert sum(surprise) / len(surprise) == pytest.approx(loss, rel=1e-4)
     with pytest.raises(ValueError, match="none of the images"):
         predict(images[:2], weights=str(trained / "last.ckpt"))
+
+
+def test_more_outputs_than_classes(folder: Path, tmp_path: Path) -> None:
+    data = make_folder(tmp_path / "data", {"train": 4, "val": 1})
+    train(**OPTIONS | {"num_classes": 5}, data=str(data), out=str(tmp_path / "out"))
+    found = predict([str(data / "val" / "dot")], weights=str(tmp_path / "out" / "last.ckpt"))
+    assert {*found[str(data / "val" / "dot" / "0.png")]} == {"bar", "dot", "gap", "class 3", "class 4"}
+
+
+@pytest.mark.parametrize("name", ["kernel_num", "reduction", "image_size", "resize_size", "temperature"])
+def test_nothing_is_out_of_range(trained: Path, folder: Path, name: str) -> None:
+    options = {"weights": str(trained / "last.ckpt"), "data": str(folder)}
+    for option in (name, "test_batch", "devices"):
+        with pytest.raises(ValueError, match=f"{option} must be a(t least 1|bove 0).*, got 0"):
+            evaluate(**options | {option: 0})
+    with pytest.raises(ValueError, match=f"{name} must be .*, got 0"):
+        predict([str(folder)], weights=options["weights"], **{name: 0})
+    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
+        predict([str(folder)], weights=options["weights"], top=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "allowed"),
+    [({"seed": 2**32}, "at most 2"), ({"schedule": (3, 1)}, "ascending"), ({"schedule": (0, 1)}, "ascending")],
+)
+def test_options_out_of_range(option: dict, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be .*{allowed}"):
+        TrainConfig(arch="", data="", out="", **option)
+
+
+def test_the_result_of_an_evaluation_is_kept(trained: Path, folder: Path, tmp_path: Path) -> None:
+    options = {"weights": str(trained / "last.ckpt"), "data": str(folder), "workers": 0}
+    result = evaluate(**options, out=str(tmp_path / "new" / "result.json"))
+    assert json.loads((tmp_path / "new" / "result.json").read_text()) == result
+    (tmp_path / "file").touch()
+    for out, message in ((tmp_path, "must be a file"), (tmp_path / "file" / "x.json", "cannot be written")):
+        with pytest.raises(OSError, match=message):
+            evaluate(**options | {"weights": "does-not-matter.ckpt"}, out=str(out))
 
 
 def test_starting_from_weights(trained: Path, folder: Path, tmp_path: Path) -> None:

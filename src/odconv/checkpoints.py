@@ -4,7 +4,6 @@ No code in a file is ever run: everything is read with ``weights_only=True``.
 """
 
 import difflib
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from odconv.files import check_writable, replacing
 
 WRAPPERS = ("module.", "model.")
 """What DataParallel and LightningModules put before every key."""
@@ -137,15 +138,9 @@ def save_safetensors(
     }
     record = _record_temperature(weights) if isinstance(weights, nn.Module) else {}
     content = save(tensors, {"format": "pt", **record, **(metadata or {})})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    check_writable(path.parent)
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def resolve(weights: str | Path) -> Path:

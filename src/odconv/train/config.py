@@ -1,9 +1,9 @@
 """What a training run is told: one typed, documented field an option."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf
-from typing import Literal, TypeAlias, get_args, get_origin
+from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 Amp: TypeAlias = Literal["none", "bf16", "fp16"]
 Stem: TypeAlias = Literal["standard", "small"]
@@ -11,12 +11,29 @@ Stem: TypeAlias = Literal["standard", "small"]
 # what a value must be, and the fields this holds for
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("at least 1", lambda value: 1 <= value < inf, "kernel_num num_classes image_size resize_size epochs batch_size"),
-    ("at least 1", lambda value: 1 <= value < inf, "test_batch step temp_init devices"),
-    ("at least 0", lambda value: 0 <= value < inf, "workers wd temp_epoch seed"),
-    ("above 0", lambda value: 0 < value < inf, "lr"),
+    ("at least 1", lambda value: 1 <= value < inf, "test_batch step temp_init devices top"),
+    ("at least 0", lambda value: 0 <= value < inf, "workers wd temp_epoch"),
+    ("at least 0 and at most 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
+    ("above 0", lambda value: 0 < value < inf, "lr temperature"),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "reduction min_scale gamma"),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, "dropout momentum"),
 )
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Refuse numbers that are out of range; other options are left alone.
+
+    Args:
+        options: values by name; None and "auto" are always allowed.
+
+    Raises:
+        ValueError: names the option, what it must be, and its value.
+    """
+    for allowed, holds, names in RULES:
+        for name in names.split():
+            value = options.get(name)
+            if value not in (None, "auto") and not holds(value):
+                raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +106,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", tuple(self.schedule))
-        for allowed, holds, names in RULES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value not in (None, "auto") and not holds(value):
-                    raise ValueError(f"{name} must be {allowed}, got {value}")
+        check(vars(self))
+        if list(self.schedule) != sorted({epoch for epoch in self.schedule if isinstance(epoch, int) and epoch >= 1}):
+            raise ValueError(f"schedule must be ascending whole numbers of at least 1, got {[*self.schedule]}")
         for field in fields(self):
             choices, value = get_args(field.type), getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in choices:

@@ -1,11 +1,11 @@
 """Measuring the accuracy of a checkpoint."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any, Literal
 
-from odconv.train.config import Amp
+from odconv.files import check_writable, replacing
+from odconv.train.config import Amp, check
 from odconv.train.restore import Restored, restore
 
 
@@ -38,25 +38,27 @@ def evaluate(
         top1 and top5 (in %), loss, images, corrupt, seconds.
 
     Raises:
-        ValueError: an option, or weights, or classes that do not fit, or a corrupt image.
-        OSError: weights or data cannot be read.
+        ValueError: an option, or weights, or classes that do not fit, or a corrupt image, or no image that can be read.
+        OSError: weights or data cannot be read, or `out` cannot be written.
     """
     from odconv.data import open_data
     from odconv.train.loaders import evaluation_loader
     from odconv.train.module import Evaluation
     from odconv.train.trainer import make_trainer
 
-    if test_batch < 1:
-        raise ValueError(f"test_batch must be at least 1, got {test_batch}")
+    check({"test_batch": test_batch, "workers": workers, "devices": devices})
     trainer = make_trainer(devices, amp, logger=False, enable_checkpointing=False)
+    if out and trainer.is_global_zero:
+        check_writable(Path(out).parent)
+        if Path(out).is_dir():
+            raise IsADirectoryError(f"out must be a file, got the folder {out}")
     restored = restore(weights, **network)
     splits = open_data(data, image_size=restored.image_size, resize_size=restored.resize_size, need_train=False)
     outputs = _outputs_of_classes(splits.classes, restored)
     splits.val.labels = [outputs[label] for label in splits.val.labels]
     loader = evaluation_loader(splits.val, test_batch, workers, rank=trainer.global_rank, world_size=trainer.world_size)
-    start = time.perf_counter()
-    trainer.validate(Evaluation(restored.model), loader, verbose=False)
-    seconds = time.perf_counter() - start
+    evaluation = Evaluation(restored.model)
+    trainer.validate(evaluation, loader, verbose=False)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     images = int(metrics["val_images"])
     corrupt = len(splits.val) - images
@@ -69,16 +71,18 @@ def evaluate(
         "loss": metrics["val_loss"],
         "images": images,
         "corrupt": corrupt,
-        "seconds": seconds,
+        "seconds": evaluation.seconds,
     }
     if trainer.is_global_zero:
-        if out:
-            Path(out).write_text(json.dumps(result, indent=2) + "\n")
         print(
             f"{restored.arch}: top-1 {result['top1']:.2f} %   top-5 {result['top5']:.2f} %   "
-            f"loss {result['loss']:.4f}   {images} images in {seconds:.1f} s"
-            + (f", {corrupt} corrupt ones left out" if corrupt else "")
+            f"loss {result['loss']:.4f}   {images} images in {evaluation.seconds:.1f} s"
+            + (f", {corrupt} corrupt ones left out" if corrupt else ""),
+            flush=True,
         )
+        if out:
+            with replacing(Path(out)) as partial:
+                partial.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from odconv.train.files import replacing
+from odconv.files import replacing
 
 Row = dict[str, float]
 """An epoch: `epoch` counts from 1, top1 and top5 are in %, `temperature` is that of the last step."""

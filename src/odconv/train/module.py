@@ -1,5 +1,6 @@
 """A network in evaluation and in training, as Lightning's Trainer wants it."""
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,8 @@ Batch = tuple[Tensor, Tensor]
 class Evaluation(pl.LightningModule):
     """Measures a classifier: logs val_loss, val_top1 and val_top5 (in %), and val_images, how many images counted.
 
+    Afterwards, `seconds` is how long the evaluation took. It is a ValueError if no image could be read.
+
     All are exact over several processes: what pads a batch, or cannot be read, does not count.
 
     Args:
@@ -32,6 +35,11 @@ class Evaluation(pl.LightningModule):
         self.model = model
         self.val_loss, self.val_top1, self.val_top5 = _mean(), _mean(), _mean()
         self.val_images = SumMetric()
+        self.seconds = 0.0
+
+    def on_validation_start(self) -> None:
+        """Start the clock."""
+        self.start = time.perf_counter()
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Measure a batch."""
@@ -44,6 +52,12 @@ class Evaluation(pl.LightningModule):
         self.val_images.update(len(labels))
         metrics = {name: getattr(self, name) for name in ("val_loss", "val_top1", "val_top5", "val_images")}
         self.log_dict(metrics, on_step=False, on_epoch=True, logger=False)  # History logs them
+
+    def on_validation_epoch_end(self) -> None:
+        """See that there is a result, before anything is chosen by it, and read the clock."""
+        if self.val_images.compute() == 0:
+            raise ValueError("none of the images for evaluation can be read")
+        self.seconds = time.perf_counter() - self.start
 
 
 class Training(Evaluation):
@@ -60,6 +74,7 @@ class Training(Evaluation):
     def __init__(self, model: nn.Module, config: TrainConfig, classes: list[str]) -> None:
         super().__init__(model)
         self.config, self.classes, self.temperature = config, classes, 1.0
+        set_temperature(model, self.temperature)  # weights to start from may have brought another
         self.save_hyperparameters(asdict(config))
         self.train_loss, self.train_corrupt = _mean(), SumMetric()
 
@@ -82,13 +97,25 @@ class Training(Evaluation):
             set_temperature(self.model, value)
             self.temperature = value
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Leave unreadable images out of training, so that their blanks do not count in batch norm either."""
+        if not self.trainer.training:
+            return batch
+        images, labels = batch
+        readable = labels != IGNORE
+        self.train_corrupt.update(int((~readable).sum()))
+        if readable.all():
+            return batch
+        # batch norm needs two images, if need be blank ones, which do not count in the loss
+        kept = (~readable).byte().argsort(stable=True)[: max(2, int(readable.sum()))]
+        return images[kept], labels[kept]
+
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Return the mean loss of the images that count; 0 where none does."""
         images, labels = batch
         count = (labels != IGNORE).sum()
         loss = F.cross_entropy(self.model(images), labels, ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
         self.train_loss.update(loss.detach(), count)
-        self.train_corrupt.update(len(labels) - count)
         self.log("loss", loss, prog_bar=True)
         metrics = {"train_loss": self.train_loss, "train_corrupt": self.train_corrupt}
         self.log_dict(metrics, on_step=False, on_epoch=True, logger=False)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from odconv.train.config import check
 from odconv.train.restore import Restored, restore
 
 
@@ -29,8 +30,7 @@ def predict(images: list[str], *, weights: str, top: int = 5, **network: Any) ->
 
     from odconv.data import evaluation_transform
 
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
+    check({"top": top})
     restored = restore(weights, **network)
     names, transform = _names(restored), evaluation_transform(restored.image_size, restored.resize_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,4 +71,5 @@ def _names(restored: Restored) -> list[str]:
 
     if restored.num_classes == 1000 and (not restored.classes or restored.classes[0] == "n01440764"):
         return imagenet_names()  # of ImageNet's folders, which are called by WordNet ids
-    return restored.classes or [f"class {i}" for i in range(restored.num_classes)]
+    known = restored.classes or []
+    return known + [f"class {i}" for i in range(len(known), restored.num_classes)]

@@ -1,5 +1,6 @@
 """A trained network: from a checkpoint of ours alone, from others' with a description of the network."""
 
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import nn
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve
 from odconv.layers import set_temperature
 from odconv.models import create_model
-from odconv.train.config import Stem
+from odconv.train.config import Stem, check
 
 
 class Restored(NamedTuple):
@@ -41,6 +42,7 @@ def restore(
     stem: Stem | None = None,
     image_size: int | None = None,
     resize_size: int | None = None,
+    temperature: float | None = None,
 ) -> Restored:
     """Build the network of a checkpoint and load it.
 
@@ -52,40 +54,45 @@ def restore(
         stem: Its first layers; default: what the checkpoint says, else standard.
         image_size: Side of the images, in pixels; default: what the checkpoint says, else 224.
         resize_size: Shorter side before the centre is cropped, in pixels; default: what the checkpoint says, else 256.
+        temperature: Temperature of the attentions; default: what the checkpoint says, else 1.
 
     Returns:
         The network and how to use it.
 
     Raises:
-        ValueError: `arch` is needed, or the weights do not fit the network.
+        ValueError: `arch` is needed, or a number is out of range, or the weights do not fit the network.
         OSError: the file cannot be read.
     """
+    numbers = {"kernel_num": kernel_num, "reduction": reduction, "image_size": image_size, "resize_size": resize_size}
+    check({**numbers, "temperature": temperature})
     path = resolve(weights)
     state = read_state_dict(path)
     options, notes = _saved_by_training(path)
-    arch = arch or options.get("arch")
-    if arch is None:
+    given = {"arch": arch, "stem": stem, **numbers}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if "arch" not in options:
         raise ValueError(f"arch must be given, since {path} holds weights alone")
     classifier = [tensor for tensor in state.values() if tensor.ndim == 2]
     if not classifier:
         raise ValueError(f"{path} holds no classifier")
     num_classes = classifier[-1].shape[0]
     model = create_model(
-        arch,
-        kernel_num=kernel_num or options.get("kernel_num"),
-        reduction=reduction or options.get("reduction"),
+        options["arch"],
+        kernel_num=options.get("kernel_num"),
+        reduction=options.get("reduction"),
         num_classes=num_classes,
-        stem=stem or options.get("stem", "standard"),
+        stem=options.get("stem", "standard"),
     )
-    load_checkpoint(model, path)
-    set_temperature(model, notes.get("temperature", 1.0))
+    load_checkpoint(model, path)  # with the temperature that the file records
+    if temperature is not None:
+        set_temperature(model, temperature)
     return Restored(
         model.eval(),
-        arch,
+        options["arch"],
         notes.get("classes"),
         num_classes,
-        image_size or options.get("image_size", 224),
-        resize_size or options.get("resize_size", 256),
+        options.get("image_size", 224),
+        options.get("resize_size", 256),
     )
 
 
@@ -93,5 +100,5 @@ def _saved_by_training(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the run and what else `odconv train` noted beside the weights."""
     if path.suffix == ".safetensors":
         return {}, {}
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     return (checkpoint["hyper_parameters"], checkpoint["odconv"]) if "odconv" in checkpoint else ({}, {})

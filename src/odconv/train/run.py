@@ -1,8 +1,11 @@
 """A training run: everything is checked and put together first, then Lightning's Trainer works."""
 
+import inspect
 import json
+import shutil
 import signal
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
@@ -10,22 +13,30 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from filelock import FileLock, Timeout
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from odconv.checkpoints import read_state_dict
 from odconv.data import open_data
-from odconv.models import create_model
+from odconv.files import check_writable, replacing
+from odconv.models import METHODS, create_model, split_name
 from odconv.train.config import TrainConfig
-from odconv.train.files import CheckpointFiles, replacing
+from odconv.train.files import CheckpointFiles
 from odconv.train.history import History, Row
 from odconv.train.loaders import evaluation_loader, training_loader
 from odconv.train.module import Training
+from odconv.train.schedule import temperature
 from odconv.train.trainer import make_trainer
 
-NETWORK_OPTIONS = ("arch", "kernel_num", "reduction", "num_classes", "stem")
+FIXED = ("arch", "kernel_num", "reduction", "num_classes", "stem", "seed", "batch_size", "temp_epoch", "temp_init")
+"""Options that a resumed run must share with its checkpoint: the network, the order of the images, the temperature."""
+
+LOCK = ".lock"
+LOCK_WAIT = 10
+"""Seconds; processes that read images for a run that was killed hold its lock for some 5 s longer."""
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -42,8 +53,12 @@ def run(config: TrainConfig) -> dict[str, Any]:
         raise ValueError(
             f"batch_size must be a multiple of the number of processes = {trainer.world_size}, got {config.batch_size}"
         )
-    if trainer.is_global_zero:
-        _claim(out, config.resume)
+    with _claim(out, config.resume) if trainer.is_global_zero else nullcontext():
+        return _train(config, trainer, history)
+
+
+def _train(config: TrainConfig, trainer: pl.Trainer, history: History) -> dict[str, Any]:
+    out = Path(config.out)
     splits = open_data(
         config.data,
         image_size=config.image_size,
@@ -53,8 +68,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     )
     train_images, val_images = splits.train, splits.val
     assert train_images is not None  # since they were asked for
-    config = _with_classes(config, len(splits.classes))
-    resume, epoch = _checkpoint_to_resume(config)
+    config = _resolve(config, len(splits.classes))
+    resume, epoch, saved = _checkpoint_to_resume(config, splits.classes)
+    finished = epoch == config.epochs and (out / "result.json").exists()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = create_model(
         config.arch,
@@ -66,8 +82,22 @@ def run(config: TrainConfig) -> dict[str, Any]:
         stem=config.stem,
     )
     if trainer.is_global_zero:
-        _write(out / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+        if not finished:
+            _write(out / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+        if resume and not (out / "best.ckpt").exists() and (best := resume.with_name("best.ckpt")).exists():
+            with replacing(out / best.name) as partial:
+                shutil.copyfile(best, partial)
         print(_introduction(config, model, len(train_images), len(val_images)), flush=True)
+        changes = {
+            name: value
+            for name, value in asdict(config).items()
+            if name != "resume" and value != saved.get(name, value)
+        }
+        if changes:
+            print(
+                "changed: " + ", ".join(f"{name} {saved[name]} -> {value}" for name, value in changes.items()),
+                flush=True,
+            )
     place = {"rank": trainer.global_rank, "world_size": trainer.world_size}
     train_loader = training_loader(train_images, config.batch_size, config.workers, seed=config.seed, **place)
     train_loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # Lightning begins to read before it says so
@@ -82,7 +112,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
         raise
     result = _result(config, model, history.rows)
     if trainer.is_global_zero:
-        _write(out / "result.json", json.dumps(result, indent=2) + "\n")
+        if not finished:
+            _write(out / "result.json", json.dumps(result, indent=2) + "\n")
         print(
             f"top-1 {result['top1']:.2f} %, best {result['best_top1']:.2f} % after epoch {result['best_epoch']}: "
             f"{out / 'best.ckpt'}",
@@ -91,55 +122,108 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _claim(out: Path, resume: str | None) -> None:
-    """Make the folder of the run, and see that it can be written and holds nothing that would be lost."""
+@contextmanager
+def _claim(out: Path, resume: str | None) -> Iterator[None]:
+    """Make the folder of the run and keep others out of it; see that it holds nothing that would be lost."""
+    check_writable(out)
+    inside = resume == "auto" or (resume is not None and out.resolve() in Path(resume).resolve().parents)
+    _check_empty(out, inside)
+    lock = FileLock(out / LOCK, timeout=LOCK_WAIT)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise OSError(f"the output folder {out} cannot be written: {error.strerror}") from error
-    if resume is None and any(out.iterdir()):
+        lock.acquire()
+    except Timeout as error:
+        raise OSError(f"another run is writing to {out}") from error
+    try:
+        _check_empty(out, inside)  # another run may have been quicker
+        for partial in out.glob(".*.partial"):  # of a run that was killed
+            partial.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def _check_empty(out: Path, unless: bool) -> None:
+    if not unless and {path.name for path in out.iterdir()} - {LOCK}:
         raise FileExistsError(f"the output folder {out} is not empty; resume=auto goes on with a run that is in it")
 
 
-def _checkpoints(out: Path) -> list[Callback]:
+class _Checkpoint(ModelCheckpoint):
+    """Goes on with the best score so far in whatever folder the run now is; Lightning does in the same one alone."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = Path(self.dirpath or "")
+        if (folder / "best.ckpt").exists():
+            here = {name: str(folder / Path(name).name) for name in state_dict["best_k_models"]}
+            paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+            state_dict = {
+                **state_dict,
+                **{name: state_dict[name] and str(folder / Path(state_dict[name]).name) for name in paths},
+                "best_k_models": {here[name]: score for name, score in state_dict["best_k_models"].items()},
+                "dirpath": self.dirpath,
+            }
+        super().load_state_dict(state_dict)
+
+
+def _checkpoints(out: Path) -> list[ModelCheckpoint]:
     # the best comes first: if the run is killed between the two, resuming repeats the epoch and with it the best
     options: dict[str, Any] = {"dirpath": out, "enable_version_counter": False, "save_on_train_epoch_end": True}
     return [
-        ModelCheckpoint(filename="best", monitor="val_top1", mode="max", **options),
-        ModelCheckpoint(filename="last", **options),
+        _Checkpoint(filename="best", monitor="val_top1", mode="max", **options),
+        _Checkpoint(filename="last", **options),
     ]
 
 
-def _with_classes(config: TrainConfig, classes: int) -> TrainConfig:
+def _resolve(config: TrainConfig, classes: int) -> TrainConfig:
+    """Return the options with what was left to the network and the data filled in."""
     if config.num_classes is not None and config.num_classes < classes:
         raise ValueError(f"num_classes must be at least {classes}, the classes in the data, got {config.num_classes}")
-    return replace(config, num_classes=config.num_classes or classes)
+    config = replace(config, num_classes=config.num_classes or classes)
+    method_name, _ = split_name(config.arch)
+    if method_name is None:
+        return config
+    method = METHODS[method_name]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(method.layer).parameters.items()}
+    given = {"kernel_num": config.kernel_num, "reduction": config.reduction}
+    return replace(
+        config,
+        **{
+            name: (defaults | method.options).get(name) if value is None else value  # type: ignore[arg-type]
+            for name, value in given.items()
+        },
+    )
 
 
-def _checkpoint_to_resume(config: TrainConfig) -> tuple[Path | None, int]:
-    """Return the checkpoint to go on from and the epoch that is next, counted from 0."""
+def _checkpoint_to_resume(config: TrainConfig, classes: list[str]) -> tuple[Path | None, int, dict[str, Any]]:
+    """Return the checkpoint to go on from, the epoch that is next, counted from 0, and the options it was made with."""
     path = Path(config.out, "last.ckpt") if config.resume == "auto" else Path(config.resume or "")
     if config.resume is None or (config.resume == "auto" and not path.exists()):
-        return None, 0
+        return None, 0, {}
     read_state_dict(path)  # says what is wrong with a file
     checkpoint = CheckpointFiles().load_checkpoint(path)
     if "odconv" not in checkpoint:
         raise ValueError(f"cannot resume {path}: it holds no state of a training run; weights={path} starts from it")
-    for name in NETWORK_OPTIONS:
-        before, now = checkpoint["hyper_parameters"][name], getattr(config, name)
+    saved, known = checkpoint["hyper_parameters"], checkpoint["odconv"]["classes"]
+    for name in FIXED:
+        before, now = saved[name], getattr(config, name)
         if before != now:
             raise ValueError(f"cannot resume {path}: its {name} is {before}, that of this run {now}")
+    if known != classes:
+        there, here = ([name for name in a if name not in b] for a, b in ((known, classes), (classes, known)))
+        raise ValueError(
+            f"cannot resume {path}: its classes are others than those of the data: only the checkpoint has "
+            f"{', '.join(there[:8]) or 'none'}, only the data has {', '.join(here[:8]) or 'none'}"
+        )
     if checkpoint["epoch"] + 1 > config.epochs:
         raise ValueError(f"epochs must be at least {checkpoint['epoch'] + 1} to resume {path}, got {config.epochs}")
-    return path, checkpoint["epoch"] + 1
+    return path, checkpoint["epoch"] + 1, saved
 
 
 def _introduction(config: TrainConfig, model: nn.Module, train_images: int, val_images: int) -> str:
+    last = temperature(config, config.epochs, 1)
     return (
         f"{config.arch}: {_parameters(model) / 1e6:.2f}M parameters, {config.num_classes} classes, "
         f"{train_images} images to train on and {val_images} to evaluate on, results in {config.out}"
+        + (f"; the temperature will end at {last:.4g}" if last > 1 and split_name(config.arch)[0] else "")
     )
 
 
