@@ -28,11 +28,12 @@ def main() -> None:
         run = args.runs / f"{recipe}_seed{args.seed}"
         train = ["train", "--config", recipe, "--data", args.data, "--out", str(run), "--seed", str(args.seed)]
         train += ["--devices", "1"]
-        if not (run / "result.json").exists() and command([*train, "--resume", "auto"]):
-            raise SystemExit(1)
-        results.append(
-            {"recipe": recipe, "seed": args.seed, **json.loads((run / "result.json").read_text()), **origin()}
-        )
+        if not (run / "origin.json").exists():
+            if command([*train, "--resume", "auto"]):
+                raise SystemExit(1)
+            (run / "origin.json").write_text(json.dumps(origin()))
+        result, where = (json.loads((run / name).read_text()) for name in ("result.json", "origin.json"))
+        results.append({"recipe": recipe, "seed": args.seed, **result, **where})
         with (run / "metrics.csv").open(newline="") as file:
             curves += [{"recipe": recipe, "seed": args.seed, **row} for row in csv.DictReader(file)]
     write_rows(RESULTS / "imagenette.csv", results)
