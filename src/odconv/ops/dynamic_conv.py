@@ -100,18 +100,17 @@ def dynamic_conv(
 
 def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     """The name of the cheapest form for these shapes; rows of benchmarks/results/layers_*.csv set the limits."""
-    n, filters = weight.shape[0], weight.shape[1] // geometry.groups
+    batch, n, filters = x.shape[0], weight.shape[0], weight.shape[1] // geometry.groups
     dense = "shared" if n == 1 else "product"
-    if is_exporting():  # one graph for every batch: the batch may be neither 1 nor a number of groups
-        return dense
-    if x.shape[0] == 1:
-        return "single"
-    if x.shape[0] == 0:
+    if is_exporting() or batch == 0:  # exported, one graph serves every batch, which may be no number of groups then
         return dense
     # Mixed kernels cost |W| a sample and columns C * k * L: a map is unfolded where it has fewer positions than a group
-    # has filters. A depth-wise kernel has one filter a group, so it is always grouped.
+    # has filters. A depth-wise kernel has one filter a group, so it never is.
     positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
-    if positions >= filters:
+    small = positions < filters
+    if batch == 1:
+        return "shared" if n == 1 and small else "single"
+    if not small:
         return "grouped"
     return "shared" if n * positions <= 64 else dense  # so few products cost less than mixing a kernel for each sample
 

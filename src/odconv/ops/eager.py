@@ -21,9 +21,13 @@ MIXED_BLOCK = 128 * 1024  # numbers a sample; larger blocks leave the cache
 
 
 def single(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-    """B = 1: mix once, then one ordinary convolution."""
-    mixed = mixed_kernels(weight, attentions, geometry.groups)
-    return CONVOLUTIONS[weight.dim() - 3](x, mixed[0], None, *geometry)
+    """B = 1: mix once, then one ordinary convolution; one sample's maps are cheaper to scale than its kernel."""
+    kernel, spatial, channel, filter = attentions
+    mixed = mix(weight, kernel)[0]
+    mixed = mixed if spatial is None else mixed * spatial
+    x = x if channel is None else x * over_map(channel, x)
+    y = CONVOLUTIONS[weight.dim() - 3](x, mixed, None, *geometry)
+    return y if filter is None else y * over_map(filter, y)
 
 
 def shared(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
