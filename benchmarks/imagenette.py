@@ -33,7 +33,8 @@ def main() -> None:
                 raise SystemExit(1)
             (run / "origin.json").write_text(json.dumps(origin()))
         result, where = (json.loads((run / name).read_text()) for name in ("result.json", "origin.json"))
-        results.append({"recipe": recipe, "seed": args.seed, **result, **where})
+        shown = f"odconv train --config {recipe} --data {args.data} --out runs/{run.name} --seed {args.seed}"
+        results.append({"recipe": recipe, "seed": args.seed, **result, **where, "command": shown})
         with (run / "metrics.csv").open(newline="") as file:
             curves += [{"recipe": recipe, "seed": args.seed, **row} for row in csv.DictReader(file)]
     write_rows(RESULTS / "imagenette.csv", results)
