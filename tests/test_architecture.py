@@ -7,11 +7,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "odconv"
 BELOW = {  # the rooms that a room may import from
-    "ops": set(),
-    "functional": {"ops"},
     "files": set(),
+    "ops": {"files"},
+    "functional": {"ops"},
     "checkpoints": {"files"},
-    "data": set(),
+    "data": {"files"},
     "layers": {"ops"},
     "convert": {"layers", "ops"},
     "models": {"convert", "layers", "ops", "checkpoints", "files"},

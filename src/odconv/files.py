@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Where files go, and writing them whole or not at all."""
 
 import os
 import tempfile
@@ -38,3 +38,8 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"the output folder {folder} cannot be written: {error.strerror}") from error
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Return `cache`, or else $ODCONV_CACHE, or else ~/.cache/odconv."""
+    return Path(cache or os.environ.get("ODCONV_CACHE") or "~/.cache/odconv").expanduser()

@@ -9,17 +9,14 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
+from odconv.files import cache_folder
+
 SUFFIXES = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".tar.bz2", ".zip")
 
 
 def find_archive(folder: Path, name: str) -> Path | None:
     """Return the archive called `name` plus one of SUFFIXES, or None."""
     return next((path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
-
-
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """Return `cache`, or else $ODCONV_CACHE, or else ~/.cache/odconv."""
-    return Path(cache or os.environ.get("ODCONV_CACHE") or "~/.cache/odconv").expanduser()
 
 
 def unpack(archive: Path, cache: str | Path | None = None) -> Path:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odconv.ops.contract import Attentions
+from odconv.ops import cpu
+from odconv.ops.contract import Attentions, is_exporting
 
 NORMS = ("batch", "group", "layer", "none")
 Pointwise = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -101,6 +102,9 @@ class Attention(nn.Module):
         """The attentions of each sample in x, (B, C, *map), in float32 or float64."""
         if not self.heads:
             return Attentions()
+        fused = fused_attention(self, x)
+        if fused is not None:
+            return fused
         device = x.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             dtype = torch.promote_types(x.dtype, torch.float32)
@@ -146,6 +150,29 @@ def place_temperature(attention: Attention, incompatible_keys: Any) -> None:
     """After loading: ``load_state_dict(assign=True)`` may have brought a meta module to a device."""
     if attention.heads:
         attention._place_temperature(next(attention.parameters()).device)
+
+
+def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
+    """The attentions without gradients on the CPU, in one step where the compiled kernel has one; else None."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting() or not cpu.takes(x):
+        return None
+    norm, layers = attention.bn, [getattr(attention, f"{name}_fc") for name in attention.heads]
+    plain = norm is None or (isinstance(norm, BatchNorm) and not norm.training and norm.running_mean is not None)
+    if not plain or layers[0].weight.dtype != x.dtype:
+        return None
+    statistics = [] if norm is None else [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    gates = torch.ops.odconv.attend(
+        x.mean(tuple(range(2, x.dim()))),
+        None if attention.fc is None else attention.fc.weight,
+        statistics,
+        0.0 if norm is None else norm.eps,
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        [0.0 if name == "kernel" and attention.kernel_gate == "softmax" else 1.0 for name in attention.heads],
+        attention.temperature,
+    )
+    shapes = attention.heads.values()
+    return Attentions(**{n: g.view(-1, *s) for n, g, s in zip(attention.heads, gates, shapes, strict=True)})
 
 
 def pointwise(layer: Pointwise, z: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The dynamic layers: one N-d core and, for each method, how its attention is built."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odconv.layers.attention import Attention
-from odconv.ops import dynamic_conv
-from odconv.ops.contract import per_axis, positive
+from odconv.ops.contract import Geometry, check_map, per_axis, positive
+from odconv.ops.dynamic_conv import compute, pad_by_name
 
 Size = int | Sequence[int]
 ATTENTIONS = ("channel", "filter", "spatial", "kernel")
@@ -91,21 +91,26 @@ class DynamicConv(nn.Module):
             axes = ", ".join("DHW"[3 - self.dims :])
             raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
         attentions = self.attention(x)
+        padding = self.padding
         if self.padding_mode != "zeros":
-            x = F.pad(x, self._margins(), mode=self.padding_mode)
-        y = dynamic_conv(
-            x,
-            self.weight,
-            **attentions._asdict(),
-            bias=self.bias if self.kernel_bias is None else self.kernel_bias,
-            stride=self.stride,
-            padding=self.padding if self.padding_mode == "zeros" else 0,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+            x, padding = F.pad(x, self._margins(), mode=self.padding_mode), (0,) * self.dims
+        elif isinstance(padding, str):
+            x, padding = pad_by_name(x, padding, self.kernel_size, self.stride, self.dilation)
+        geometry = Geometry(self.stride, padding, self.dilation, self.groups)
+        check_map(x, self.kernel_size, geometry)
+        y = compute(x, self.weight, attentions, self.bias if self.kernel_bias is None else self.kernel_bias, geometry)
         if self.bias is not None and self.kernel_bias is not None:
             y = y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
         return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DynamicConv":
+        # `Module.to(memory_format=...)` takes a weight of five axes for that of a 3-d convolution: fn meets the kernels
+        # below each other, and the result is made contiguous, as the operator wants it.
+        shape = self.weight.shape
+        super()._apply(
+            lambda t: fn(t.flatten(0, 1)).contiguous().unflatten(0, shape[:2]) if t.shape == shape else fn(t), recurse
+        )
+        return self
 
     def _margins(self) -> list[int]:
         """The padding as F.pad wants it: last axis first, both sides."""

@@ -93,6 +93,11 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jacrev, ...) is at work, which only plain PyTorch follows."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def check_map(x: Tensor, taps: tuple[int, ...], geometry: Geometry) -> None:
     """Raise a ValueError where the padded map of x is smaller than the kernel."""
     for extent, k, _, p, d in zip(x.shape[2:], taps, *geometry[:3], strict=True):

@@ -7,17 +7,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.ops import eager
-from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, is_exporting, per_axis
+from odconv.ops import cpu, eager
+from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, is_exporting, is_transformed, per_axis
+from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
+from odconv.ops.triton import triton_conv
 
 BACKENDS = {
     "reference": reference,
+    "cpu": cpu.convolve,
+    "triton": triton_conv,
     "single": eager.single,
     "shared": eager.shared,
     "product": eager.product,
     "grouped": eager.grouped,
 }
+EAGER = ("single", "shared", "product", "grouped")  # what autograd would differentiate by keeping every mixed kernel
 
 
 def dynamic_conv(
@@ -53,8 +58,9 @@ def dynamic_conv(
         padding: zeros added on both sides, an int, one an axis, "valid" (none) or "same" (output as large as x).
         dilation: distance between taps, an int or one an axis.
         groups: blocks of channels and filters that are convolved apart; divides C and O.
-        backend: "auto" chooses the form by shape. A named form is strict: "reference" (the definition, a loop),
-            "single" (B = 1 only), "shared", "product" or "grouped" (B > 0), described in :mod:`odconv.ops.eager`.
+        backend: "auto" chooses the form by shape and device. A named form is strict: "reference" (the definition, a
+            loop), "single" (B = 1 only), "shared", "product" or "grouped" (B > 0), described in
+            :mod:`odconv.ops.eager`; "cpu" (float32 and float64, compiled C++); "triton" (CUDA, 1-d and 2-d).
 
     Returns:
         (B, O, *map), in x's dtype, or in the autocast dtype under autocast.
@@ -75,10 +81,17 @@ def dynamic_conv(
         margin = per_axis("padding", padding, dims, least=0)
     geometry = Geometry(steps, margin, spread, groups)
     check_map(x, taps, geometry)
+    return compute(x, weight, attentions, bias, geometry, backend)
 
+
+def compute(
+    x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry, backend: str = "auto"
+) -> Tensor:
+    """What :func:`dynamic_conv` computes, for arguments that are known to fit: what a layer, which checked its own, calls."""
     dtype = compute_dtype(x, weight)
-    x, weight = x.to(dtype), weight.to(dtype)
-    attentions = Attentions(*(None if a is None else a.to(dtype) for a in attentions))
+    if x.dtype != dtype or weight.dtype != dtype:
+        x, weight = x.to(dtype), weight.to(dtype)
+    attentions = Attentions(*(a if a is None or a.dtype == dtype else a.to(dtype) for a in attentions))
 
     if backend == "auto":
         backend = choose(x, weight, geometry)
@@ -88,14 +101,23 @@ def dynamic_conv(
         raise ValueError(f"backend 'single' needs a batch of one, got x of shape {tuple(x.shape)}")
     elif backend == "grouped" and x.shape[0] == 0:
         raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
-    y = BACKENDS[backend](x, weight, attentions, geometry)
+    form = BACKENDS[backend]
+    if backend in EAGER and is_differentiated(x, weight, *attentions):
+        y = recomputed(form, x, weight, attentions, geometry)
+    else:
+        y = form(x, weight, attentions, geometry)
 
+    return add_bias(y, bias, attentions.kernel)
+
+
+def add_bias(y: Tensor, bias: Tensor | None, kernel: Tensor | None) -> Tensor:
+    """y plus a bias, (O), or (n, O) mixed by `kernel`, in y's dtype."""
     if bias is None:
         return y
-    bias = bias.to(dtype)
-    if bias.dim() == 2 and attentions.kernel is not None:
-        return y + eager.over_map(attentions.kernel @ bias, y)
-    return y + eager.over_map(bias, y[0])
+    bias = bias.to(y.dtype)
+    if bias.dim() == 2 and kernel is not None:
+        return y + eager.over_map(kernel @ bias, y)
+    return y + bias.view(-1, *(1,) * (y.dim() - 2))
 
 
 def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
@@ -104,6 +126,8 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     dense = "shared" if n == 1 else "product"
     if is_exporting() or batch == 0:  # exported, one graph serves every batch, which may be no number of groups then
         return dense
+    if cpu.fits(x, weight, geometry.groups):
+        return "cpu"
     # Mixed kernels cost |W| a sample and columns C * k * L: a map is unfolded where it has fewer positions than a group
     # has filters. A depth-wise kernel has one filter a group, so it never is.
     positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
@@ -113,6 +137,12 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     if not small:
         return "grouped"
     return "shared" if n * positions <= 64 else dense  # so few products cost less than mixing a kernel for each sample
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want the gradients of these; compiled and exported graphs decide themselves what to keep."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted and not (torch.compiler.is_compiling() or is_exporting() or is_transformed())
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -1,0 +1,175 @@
+"""The compiled form for the CPU: cpu.cpp mixes a tile of kernels and multiplies it while it is in the cache.
+
+It is compiled at its first use, in about ten seconds, kept in the cache folder (``$ODCONV_CACHE``, else
+``~/.cache/odconv``), and loaded from there ever after. Where there is no compiler, or the processor is another than x86
+with AVX2, the forms in plain PyTorch give the same results, only slower. ``ODCONV_CPU_KERNEL=0`` asks for them.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from odconv.files import cache_folder
+from odconv.ops.contract import Attentions, Geometry, is_transformed
+from odconv.ops.recompute import differentiable_gradients
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+VECTORS = {  # by what torch says of the processor
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
+}
+DTYPES = (torch.float32, torch.float64)
+
+
+def available() -> bool:
+    """Whether the compiled form can be used here; compiles it where it has not been yet."""
+    return _load()
+
+
+# What torch.compiler.assume_constant_result would set, were it not for the second that importing the compiler takes.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _load() -> bool:
+    if os.environ.get("ODCONV_CPU_KERNEL") == "0" or torch.backends.cpu.get_cpu_capability() not in VECTORS:
+        return False
+    try:
+        torch.ops.load_library(build())
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"odconv's CPU kernel could not be compiled, its slower forms in plain PyTorch are used instead: {error}. "
+            "Set ODCONV_CPU_KERNEL=0 to use them without this warning.",
+            stacklevel=2,
+        )
+        return False
+    torch.library.register_fake("odconv::conv", _fake)
+    torch.library.register_fake("odconv::conv_backward", _fake_backward)
+    torch.library.register_autograd("odconv::conv", _backward, setup_context=_save)
+    return True
+
+
+def build() -> Path:
+    """Compile the kernel for this processor and this torch, unless that was done before.
+
+    Returns:
+        The compiled library.
+
+    Raises:
+        OSError: there is no compiler, or the cache folder cannot be written.
+        RuntimeError: the compiler failed; the message holds what it said.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    root = Path(torch.__file__).parent
+    include = root / "include"
+    flags = [
+        *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *VECTORS[torch.backends.cpu.get_cpu_capability()],
+    ]
+    made_of = [SOURCE.read_text(), torch.__version__, sys.platform, compiler, *flags]
+    library = cache_folder() / f"cpu-{hashlib.sha256(' '.join(made_of).encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    if shutil.which(compiler) is None:
+        raise FileNotFoundError(f"no C++ compiler {compiler!r} (environment variable CXX names another)")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        includes = [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
+        command = [
+            compiler,
+            *flags,
+            *includes,
+            str(SOURCE),
+            "-o",
+            str(made),
+            f"-L{root / 'lib'}",
+            "-lc10",
+            "-ltorch_cpu",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[:2000]}")
+        made.replace(library)  # whole or not at all, however many processes compile it
+    return library
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the compiled form can compute with this tensor."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and not is_transformed() and available()
+
+
+def fits(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether the compiled form can compute this, and does it faster than the others."""
+    # A vector runs over the filters of a group: narrow groups, depth-wise ones above all, would leave it empty.
+    return (groups == 1 or min(weight.shape[1] // groups, weight.shape[2]) >= 16) and takes(x)
+
+
+def convolve(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+    """Mixed and multiplied tile by tile, in C++."""
+    if not takes(x):
+        raise ValueError(
+            "backend 'cpu' needs x on the CPU in float32 or float64, at least one sample, and a C++ compiler, "
+            f"got x of shape {tuple(x.shape)} on {x.device} in {x.dtype}"
+        )
+    y: Tensor = torch.ops.odconv.conv(
+        x, weight.contiguous(), *(None if a is None else a.contiguous() for a in attentions), *geometry
+    )
+    return y
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, stride, padding, dilation, groups = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
+    if torch.is_grad_enabled():
+        found = differentiable_gradients(grad, tensors, ctx.geometry, needs)
+    else:
+        found = torch.ops.odconv.conv_backward(grad, *tensors, *ctx.geometry, needs[0], any(needs[1:]))
+    return *(tensor if need else None for tensor, need in zip(found, needs, strict=True)), *(None,) * 4
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    kernel: Tensor | None,
+    spatial: Tensor | None,
+    channel: Tensor | None,
+    filter: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    spans = zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
+    size = [(extent + 2 * p - d * (k - 1) - 1) // s + 1 for extent, k, s, p, d in spans]
+    shape = (x.shape[0], weight.shape[1], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
+
+
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, to_x, to_weights = rest
+    batch = x.shape[0]
+    shapes = ((batch, weight.shape[0]), (batch, *weight.shape[3:]), x.shape[:2], (batch, weight.shape[1]))
+    weights = [torch.empty_like(weight), *(x.new_empty(shape) for shape in shapes)]
+    return (
+        torch.empty_like(x) if to_x else x.new_empty(0),
+        *(weight if to_weights else x.new_empty(0) for weight in weights),
+    )
