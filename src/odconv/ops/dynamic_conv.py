@@ -90,12 +90,17 @@ def dynamic_conv(
         raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
     y = BACKENDS[backend](x, weight, attentions, geometry)
 
+    return add_bias(y, bias, attentions.kernel)
+
+
+def add_bias(y: Tensor, bias: Tensor | None, kernel: Tensor | None) -> Tensor:
+    """y plus a bias, (O), or (n, O) mixed by `kernel`, in y's dtype."""
     if bias is None:
         return y
-    bias = bias.to(dtype)
-    if bias.dim() == 2 and attentions.kernel is not None:
-        return y + eager.over_map(attentions.kernel @ bias, y)
-    return y + eager.over_map(bias, y[0])
+    bias = bias.to(y.dtype)
+    if bias.dim() == 2 and kernel is not None:
+        return y + eager.over_map(kernel @ bias, y)
+    return y + bias.view(-1, *(1,) * (y.dim() - 2))
 
 
 def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
