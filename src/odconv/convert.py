@@ -99,7 +99,7 @@ def convert(
     """
     decisions = decide(model, to, include, exclude, layer_options)
     made: dict[nn.Module, DynamicConv] = {
-        decision.module: dynamic_like(decision.module, decision.layer, warm_start, layer_options)
+        decision.module: replacement(decision.module, decision.layer, warm_start, layer_options)
         for decision in decisions
         if decision.layer is not None
     }
@@ -254,20 +254,27 @@ def obstacle(conv: Convolution, tied: set[nn.Parameter]) -> str:
     return ""
 
 
-def dynamic_like(conv: Convolution, layer: type[DynamicConv], warm_start: bool, options: dict[str, Any]) -> DynamicConv:
-    """A dynamic layer with the geometry, bias, device, dtype, mode and frozen state of a convolution.
-
-    Args:
-        conv: the convolution to imitate.
-        layer: class of the dynamic layer, for as many dimensions.
-        warm_start: whether it also computes what the convolution does.
-        options: further arguments of the layer.
-    """
-    if layer.transposed:
-        options = {"output_padding": conv.output_padding} | options
+def replacement(conv: Convolution, layer: type[DynamicConv], warm_start: bool, options: dict[str, Any]) -> DynamicConv:
+    """The layer that takes a convolution's place, trained as far, and frozen where it is."""
     if warm_start and "gain" in options_of(layer):
         options = {"gain": 2.0} | options
-    new = layer(
+    new = dynamic_like(conv, layer, options, conv.weight.device)
+    if warm_start:
+        start_from(new, conv)
+    new.weight.requires_grad_(conv.weight.requires_grad)
+    for bias in (new.bias, new.kernel_bias):
+        if bias is not None and conv.bias is not None:
+            bias.requires_grad_(conv.bias.requires_grad)
+    return new
+
+
+def dynamic_like(
+    conv: Convolution, layer: type[DynamicConv], options: dict[str, Any], device: torch.device | str
+) -> DynamicConv:
+    """A freshly drawn dynamic layer with the geometry, bias, dtype and mode of a convolution."""
+    if layer.transposed:
+        options = {"output_padding": conv.output_padding} | options
+    return layer(
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
@@ -277,17 +284,10 @@ def dynamic_like(conv: Convolution, layer: type[DynamicConv], warm_start: bool, 
         groups=conv.groups,
         bias=conv.bias is not None,
         padding_mode=conv.padding_mode,
-        device=conv.weight.device,
+        device=device,
         dtype=conv.weight.dtype,
         **options,
     ).train(conv.training)
-    if warm_start:
-        start_from(new, conv)
-    new.weight.requires_grad_(conv.weight.requires_grad)
-    for bias in (new.bias, new.kernel_bias):
-        if bias is not None and conv.bias is not None:
-            bias.requires_grad_(conv.bias.requires_grad)
-    return new
 
 
 @torch.no_grad()

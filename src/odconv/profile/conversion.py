@@ -1,15 +1,14 @@
 """What a conversion does to a network, before it is done."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from odconv.convert import Chosen, convert, decide
+from odconv.convert import Chosen, decide, dynamic_like
 from odconv.layers import DynamicConv
-from odconv.profile.count import profile
+from odconv.profile.count import count_madds, profile, record_calls, zeros_for
 from odconv.profile.table import Table, short
 
 
@@ -97,22 +96,35 @@ def conversion_report(
     Raises:
         ValueError, TypeError: as :func:`odconv.convert` and :func:`odconv.profile`.
     """
-    before = after = model
     decisions = decide(model, to, include, exclude, layer_options)
-    if any(decision.layer for decision in decisions):
-        after = convert(copy.deepcopy(model), to, include=include, exclude=exclude, warm_start=False, **layer_options)
+    new = [
+        None if decision.layer is None else dynamic_like(decision.module, decision.layer, layer_options, device="meta")
+        for decision in decisions
+    ]
     rows = [
         Replacement(
             decision.names[0],
             type(decision.module).__name__,
-            decision.layer.__name__ if decision.layer else "",
+            "" if layer is None else type(layer).__name__,
             decision.reason,
-            (parameters(decision.module), parameters(after.get_submodule(decision.names[0]))),
+            (parameters(decision.module), parameters(layer or decision.module)),
         )
-        for decision in decisions
+        for decision, layer in zip(decisions, new, strict=True)
     ]
-    madds = None if input_size is None else (profile(before, input_size).madds, profile(after, input_size).madds)
-    return Conversion(rows, (parameters(before), parameters(after)), madds)
+    before = parameters(model)
+    after = before + sum(row.parameters[1] - row.parameters[0] for row in rows)
+    if input_size is None:
+        return Conversion(rows, (before, after), None)
+    x = zeros_for(model, input_size)
+    calls = record_calls(model, x)
+    more = sum(
+        count_madds(layer, call) - count_madds(decision.module, call)
+        for decision, layer in zip(decisions, new, strict=True)
+        for call in calls.get(decision.module, [])
+        if layer is not None
+    )
+    madds = profile(model, input_size).madds
+    return Conversion(rows, (before, after), (madds, madds + more // x.shape[0]))
 
 
 def parameters(module: nn.Module) -> int:
