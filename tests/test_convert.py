@@ -383,25 +383,31 @@ def test_the_gain_survives_copies_and_travels_with_the_state_dict():
     assert published.attention.gain == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("to", METHODS)
-@pytest.mark.parametrize("n", [1, 4])
-def test_real_weights_keep_every_prediction(to, n, shared_data):
+def predictions(model, images):
+    with torch.inference_mode():
+        return torch.cat([model(batch).argmax(1) for batch, _ in torch.utils.data.DataLoader(images, 50)])
+
+
+@pytest.fixture(scope="module")
+def real(shared_data):
+    """MobileNetV2 with ImageNet weights, the 1,000 images, and its predictions."""
     pytest.importorskip("torchvision")
     from odconv.data import open_data
 
     weights = shared_data / "weights" / "mobilenet_v2_1.0_imagenet_fp16.pth"
     model = odconv.create_model("mobilenetv2_100", weights=weights).eval()
-    converted = odconv.convert(copy.deepcopy(model), to, kernel_num=n)
     images = open_data(str(shared_data / "imagenet-sample"), image_size=224, need_train=False).val
-    hits, seen = 0, 0
-    with torch.inference_mode():
-        for batch in torch.utils.data.DataLoader(images, 50):
-            before, after = model(batch[0]).argmax(1), converted(batch[0]).argmax(1)
-            assert torch.equal(before, after)
-            hits, seen = hits + int((after == batch[1]).sum()), seen + len(after)
-    assert seen == 1000
-    assert hits == 785
+    return model, images, predictions(model, images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", METHODS)
+@pytest.mark.parametrize("n", [1, 4])
+def test_real_weights_keep_every_prediction(to, n, real):
+    model, images, expected = real
+    after = predictions(odconv.convert(copy.deepcopy(model), to, kernel_num=n), images)
+    assert torch.equal(after, expected)
+    assert (after == torch.tensor(images.labels)).sum() == 785
 
 
 # --- the report
