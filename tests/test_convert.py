@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim, export
 from torch.nn.utils import parametrizations, prune
 
 import odconv
@@ -480,6 +481,30 @@ def test_what_is_refused_leaves_the_network(model, options, error, message):
     if modules:
         assert list(network.named_modules()) == modules
         assert [list(module._parameters.items()) for _, module in modules] == before
+
+
+def test_a_network_wrapped_for_distributed_training_is_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Network())
+        with pytest.raises(ValueError, match="the model is wrapped for distributed training"):
+            odconv.convert(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not dynamic(wrapped)
+
+
+@pytest.mark.parametrize("to", METHODS)
+def test_a_converted_network_compiles_and_exports_with_a_dynamic_batch(to):
+    torch._dynamo.reset()
+    model = odconv.convert(Network().eval(), to, kernel_num=2)
+    x = image()
+    program = export(model, (x,), dynamic_shapes=({0: Dim("batch", min=1, max=64)},)).module()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    for batch in (1, 7):
+        x = image(batch, 3, 8, 8)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 # --- the context
