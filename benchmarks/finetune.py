@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import odconv
 from odconv.data import open_data
+from odconv.layers import Attention
 from odconv.train.loaders import evaluation_loader, training_loader
 
 STARTS = {  # options of odconv.convert; None stays static
@@ -60,6 +61,9 @@ def main() -> None:
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument(
+        "--attention-lr", type=float, help="learning rate of the attentions (default: that of the rest)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="take only so many images of each split, to try the script")
     parser.add_argument("--out", type=Path, default=RESULTS / "finetune.csv")
@@ -69,7 +73,13 @@ def main() -> None:
     rows = []
     for start in args.starts:
         model = build(start, args.weights, len(data.classes), args.seed)
-        optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=4e-5)
+        attentions = [p for module in model.modules() if isinstance(module, Attention) for p in module.parameters()]
+        rest = [p for p in model.parameters() if all(p is not own for own in attentions)]
+        groups = [
+            {"params": rest},
+            {"params": attentions, "lr": args.attention_lr or args.lr},
+        ]
+        optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=4e-5)
         train = training_loader(some(data.train, args.images, args.seed), 64, seed=args.seed)
         val = evaluation_loader(some(data.val, args.images, args.seed), 100)
         steps = args.epochs * len(train)
@@ -93,6 +103,8 @@ def main() -> None:
                 "start": start,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "seed": args.seed,
+                "lr": args.lr,
+                "attention_lr": args.attention_lr or args.lr,
                 "epochs": args.epochs,
                 "epoch": epoch,
                 "train_loss": f"{sum(losses) / len(losses):.4f}",

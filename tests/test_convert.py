@@ -461,6 +461,8 @@ def fails(name, conv):
         (Network, {"to": "condconv", "reduction": 0.5}, TypeError, "'reduction' is no option of .*CondConv1d"),
         (Network, {"to": "kernelwarehouse"}, ValueError, r"to must be one of \['condconv', 'dyconv', 'odconv'\]"),
         (Network, {"to": nn.Conv2d}, ValueError, "to must be one of"),
+        (Network, {"to": ["odconv"]}, ValueError, "to must be one of"),
+        (lambda: Standardised(3, 3, 3), {}, ValueError, "is replaced; it: Standardised has a forward of its own"),
         (Network, {"kernel_num": 0}, ValueError, "kernel_num must be an int of at least 1, got 0"),
         (Network, {"include": "up", "gain": -1}, ValueError, "gain must be a positive number, got -1"),
         (Network, {"to": odconv.ODConv1d}, ValueError, "is replaced; stem: the stem; block.conv1: ODConv1d does not"),

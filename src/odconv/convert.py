@@ -104,7 +104,7 @@ def convert(
         if decision.layer is not None
     }
     if not made and not any(isinstance(decision.module, DynamicConv) for decision in decisions):
-        left = [f"{decision.names[0]}: {decision.reason}" for decision in decisions]
+        left = [f"{decision.names[0] or 'it'}: {decision.reason}" for decision in decisions]
         raise ValueError(f"no convolution of the {type(model).__name__} is replaced; {some(left, '; ')}")
     for conv, layer in made.items():
         hand_over(conv, layer)
@@ -160,7 +160,7 @@ def find_family(to: str | type[DynamicConv]) -> list[type[DynamicConv]]:
     """The layers that `to` stands for."""
     if isinstance(to, type) and issubclass(to, DynamicConv) and hasattr(to, "dims"):
         return [to]
-    if to not in FAMILIES:
+    if not isinstance(to, str) or to not in FAMILIES:
         raise ValueError(f"to must be one of {sorted(FAMILIES)} or a dynamic layer's class, got {to!r}")
     return FAMILIES[to]
 
