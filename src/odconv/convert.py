@@ -219,7 +219,7 @@ def matcher(argument: str, chosen: Chosen, names: list[str]) -> Callable[[str, n
     if not all(isinstance(glob, str) for glob in globs):
         raise TypeError(f"{argument} must be a glob, several of them or a function, got {chosen!r}")
     for glob in globs:
-        if not fnmatch.filter(names, glob):
+        if not any(fnmatch.fnmatchcase(name, glob) for name in names):
             near = difflib.get_close_matches(glob, names, n=3, cutoff=0.4)
             hint = f"did you mean {', '.join(near)}?" if near else f"the names are {some(names)}"
             raise ValueError(f"{argument}: no convolution has a name that matches {glob!r}; {hint}")
