@@ -104,7 +104,7 @@ def test_the_definition_without_attentions_is_an_ordinary_convolution():
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("taps", [1, 3])
 def test_an_empty_batch_gives_an_empty_output_and_gradients(dims, n, taps):
-    tensors = arguments(0, 4, 6, n, (taps,) * dims, (5,) * dims)
+    tensors = arguments(0, 4, 6, n, (taps,) * dims, (5,) * dims, bias="static")
     y = dynamic_conv(**tensors, padding=1)
     assert y.shape == (0, 6, *(5 + 2 - taps + 1,) * dims)
     y.sum().backward()

@@ -18,6 +18,7 @@ import odconv
 from odconv.layers import Attention, DynamicConv
 
 LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if name.endswith("d") and "Conv" in name}
+LAYERS = {name: layer for name, layer in LAYERS.items() if not layer.transposed}
 CHANNELS = {"in_channels": 8, "out_channels": 12}
 
 

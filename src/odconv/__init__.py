@@ -2,21 +2,31 @@
 
 from odconv import functional
 from odconv.checkpoints import load_checkpoint
+from odconv.convert import convert
 from odconv.layers import (
     CondConv1d,
     CondConv2d,
     CondConv3d,
+    CondConvTranspose1d,
+    CondConvTranspose2d,
+    CondConvTranspose3d,
     DyConv1d,
     DyConv2d,
     DyConv3d,
+    DyConvTranspose1d,
+    DyConvTranspose2d,
+    DyConvTranspose3d,
     DynamicConv,
     ODConv1d,
     ODConv2d,
     ODConv3d,
+    ODConvTranspose1d,
+    ODConvTranspose2d,
+    ODConvTranspose3d,
     set_temperature,
 )
 from odconv.models import create_model, list_models
-from odconv.profile import profile
+from odconv.profile import conversion_report, profile
 
 __version__ = "0.1.0"
 
@@ -24,13 +34,24 @@ __all__ = [
     "CondConv1d",
     "CondConv2d",
     "CondConv3d",
+    "CondConvTranspose1d",
+    "CondConvTranspose2d",
+    "CondConvTranspose3d",
     "DyConv1d",
     "DyConv2d",
     "DyConv3d",
+    "DyConvTranspose1d",
+    "DyConvTranspose2d",
+    "DyConvTranspose3d",
     "DynamicConv",
     "ODConv1d",
     "ODConv2d",
     "ODConv3d",
+    "ODConvTranspose1d",
+    "ODConvTranspose2d",
+    "ODConvTranspose3d",
+    "conversion_report",
+    "convert",
     "create_model",
     "functional",
     "list_models",

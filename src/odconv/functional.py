@@ -1,5 +1,5 @@
 """Functions behind the layers, as in ``torch.nn.functional``."""
 
-from odconv.ops import dynamic_conv
+from odconv.ops import dynamic_conv, dynamic_conv_transpose
 
-__all__ = ["dynamic_conv"]
+__all__ = ["dynamic_conv", "dynamic_conv_transpose"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from odconv.checkpoints import load_checkpoint, resolve
-from odconv.convert import Convolution, dynamic_like, replace_convolutions
+from odconv.convert import convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 
 
@@ -104,10 +104,10 @@ def create_model(
         if reduction is not None and method.layer is CondConv2d:
             raise ValueError(f"reduction must be None for {name}, whose attention has no hidden layer, got {reduction}")
 
-        def chosen(path: str, conv: Convolution) -> bool:
+        def chosen(path: str, conv: nn.Module) -> bool:
             return path != static.stem and (method.shortcuts or ".downsample." not in path)
 
-        replace_convolutions(model, lambda conv: dynamic_like(conv, method.layer, **options), chosen)
+        convert(model, method.layer, include=chosen, warm_start=False, **options)
     elif kernel_num not in (None, 1) or reduction is not None:
         raise ValueError(f"{name} is static: kernel_num and reduction must be None, got {kernel_num} and {reduction}")
     if weights is not None:

@@ -1,7 +1,6 @@
 """Unpacking archives of images into a cache, once, whoever asks and however many at a time."""
 
 import hashlib
-import os
 import tarfile
 import tempfile
 import zipfile

@@ -1,4 +1,4 @@
-"""The layers: ODConv, DyConv and CondConv in one, two and three dimensions."""
+"""The layers: ODConv, DyConv and CondConv in one, two and three dimensions, transposed ones too."""
 
 from odconv.layers.attention import Attention, set_temperature
 from odconv.layers.conv import (
@@ -13,6 +13,18 @@ from odconv.layers.conv import (
     ODConv2d,
     ODConv3d,
 )
+from odconv.layers.transposed import (
+    CondConvTranspose1d,
+    CondConvTranspose2d,
+    CondConvTranspose3d,
+    DyConvTranspose1d,
+    DyConvTranspose2d,
+    DyConvTranspose3d,
+    DynamicConvTranspose,
+    ODConvTranspose1d,
+    ODConvTranspose2d,
+    ODConvTranspose3d,
+)
 from odconv.ops.contract import Attentions
 
 __all__ = [
@@ -21,12 +33,22 @@ __all__ = [
     "CondConv1d",
     "CondConv2d",
     "CondConv3d",
+    "CondConvTranspose1d",
+    "CondConvTranspose2d",
+    "CondConvTranspose3d",
     "DyConv1d",
     "DyConv2d",
     "DyConv3d",
+    "DyConvTranspose1d",
+    "DyConvTranspose2d",
+    "DyConvTranspose3d",
     "DynamicConv",
+    "DynamicConvTranspose",
     "ODConv1d",
     "ODConv2d",
     "ODConv3d",
+    "ODConvTranspose1d",
+    "ODConvTranspose2d",
+    "ODConvTranspose3d",
     "set_temperature",
 ]

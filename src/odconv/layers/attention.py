@@ -29,6 +29,7 @@ class Attention(nn.Module):
         hidden: width of the hidden layer (fc, norm, ReLU); None for heads directly on the pooled input.
         norm: normalisation of the hidden layer: "batch", "group", "layer" or "none".
         kernel_gate: what makes shares of the kernel head's logits: "softmax" or "sigmoid".
+        gain: factor of the other gates, above 0: with 2, a head of zeros gives gates of exactly 1.
         temperature: divisor of every logit, above 0; None for a method that has none.
         device: where the parameters live.
         dtype: dtype of the parameters. The attention is computed in at least float32 whatever it is.
@@ -44,6 +45,7 @@ class Attention(nn.Module):
         hidden: int | None,
         norm: str = "none",
         kernel_gate: str = "softmax",
+        gain: float = 1.0,
         temperature: float | None = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -51,9 +53,12 @@ class Attention(nn.Module):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+        if not 0 < gain < math.inf:
+            raise ValueError(f"gain must be a positive number, got {gain!r}")
         self.dims = dims
         self.heads = heads
         self.kernel_gate = kernel_gate
+        self.gain = float(gain)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fc: Pointwise | None = None
         self.bn: nn.Module | None = None  # so named in published checkpoints, whatever norm it is
@@ -72,6 +77,8 @@ class Attention(nn.Module):
         self._temperature = temperature  # what the buffer holds, for when it is made anew
         self._place_temperature(device)
         self.register_load_state_dict_post_hook(place_temperature)
+        self.register_state_dict_post_hook(note_gain)
+        self.register_load_state_dict_pre_hook(take_gain)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -117,7 +124,9 @@ class Attention(nn.Module):
         logits = pointwise(getattr(self, f"{name}_fc"), z)
         if self.temperature is not None:
             logits = logits / self.temperature
-        gate = logits.softmax(1) if name == "kernel" and self.kernel_gate == "softmax" else logits.sigmoid()
+        if name == "kernel":
+            return logits.softmax(1) if self.kernel_gate == "softmax" else logits.sigmoid()
+        gate = logits.sigmoid() if self.gain == 1 else self.gain * logits.sigmoid()
         return gate.unflatten(1, self.heads[name])
 
     def _normalise(self, z: Tensor) -> Tensor:
@@ -168,11 +177,21 @@ def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
         0.0 if norm is None else norm.eps,
         [layer.weight for layer in layers],
         [layer.bias for layer in layers],
-        [0.0 if name == "kernel" and attention.kernel_gate == "softmax" else 1.0 for name in attention.heads],
+        [attention.gain if name != "kernel" else float(attention.kernel_gate == "sigmoid") for name in attention.heads],
         attention.temperature,
     )
     shapes = attention.heads.values()
     return Attentions(**{n: g.view(-1, *s) for n, g, s in zip(attention.heads, gates, shapes, strict=True)})
+
+
+def note_gain(attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Write the gain beside the tensors of a state dict, where PyTorch keeps the versions of modules."""
+    metadata["gain"] = attention.gain
+
+
+def take_gain(attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """Take the gain that these weights were trained with, where the state dict says it: no key or shape would tell."""
+    attention.gain = metadata.get("gain", attention.gain)
 
 
 def pointwise(layer: Pointwise, z: Tensor) -> Tensor:

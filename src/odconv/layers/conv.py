@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odconv.layers.attention import Attention
-from odconv.ops.contract import Geometry, check_map, per_axis, positive
+from odconv.ops.contract import Attentions, Geometry, check_map, per_axis, positive
 from odconv.ops.dynamic_conv import compute, pad_by_name
 
 Size = int | Sequence[int]
@@ -20,11 +20,12 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class DynamicConv(nn.Module):
     """The core of every dynamic layer: n kernels, an attention, and :func:`odconv.functional.dynamic_conv`.
 
-    A subclass says how many `dims` it has and whether its bias is mixed, and builds its `attention`. The arguments are
-    those of ``torch.nn.Conv2d``, and the number of kernels.
+    A subclass says how many `dims` it has, whether it is transposed and whether its bias is mixed, and builds its
+    `attention`. The arguments are those of ``torch.nn.Conv2d``, the number of kernels, and the width of the context.
     """
 
     dims: ClassVar[int]
+    transposed: ClassVar[bool] = False
     mixed_bias: ClassVar[bool] = False
     attention: Attention
 
@@ -40,6 +41,7 @@ class DynamicConv(nn.Module):
         bias: bool,
         padding_mode: str,
         kernel_num: int,
+        context_channels: int | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -68,7 +70,9 @@ class DynamicConv(nn.Module):
         self.groups = groups
         self.padding_mode = padding_mode
         self.kernel_num = kernel_num
-        shape = (kernel_num, out_channels, in_channels // groups, *self.kernel_size)
+        self.context_channels = None if context_channels is None else positive("context_channels", context_channels)
+        first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
+        shape = (kernel_num, first, second // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         static = torch.empty(out_channels, device=device, dtype=dtype) if bias and not self.mixed_bias else None
         mixed = torch.empty(kernel_num, out_channels, device=device, dtype=dtype) if bias and self.mixed_bias else None
@@ -77,7 +81,8 @@ class DynamicConv(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters as published: Kaiming normal (fan-out, ReLU) for each kernel, biases as nn.Conv2d's."""
-        for kernel in self.weight.unbind():
+        kernels = self.weight.detach()
+        for kernel in kernels.transpose(1, 2) if self.transposed else kernels:  # filters first
             nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
         bound = 1 / math.sqrt(self.weight[0, 0].numel())
         for bias in (self.bias, self.kernel_bias):
@@ -85,12 +90,21 @@ class DynamicConv(nn.Module):
                 nn.init.uniform_(bias, -bound, bound)
         self.attention.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve x, (B, C, *map), each sample with its own kernel; returns (B, O, *map)."""
-        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
-            axes = ", ".join("DHW"[3 - self.dims :])
-            raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
-        attentions = self.attention(x)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Convolve each sample with its own kernel.
+
+        Args:
+            x: input, (B, C, *map).
+            context: what the attention looks at instead of x, a map or a vector for each sample, (B, C', *map) or
+                (B, C'), where C' is `context_channels`, or C where that is None.
+
+        Returns:
+            (B, O, *map).
+
+        Raises:
+            ValueError: x or context has another shape, or the context that `context_channels` announces is missing.
+        """
+        attentions = self._attend(x, context)
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._margins(), mode=self.padding_mode), (0,) * self.dims
@@ -99,9 +113,30 @@ class DynamicConv(nn.Module):
         geometry = Geometry(self.stride, padding, self.dilation, self.groups)
         check_map(x, self.kernel_size, geometry)
         y = compute(x, self.weight, attentions, self.bias if self.kernel_bias is None else self.kernel_bias, geometry)
-        if self.bias is not None and self.kernel_bias is not None:
-            y = y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
-        return y
+        return self._add_static_bias(y)
+
+    def _attend(self, x: Tensor, context: Tensor | None) -> Attentions:
+        """The attentions of each sample, after checking the shapes."""
+        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
+            axes = ", ".join("DHW"[3 - self.dims :])
+            raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
+        if context is None:
+            if self.context_channels is not None:
+                raise ValueError(f"context must be given to a layer of context_channels {self.context_channels}")
+            return self.attention(x)
+        width = self.context_channels or self.in_channels
+        if context.dim() < 2 or context.shape[0] != x.shape[0] or context.shape[1] != width:
+            raise ValueError(
+                f"context must have shape (B, C) or (B, C, *map) with B = {x.shape[0]} and C = {width}, "
+                f"got {tuple(context.shape)}"
+            )
+        return self.attention(context[..., None] if context.dim() == 2 else context)
+
+    def _add_static_bias(self, y: Tensor) -> Tensor:
+        """The static bias that stands beside a mixed one, where batch norm has been folded."""
+        if self.bias is None or self.kernel_bias is None:
+            return y
+        return y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DynamicConv":
         # `Module.to(memory_format=...)` takes a weight of five axes for that of a 3-d convolution: fn meets the kernels
@@ -129,7 +164,10 @@ class DynamicConv(nn.Module):
         parts += [f"groups={self.groups}"] if self.groups != 1 else []
         parts += ["bias=True"] if self.bias is not None or self.kernel_bias is not None else []
         parts += [f"padding_mode={self.padding_mode!r}"] if self.padding_mode != "zeros" else []
-        return ", ".join([*parts, f"kernel_num={self.kernel_num}"])
+        parts += [f"kernel_num={self.kernel_num}"]
+        parts += [f"context_channels={self.context_channels}"] if self.context_channels is not None else []
+        parts += [f"gain={self.attention.gain}"] if self.attention.gain != 1 else []
+        return ", ".join(parts)
 
 
 class _ODConv(DynamicConv):
@@ -149,6 +187,10 @@ class _ODConv(DynamicConv):
         norm: norm of the attention's hidden layer: "batch", "group", "layer" or "none". Batch norm takes its running
             statistics for a training batch of one.
         temperature: divisor of the attention's logits. Default 1; see :func:`odconv.set_temperature`.
+        gain: factor of the sigmoid gates (channel, filter, spatial). Default 1, as published; 2 in layers that
+            :func:`odconv.convert` started from trained kernels.
+        context_channels: channels of the context that :meth:`forward` then takes for the attention, C'. Default None: x
+            itself, or a context of C channels where one is given.
         device: where the parameters live.
         dtype: dtype of the parameters.
 
@@ -176,12 +218,14 @@ class _ODConv(DynamicConv):
         attentions: Sequence[str] = ATTENTIONS,
         norm: str = "batch",
         temperature: float = 1.0,
+        gain: float = 1.0,
+        context_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
-            device, dtype,
+            context_channels, device, dtype,
         )  # fmt: skip
         attentions = attentions if isinstance(attentions, str) else tuple(attentions)
         if isinstance(attentions, str) or not attentions or not set(attentions) <= set(ATTENTIONS):
@@ -197,10 +241,11 @@ class _ODConv(DynamicConv):
         }
         self.attention = Attention(
             self.dims,
-            in_channels,
+            context_channels or in_channels,
             {name: shape for name, shape in shapes.items() if shape and name in attentions},
-            hidden_width(in_channels, reduction, min_channels),
+            hidden_width(context_channels or in_channels, reduction, min_channels),
             norm,
+            gain=gain,
             temperature=temperature,
             device=device,
             dtype=dtype,
@@ -222,6 +267,8 @@ class _DyConv(DynamicConv):
         reduction: width of the attention's hidden layer as a share of C. Default 1/4.
         min_channels: least width of that hidden layer. Default 4.
         temperature: divisor of the attention's logits. Default 1; see :func:`odconv.set_temperature`.
+        context_channels: channels of the context that :meth:`forward` then takes for the attention, C'. Default None: x
+            itself, or a context of C channels where one is given.
         device: where the parameters live.
         dtype: dtype of the parameters.
 
@@ -249,18 +296,19 @@ class _DyConv(DynamicConv):
         reduction: float = 0.25,
         min_channels: int = 4,
         temperature: float = 1.0,
+        context_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
-            device, dtype,
+            context_channels, device, dtype,
         )  # fmt: skip
         self.attention = Attention(
             self.dims,
-            in_channels,
+            context_channels or in_channels,
             {"kernel": (kernel_num,)},
-            hidden_width(in_channels, reduction, min_channels),
+            hidden_width(context_channels or in_channels, reduction, min_channels),
             temperature=temperature,
             device=device,
             dtype=dtype,
@@ -279,6 +327,8 @@ class _CondConv(DynamicConv):
             ``torch.nn.Conv2d``, with its defaults.
         bias: add a bias of n rows, (n, O), mixed like the kernels. Default False.
         kernel_num: number n of experts. Default 8.
+        context_channels: channels of the context that :meth:`forward` then takes for the attention, C'. Default None: x
+            itself, or a context of C channels where one is given.
         device: where the parameters live.
         dtype: dtype of the parameters.
 
@@ -303,16 +353,17 @@ class _CondConv(DynamicConv):
         padding_mode: str = "zeros",
         *,
         kernel_num: int = 8,
+        context_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
-            device, dtype,
+            context_channels, device, dtype,
         )  # fmt: skip
         self.attention = Attention(
             self.dims,
-            in_channels,
+            context_channels or in_channels,
             {"kernel": (kernel_num,)},
             hidden=None,
             kernel_gate="sigmoid",

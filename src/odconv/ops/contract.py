@@ -55,15 +55,18 @@ def positive(name: str, value: int) -> int:
     return number
 
 
-def check_shapes(x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor | None, groups: int) -> None:
+def check_shapes(
+    x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor | None, groups: int, transposed: bool = False
+) -> None:
     """Raise a ValueError that names the first argument whose shape does not fit the others."""
     if weight.dim() not in (4, 5, 6) or 0 in weight.shape:
-        raise ValueError(
-            f"weight must have shape (n, O, C/groups, *kernel_size), none of them 0, got {tuple(weight.shape)}"
-        )
-    n, filters, channels = weight.shape[0], weight.shape[1], weight.shape[2] * positive("groups", groups)
-    if filters % groups:
-        raise ValueError(f"groups must be a positive divisor of the {filters} filters in weight, got {groups}")
+        layout = "(n, C, O/groups, *kernel_size)" if transposed else "(n, O, C/groups, *kernel_size)"
+        raise ValueError(f"weight must have shape {layout}, none of them 0, got {tuple(weight.shape)}")
+    n, whole, parted = weight.shape[0], weight.shape[1], weight.shape[2] * positive("groups", groups)
+    if whole % groups:
+        kind = "channels" if transposed else "filters"
+        raise ValueError(f"groups must be a positive divisor of the {whole} {kind} in weight, got {groups}")
+    channels, filters = (whole, parted) if transposed else (parted, whole)
     if x.dim() != weight.dim() - 1 or x.shape[1] != channels:
         axes = ", ".join("DHW"[4 - weight.dim() + 2 :])
         raise ValueError(f"x must have shape (B, C, {axes}) with C = {channels}, got {tuple(x.shape)}")

@@ -87,7 +87,7 @@ def dynamic_conv(
 def compute(
     x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry, backend: str = "auto"
 ) -> Tensor:
-    """What :func:`dynamic_conv` computes, for arguments that are known to fit: what a layer, which checked its own, calls."""
+    """What :func:`dynamic_conv` computes, of arguments that fit: what a layer, which has checked its own, calls."""
     dtype = compute_dtype(x, weight)
     if x.dtype != dtype or weight.dtype != dtype:
         x, weight = x.to(dtype), weight.to(dtype)
@@ -140,7 +140,7 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd will want the gradients of these; compiled and exported graphs decide themselves what to keep."""
+    """Whether autograd will want gradients of these; a compiled or exported graph decides itself what to keep."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return wanted and not (torch.compiler.is_compiling() or is_exporting() or is_transformed())
 

@@ -175,7 +175,8 @@ def record_calls(model: nn.Module, x: Tensor) -> dict[nn.Module, list[Call]]:
 def count_madds(module: nn.Module, call: Call) -> int:
     """Multiply-adds of one call of a layer, for the whole batch."""
     if isinstance(module, DynamicConv):
-        return call.y.numel() * module.weight[0, 0].numel() + count_attention(module, call)
+        places = call.x if module.transposed else call.y
+        return places.numel() * module.weight[0, 0].numel() + count_attention(module, call)
     if isinstance(module, CONVOLUTIONS):
         return call.y.numel() * module.weight[0].numel()
     if isinstance(module, TRANSPOSED):

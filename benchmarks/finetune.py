@@ -1,0 +1,120 @@
+"""MobileNetV2 with ImageNet weights, fine-tuned on Imagenette: static, and converted with a warm and a cold start.
+
+    python benchmarks/finetune.py --data ../shared/data/imagenette96 \
+        --weights ../shared/data/weights/mobilenet_v2_1.0_imagenet_fp16.pth
+
+All runs have the same seed, images in the same order, new classifier and recipe: SGD with momentum 0.9, weight decay
+4e-5, a cosine over all steps, batches of 64 images of 96 x 96. A cold start draws the dynamic layers afresh and keeps
+the rest.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from math import cos, pi
+from pathlib import Path
+
+import torch
+from common import RESULTS, origin, write_rows
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import odconv
+from odconv.data import open_data
+from odconv.layers import Attention
+from odconv.train.loaders import evaluation_loader, training_loader
+
+STARTS = {  # options of odconv.convert; None stays static
+    "static": None,
+    "warm_1x": {"kernel_num": 1},
+    "warm_4x": {"kernel_num": 4},
+    "cold_1x": {"kernel_num": 1, "warm_start": False},
+    "cold_4x": {"kernel_num": 4, "warm_start": False},
+}
+
+
+def build(start: str, weights: Path, classes: int, seed: int) -> nn.Module:
+    model = odconv.create_model("mobilenetv2_100", weights=weights)
+    torch.manual_seed(seed)
+    model.classifier[1] = nn.Linear(model.classifier[1].in_features, classes)
+    return model if STARTS[start] is None else odconv.convert(model, **STARTS[start])
+
+
+def some(images: Dataset, count: int | None, seed: int) -> Dataset:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images if count is None else Subset(images, order[:count].tolist())
+
+
+def top1(model: nn.Module, loader: DataLoader) -> float:
+    model.eval()
+    with torch.inference_mode():
+        hits = [model(images).argmax(1) == labels for images, labels in loader]
+    return 100 * torch.cat(hits).double().mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of Imagenette")
+    parser.add_argument("--weights", type=Path, required=True, help="ImageNet weights of MobileNetV2 1.0")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument(
+        "--attention-lr", type=float, help="learning rate of the attentions (default: that of the rest)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, help="take only so many images of each split, to try the script")
+    parser.add_argument("--out", type=Path, default=RESULTS / "finetune.csv")
+    args = parser.parse_args()
+    data = open_data(args.data, image_size=96, resize_size=96, min_scale=0.35)
+    command = shlex.join(["python", "benchmarks/finetune.py", *sys.argv[1:]])
+    rows = []
+    for start in args.starts:
+        model = build(start, args.weights, len(data.classes), args.seed)
+        attentions = [p for module in model.modules() if isinstance(module, Attention) for p in module.parameters()]
+        rest = [p for p in model.parameters() if all(p is not own for own in attentions)]
+        groups = [
+            {"params": rest},
+            {"params": attentions, "lr": args.attention_lr or args.lr},
+        ]
+        optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=4e-5)
+        train = training_loader(some(data.train, args.images, args.seed), 64, seed=args.seed)
+        val = evaluation_loader(some(data.val, args.images, args.seed), 100)
+        steps = args.epochs * len(train)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step, steps=steps: (1 + cos(pi * step / steps)) / 2
+        )
+        for epoch in range(1, args.epochs + 1):
+            model.train()
+            train.sampler.set_epoch(epoch)
+            before, losses = time.perf_counter(), []
+            for images, labels in train:
+                loss = F.cross_entropy(model(images), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                losses.append(loss.item())
+            seconds = time.perf_counter() - before
+            row = {
+                "network": "mobilenetv2_100",
+                "start": start,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "seed": args.seed,
+                "lr": args.lr,
+                "attention_lr": args.attention_lr or args.lr,
+                "epochs": args.epochs,
+                "epoch": epoch,
+                "train_loss": f"{sum(losses) / len(losses):.4f}",
+                "top1": f"{top1(model, val):.2f}",
+                "train_seconds": f"{seconds:.0f}",
+            }
+            print(*row.values(), flush=True)
+            rows.append(row | origin() | {"command": command})
+        write_rows(args.out, rows)  # after every start, so that a run that is cut short leaves what it has
+
+
+if __name__ == "__main__":
+    main()

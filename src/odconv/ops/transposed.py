@@ -1,0 +1,158 @@
+"""The transposed operator: its contract, its definition, and its fast forms.
+
+In shapes: B batch, n kernels, O filters, C channels, g groups, k taps of a kernel.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from odconv.ops.contract import Attentions, Geometry, check_shapes, is_exporting, per_axis
+from odconv.ops.dynamic_conv import add_bias, compute_dtype
+from odconv.ops.eager import mix, over_map
+
+CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def dynamic_conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    kernel: Tensor | None = None,
+    spatial: Tensor | None = None,
+    channel: Tensor | None = None,
+    filter: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Transposed convolution of each sample with its own mixture of n kernels, in 1, 2 or 3 dimensions.
+
+    ``y[b] = filter[b] * conv_transpose(channel[b] * x[b], sum_i kernel[b, i] * (spatial[b] * weight[i])) + bias``:
+    what :func:`dynamic_conv` is to ``F.conv2d``, this is to ``F.conv_transpose2d``.
+
+    Args:
+        x: input, (B, C, L), (B, C, H, W) or (B, C, D, H, W); B may be 0.
+        weight: the n kernels, (n, C, O/groups, *kernel_size).
+        kernel: share of each kernel, (B, n); may be None only for n = 1.
+        spatial: weight of each tap, (B, *kernel_size).
+        channel: weight of each input channel, (B, C).
+        filter: weight of each output filter, (B, O).
+        bias: (O), added after `filter`, or (n, O), mixed by `kernel` and then added.
+        stride: distance between the places where the kernel is laid down, an int or one an axis.
+        padding: what is cut off on both sides of the output, an int or one an axis.
+        output_padding: what is added at the end of the output, below stride or dilation, an int or one an axis.
+        dilation: distance between taps, an int or one an axis.
+        groups: blocks of channels and filters that are convolved apart; divides C and O.
+        backend: "auto" takes "grouped", and "dense" for an export or an empty batch. A named form is strict:
+            "reference" (the definition, a loop), "grouped" (B > 0) or "dense".
+
+    Returns:
+        (B, O, *map), in x's dtype, or in the autocast dtype under autocast.
+
+    Raises:
+        ValueError: an argument's shape or value does not fit; the message names it and what is expected.
+        TypeError: x and weight differ in dtype outside autocast.
+    """
+    attentions = Attentions(kernel, spatial, channel, filter)
+    check_shapes(x, weight, attentions, bias, groups, transposed=True)
+    dims = weight.dim() - 3
+    steps = per_axis("stride", stride, dims, least=1)
+    cut = per_axis("padding", padding, dims, least=0)
+    spread = per_axis("dilation", dilation, dims, least=1)
+    extra = per_axis("output_padding", output_padding, dims, least=0)
+    check_output(x, tuple(weight.shape[3:]), Geometry(steps, cut, spread, groups), extra)
+    geometry = (steps, cut, extra, groups, spread)  # in F.conv_transpose2d's order
+
+    dtype = compute_dtype(x, weight)
+    x, weight = x.to(dtype), weight.to(dtype)
+    attentions = Attentions(*(None if a is None else a.to(dtype) for a in attentions))
+
+    if backend == "auto":  # exported, one graph serves every batch, which may be no number of groups then
+        backend = "dense" if is_exporting() or x.shape[0] == 0 else "grouped"
+    elif backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    elif backend == "grouped" and x.shape[0] == 0:
+        raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
+    y = BACKENDS[backend](x, weight, attentions, geometry)
+    return add_bias(y, bias, attentions.kernel)
+
+
+Placement = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
+"""Stride, padding, output padding, groups and dilation."""
+
+
+def check_output(x: Tensor, taps: tuple[int, ...], geometry: Geometry, extra: tuple[int, ...]) -> None:
+    """Raise a ValueError where the output would be empty or its padding is none that the geometry allows."""
+    for extent, k, s, p, d, e in zip(x.shape[2:], taps, *geometry[:3], extra, strict=True):
+        if e >= max(s, d):
+            raise ValueError(
+                f"output_padding must be below stride {geometry.stride} or dilation {geometry.dilation}, got {extra}"
+            )
+        if (extent - 1) * s - 2 * p + d * (k - 1) + e < 0:
+            raise ValueError(f"padding must leave some of the output, got {geometry.padding} for x of {tuple(x.shape)}")
+
+
+def reference(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:
+    """The formula, a sample at a time: the definition that the other forms are held against."""
+    kernel, spatial, channel, filter = attentions
+    per_map = (-1, *(1,) * (weight.dim() - 3))
+    conv = CONVOLUTIONS[weight.dim() - 3]
+    if x.shape[0] == 0:  # nothing to stack; the map of an empty batch does not depend on the attentions
+        return conv(x, weight[0], None, *geometry)
+    outputs = []
+    for b, sample in enumerate(x):
+        mixed = torch.zeros_like(weight[0])
+        for i, one_kernel in enumerate(weight):
+            term = one_kernel if spatial is None else spatial[b] * one_kernel
+            mixed = mixed + (term if kernel is None else kernel[b, i] * term)
+        scaled = sample if channel is None else channel[b].view(per_map) * sample
+        y = conv(scaled[None], mixed, None, *geometry)[0]
+        outputs.append(y if filter is None else filter[b].view(per_map) * y)
+    return torch.stack(outputs)
+
+
+def grouped(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:
+    """Mix a kernel for each sample, then one transposed convolution in which every sample is a group (or `groups`)."""
+    kernel, spatial, channel, filter = attentions
+    batch, groups = x.shape[0], geometry[3]
+    mixed = mix(weight, kernel)
+    if spatial is not None:
+        mixed = mixed * spatial[:, None, None]
+    x = x if channel is None else x * over_map(channel, x)
+    mixed = mixed.expand(batch, *mixed.shape[1:]).flatten(0, 1)  # (B * C, O/g, *k)
+    one_sample = x.reshape(1, -1, *x.shape[2:])
+    stride, padding, extra, _, dilation = geometry
+    y = CONVOLUTIONS[weight.dim() - 3](one_sample, mixed, None, stride, padding, extra, batch * groups, dilation)
+    y = y.view(batch, -1, *y.shape[2:])
+    return y if filter is None else y * over_map(filter, y)
+
+
+def dense(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:
+    """A matrix product for all taps, then lay them down; the batch is never a number of groups."""
+    kernel, spatial, channel, filter = attentions
+    taps, groups = tuple(weight.shape[3:]), geometry[3]
+    x = x if channel is None else x * over_map(channel, x)
+    mixed = mix(weight, kernel).unflatten(1, (groups, -1)).flatten(3)  # (B or 1, g, C/g, O/g * k)
+    columns = mixed.transpose(2, 3) @ x.flatten(2).unflatten(1, (groups, -1))  # (B, g, O/g * k, positions)
+    columns = columns.flatten(1, 2).unflatten(1, (-1, math.prod(taps)))  # (B, O, k, positions)
+    if spatial is not None:
+        columns = columns * spatial.flatten(1)[:, None, :, None]
+    filters = columns.shape[1]
+    columns = columns.flatten(1, 2).unflatten(2, x.shape[2:])
+    # a kernel with a single one lays each tap down in its place: a sum of columns in any number of dimensions
+    ones = torch.eye(math.prod(taps), dtype=x.dtype, device=x.device).reshape(-1, 1, *taps)
+    stride, padding, extra, _, dilation = geometry
+    ones = ones.repeat(filters, 1, *(1,) * len(taps))
+    y = CONVOLUTIONS[len(taps)](columns, ones, None, stride, padding, extra, filters, dilation)
+    return y if filter is None else y * over_map(filter, y)
+
+
+BACKENDS = {"reference": reference, "grouped": grouped, "dense": dense}
