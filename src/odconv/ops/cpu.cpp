@@ -14,6 +14,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/narrow.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/softmax.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/view.h>
 #include <ATen/ops/zeros.h>
@@ -889,16 +893,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
 
 // ---- the attention, without gradients ----------------------------------------------------------------------------------
 
+// out = matrix x + bias, for a matrix of `rows` rows of `count` numbers; four rows at a time, to hide each other's latency.
 template <class T>
-T dot(const T* a, const T* b, int64_t count) {
+void apply(const T* matrix, int64_t rows, int64_t count, const T* x, const T* bias, T* out) {
   using S = Simd<T>;
-  typename S::Vec sums = {};
-  int64_t i = 0;
-  for (; i + S::LANES <= count; i += S::LANES) sums += S::load(a + i) * S::load(b + i);
-  T sum = 0;
-  for (int l = 0; l < S::LANES; ++l) sum += sums[l];
-  for (; i < count; ++i) sum += a[i] * b[i];
-  return sum;
+  for (int64_t row = 0; row < rows; row += 4) {
+    const T* at[4];
+    for (int64_t i = 0; i < 4; ++i) at[i] = matrix + std::min(row + i, rows - 1) * count;
+    typename S::Vec sums[4] = {};
+    T ends[4] = {};
+    int64_t j = 0;
+    for (; j + S::LANES <= count; j += S::LANES)
+      for (int i = 0; i < 4; ++i) sums[i] += S::load(at[i] + j) * S::load(x + j);
+    for (; j < count; ++j)
+      for (int i = 0; i < 4; ++i) ends[i] += at[i][j] * x[j];
+    for (int64_t i = 0; i < 4 && row + i < rows; ++i) {
+      T sum = ends[i];
+      for (int l = 0; l < S::LANES; ++l) sum += sums[i][l];
+      out[row + i] = bias ? sum + bias[row + i] : sum;
+    }
+  }
 }
 
 // fc -> batch norm by its running statistics -> ReLU -> heads -> gates, for pooled inputs (B, C). `norm` holds mean,
@@ -908,42 +922,50 @@ std::vector<Tensor> attend(const Tensor& pooled, const Optional& fc, const std::
                            at::ArrayRef<double> gains, const Optional& temperature) {
   const int64_t batch = pooled.size(0), channels = pooled.size(1), hidden = fc ? fc->size(0) : channels;
   const double divisor = temperature ? *temperature->const_data_ptr<float>() : 1;
+  int64_t outputs = 0;
+  for (const Tensor& weight : weights) outputs += weight.size(0);
+  const int64_t work = hidden * (outputs + (fc ? channels : 0));
+  Tensor logits = at::empty({batch * outputs}, pooled.options());  // those of a head lie together, to be its gates
   std::vector<Tensor> gates;
-  for (const Tensor& weight : weights) gates.push_back(at::empty({batch, weight.size(0)}, pooled.options()));
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const T* x = pooled.const_data_ptr<T>();
-    at::parallel_for(0, batch, 8, [&](int64_t begin, int64_t end) {
+    T* out = logits.mutable_data_ptr<T>();
+    at::parallel_for(0, batch, std::max<int64_t>(1, 65536 / work), [&](int64_t begin, int64_t end) {
       std::vector<T> z(hidden);
       for (int64_t b = begin; b < end; ++b) {
         const T* in = x + b * channels;
-        for (int64_t h = 0; fc && h < hidden; ++h) {
-          z[h] = dot<T>(in, fc->const_data_ptr<T>() + h * channels, channels);
-          if (!norm.empty()) {
-            const T scale = norm[2].const_data_ptr<T>()[h] / std::sqrt(norm[1].const_data_ptr<T>()[h] + T(eps));
-            z[h] = (z[h] - norm[0].const_data_ptr<T>()[h]) * scale + norm[3].const_data_ptr<T>()[h];
+        if (fc) {
+          apply<T>(fc->const_data_ptr<T>(), hidden, channels, in, nullptr, z.data());
+          for (int64_t h = 0; h < hidden; ++h) {
+            if (!norm.empty()) {
+              const T scale = norm[2].const_data_ptr<T>()[h] / std::sqrt(norm[1].const_data_ptr<T>()[h] + T(eps));
+              z[h] = (z[h] - norm[0].const_data_ptr<T>()[h]) * scale + norm[3].const_data_ptr<T>()[h];
+            }
+            z[h] = z[h] < 0 ? T(0) : z[h];  // as torch's ReLU, a NaN stays
           }
-          z[h] = z[h] < 0 ? T(0) : z[h];  // as torch's ReLU, a NaN stays
+          in = z.data();
         }
-        for (size_t i = 0; i < gates.size(); ++i) {
-          const int64_t outputs = weights[i].size(0);
-          T* out = gates[i].mutable_data_ptr<T>() + b * outputs;
-          for (int64_t o = 0; o < outputs; ++o)
-            out[o] = (dot<T>(fc ? z.data() : in, weights[i].const_data_ptr<T>() + o * hidden, hidden) +
-                      biases[i].const_data_ptr<T>()[o]) / T(divisor);
-          if (gains[i] == 0) {
-            const T most = *std::max_element(out, out + outputs);
-            T sum = 0;
-            for (int64_t o = 0; o < outputs; ++o) sum += out[o] = std::exp(out[o] - most);
-            for (int64_t o = 0; o < outputs; ++o) out[o] /= sum;
-          } else {
-            for (int64_t o = 0; o < outputs; ++o) out[o] = T(gains[i]) / (1 + std::exp(-out[o]));
-          }
+        T* to = out;
+        for (size_t i = 0; i < weights.size(); ++i) {
+          const int64_t size = weights[i].size(0);
+          T* row = to + b * size;
+          apply<T>(weights[i].const_data_ptr<T>(), size, hidden, in, biases[i].const_data_ptr<T>(), row);
+          for (int64_t o = 0; o < size; ++o) row[o] /= T(divisor);
+          to += batch * size;
         }
       }
     });
   };
   pooled.scalar_type() == at::kDouble ? run(double()) : run(float());
+  int64_t first = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t size = weights[i].size(0);
+    Tensor gate = logits.narrow(0, first, batch * size).view({batch, size});
+    gate = gains[i] == 0 ? gate.softmax(1) : gate.sigmoid_();
+    gates.push_back(gains[i] == 0 || gains[i] == 1 ? gate : gate.mul_(gains[i]));
+    first += batch * size;
+  }
   return gates;
 }
 
