@@ -11,14 +11,21 @@
 // Results do not depend on the number of threads, nor a sample's output on the rest of its batch: every sum has one order.
 
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/narrow.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/reshape.h>
+#include <ATen/ops/select.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/unsqueeze.h>
 #include <ATen/ops/view.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -729,6 +736,64 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
   });
 }
 
+// ---- depth-wise ----------------------------------------------------------------------------------------------------
+
+// One filter a channel, on contiguous maps of one or two axes: vectors run over positions. A plane is copied with zeros
+// around it and taken apart by its coordinates modulo the stride, so that each tap reads it in one run.
+template <class T>
+void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, int64_t channels, const Weights<T>& weights,
+                     int64_t batch, const Phase& phase, const Axes& stride, T* y) {
+  using S = Simd<T>;
+  constexpr int L = S::LANES, BLOCK = 4;
+  const int64_t taps = phase.taps.size(), plane = size[0] * size[2], outputs = phase.count[0] * phase.count[2];
+  auto extent = [&](int a) { return ceil_div((phase.count[a] - 1) * stride[a] + phase.high[a] + 1 - phase.low[a], stride[a]); };
+  const int64_t pitch = extent(2), part = extent(0) * pitch, wide = phase.count[0] * pitch;
+  std::vector<int64_t> from;  // where each tap begins to read
+  for (const Tap& tap : phase.taps) {
+    const int64_t i = tap.offset[0] - phase.low[0], j = tap.offset[2] - phase.low[2];
+    from.push_back((i % stride[0] * stride[2] + j % stride[2]) * part + i / stride[0] * pitch + j / stride[2]);
+  }
+  at::parallel_for(0, batch * channels, std::max<int64_t>(1, 32768 / (plane + outputs * taps)), [&](int64_t begin, int64_t end) {
+    Scratch<T>& scratch = Scratch<T>::mine();
+    const int64_t numbers = stride[0] * stride[2] * part;
+    const int64_t reach = numbers + pitch + BLOCK * L;  // the last block reads beyond, for sums that are not used
+    T* padded = scratch.window.get(reach);
+    T* sums = scratch.out.get(wide + BLOCK * L);
+    std::vector<T> kernel(taps);
+    std::fill_n(padded, reach, T(0));  // the same places stay zero for every plane
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / channels, c = task % channels;
+      const T scale = (weights.rows ? weights.rows[task] : T(1)) * (weights.lanes ? weights.lanes[task] : T(1));
+      for (int64_t t = 0; t < taps; ++t) {
+        T sum = 0;
+        for (int64_t i = 0; i < n; ++i)
+          sum += (weights.shares ? weights.shares[b * n + i] : T(1)) * kernels[(i * channels + c) * taps + t];
+        kernel[t] = sum * scale * (weights.taps ? weights.taps[b * taps + t] : T(1));
+      }
+      for (int64_t i = 0; i < size[0]; ++i) {
+        const int64_t row = i - phase.low[0], first = -phase.low[2];
+        if (row < 0 || row >= extent(0) * stride[0]) continue;
+        const T* in = x + task * plane + i * size[2];
+        T* to = padded + row % stride[0] * stride[2] * part + row / stride[0] * pitch;
+        const int64_t stop = std::min(size[2], pitch * stride[2] - first);
+        if (stride[2] == 1)
+          for (int64_t j = std::max<int64_t>(0, -first); j < stop; ++j) to[j + first] = in[j];
+        else
+          for (int64_t j = std::max<int64_t>(0, -first); j < stop; ++j)
+            to[(j + first) % stride[2] * part + (j + first) / stride[2]] = in[j];
+      }
+      for (int64_t q = 0; q < wide; q += BLOCK * L) {
+        typename S::Vec block[BLOCK] = {};
+        for (int64_t t = 0; t < taps; ++t)
+          for (int v = 0; v < BLOCK; ++v) block[v] += kernel[t] * S::load(padded + from[t] + q + v * L);
+        for (int v = 0; v < BLOCK; ++v) S::store(sums + q + v * L, block[v]);
+      }
+      for (int64_t i = 0; i < phase.count[0]; ++i)
+        std::copy_n(sums + i * pitch, phase.count[2], y + task * outputs + i * phase.count[2]);
+    }
+  });
+}
+
 // ---- tensors -------------------------------------------------------------------------------------------------------
 
 // The spatial axes of a shape: a map of one, two or three axes as one of three, the first of them first.
@@ -818,6 +883,46 @@ Geometry geometry_of(const Tensor& weight, at::IntArrayRef stride, at::IntArrayR
   return {three(weight.sizes().slice(3), 1), three(stride, 1), three(padding, 0), three(dilation, 1), groups};
 }
 
+bool by_plane(const Tensor& x, const Tensor& weight, int64_t groups) {
+  return weight.size(1) == groups && weight.size(2) == 1 && x.dim() < 5 && x.is_contiguous();
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// A depth-wise layer's kernels are small: they are mixed whole, and PyTorch's convolution does the rest.
+Gradients depthwise_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& kernel,
+                             const Optional& spatial, const Optional& channel, const Optional& filter,
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool to_x,
+                             bool to_weights) {
+  const int64_t n = weight.size(0), batch = x.size(0), channels = weight.size(1), taps = weight[0][0].numel();
+  const Tensor ones = at::ones({1, 1}, x.options());
+  const Tensor by_tap = (spatial ? spatial->reshape({batch, taps}) : ones).unsqueeze(1);  // (B or 1, 1, taps)
+  const Tensor rows = (channel ? *channel : ones).unsqueeze(2), lanes = (filter ? *filter : ones).unsqueeze(2);
+  const Tensor kernels = weight.reshape({n, channels * taps});
+  const Tensor base = kernel ? kernel->mm(kernels).view({batch, channels, taps}) : kernels.view({1, channels, taps});
+  std::vector<int64_t> shape = {batch * channels, 1}, all = {1, batch * channels}, out = all;
+  for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
+  for (int64_t size : x.sizes().slice(2)) all.push_back(size);
+  for (int64_t size : grad.sizes().slice(2)) out.push_back(size);
+  const Tensor mixed = (base * by_tap * rows * lanes).expand({batch, channels, taps}).reshape(shape);
+  const auto found = at::convolution_backward(grad.reshape(out), x.reshape(all), mixed, c10::nullopt, stride, padding,
+                                              dilation, false, std::vector<int64_t>(stride.size(), 0), batch * channels,
+                                              {to_x, to_weights, false});
+  auto none = [&] { return at::empty({0}, x.options()); };
+  const Tensor x_grad = to_x ? std::get<0>(found).view(x.sizes()) : none();
+  if (!to_weights) return {x_grad, none(), none(), none(), none(), none()};
+  const Tensor d = std::get<1>(found).view({batch, channels, taps}), to_base = (d * by_tap * rows * lanes).flatten(1);
+  const Tensor to_gates = d * base, to_rows = (to_gates * by_tap).sum(2);
+  std::vector<int64_t> spatial_shape = {batch};
+  for (int64_t size : weight.sizes().slice(3)) spatial_shape.push_back(size);
+  return {x_grad,
+          (kernel ? kernel->t().mm(to_base) : to_base.sum(0)).view(weight.sizes()),
+          to_base.mm(kernels.t()),
+          (to_gates * rows * lanes).sum(1).view(spatial_shape),
+          to_rows * lanes.squeeze(2),
+          to_rows * rows.squeeze(2)};
+}
+
 // The arguments were checked in Python: shapes that fit, one dtype, weight and attentions contiguous.
 Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
             const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -835,6 +940,9 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const
     const Kernels<T> kernels = {data, weight.size(0), one, channels, filters, taps, taps, channels * taps};
     const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
     const auto out = map_of<T>(y, y.mutable_data_ptr<T>());
+    if (by_plane(x, weight, groups))
+      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, weight.size(0), groups, weights,
+                                x.size(0), forward_phase(g, out.size), g.stride, y.mutable_data_ptr<T>());
     convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), out, kernels, groups, weights,
                 x.size(0), {forward_phase(g, out.size)});
   };
@@ -842,10 +950,12 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
+Gradients conv_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
     const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool to_x, bool to_weights) {
+  if (weight.size(1) == groups && weight.size(2) == 1)
+    return depthwise_backward(grad, x, weight, kernel, spatial, channel, filter, stride, padding, dilation, to_x, to_weights);
   const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
   const int64_t n = weight.size(0), batch = x.size(0), filters = weight.size(1) / groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / n;

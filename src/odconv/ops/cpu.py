@@ -114,7 +114,9 @@ def takes(x: Tensor) -> bool:
 
 def fits(x: Tensor, weight: Tensor, groups: int) -> bool:
     """Whether the compiled form can compute this, and does it faster than the others."""
-    # A vector runs over the filters of a group: narrow groups, depth-wise ones above all, would leave it empty.
+    if groups == weight.shape[1] and weight.shape[2] == 1:  # depth-wise: vectors run over the positions of a plane
+        return x.dim() < 5 and x.is_contiguous() and takes(x)
+    # Else they run over the filters of a group: a narrow group would leave them empty.
     return (groups == 1 or min(weight.shape[1] // groups, weight.shape[2]) >= 16) and takes(x)
 
 
