@@ -4,56 +4,87 @@ import csv
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from odconv.layers import attention as attention_room
 from odconv.layers import conv as layer_room
+from odconv.ops.contract import Attentions, Geometry
 
 RESULTS = Path(__file__).parent / "results"
+MODELS = ("od_resnet18", "od_resnet50", "od_mobilenetv2_100")
 
 
 def published_conv(
-    x: Tensor, weight: Tensor, *, kernel, spatial, channel, filter, bias, stride, padding, dilation, groups
-):
-    """The operator as published: kernels broadcast to (B, n, O, C, k, k), summed, then B * groups groups."""
+    x: Tensor,
+    weight: Tensor,
+    attentions: Attentions,
+    bias: Tensor | None,
+    geometry: Geometry,
+    backend: str = "auto",
+) -> Tensor:
+    """The operator as published, in the place of :func:`odconv.ops.dynamic_conv.compute`.
+
+    ODConv: kernels broadcast to (B, n, O, C, k, k) and summed, then a convolution of B * groups groups; but one shared
+    convolution for a single 1x1 kernel. CondConv and DyConv, which have the kernel attention alone: a matrix product
+    instead of the sum.
+    """
+    kernel, spatial, channel, filter = attentions
     batch, taps = x.shape[0], weight.shape[3:]
     x = x if channel is None else x * channel[:, :, None, None]
-    mixed = weight[None]
-    if spatial is not None:
-        mixed = spatial.view(-1, 1, 1, 1, *taps) * mixed
-    if kernel is not None:
-        mixed = kernel.view(batch, -1, 1, 1, 1, 1) * mixed
-    mixed = mixed.expand(batch, *mixed.shape[1:]).sum(1).flatten(0, 1)
-    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), mixed, None, stride, padding, dilation, batch * groups)
-    y = y.view(batch, -1, *y.shape[2:])
-    return y if filter is None else y * filter[:, :, None, None]
+    if spatial is None and kernel is None:
+        y = F.conv2d(x, weight[0], None, *geometry)
+    else:
+        if channel is None and spatial is None and filter is None:
+            mixed = (kernel @ weight.flatten(1)).view(-1, *weight.shape[2:])
+        else:
+            gates = 1 if spatial is None else spatial.view(batch, 1, 1, 1, *taps)
+            gates = gates if kernel is None else gates * kernel.view(batch, -1, 1, 1, 1, 1)
+            mixed = (gates * weight[None]).sum(1).flatten(0, 1)
+        geometry = geometry._replace(groups=batch * geometry.groups)
+        y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), mixed, None, *geometry)
+        y = y.view(batch, -1, *y.shape[2:])
+    y = y if filter is None else y * filter[:, :, None, None]
+    if bias is None:
+        return y
+    return y + (bias if bias.dim() == 1 else kernel @ bias)[..., None, None]
 
 
 @contextmanager
 def published_form() -> Iterator[None]:
-    """Let every dynamic layer compute as published."""
-    with mock.patch.object(layer_room, "dynamic_conv", published_conv):
+    """Let every dynamic layer compute as published: the operator, and the attention in plain PyTorch."""
+    ours = layer_room.compute, attention_room.fused_attention
+    layer_room.compute, attention_room.fused_attention = published_conv, lambda attention, x: None
+    try:
         yield
+    finally:
+        layer_room.compute, attention_room.fused_attention = ours
 
 
 def alternate(runs: dict[str, Callable[[], Any]], seconds: float, least: int = 3) -> dict[str, list[float]]:
-    """Milliseconds of each run, taken in turns so that a busy machine slows all alike."""
+    """Milliseconds of each run, taken in turns so that a busy machine slows all alike.
+
+    Goes on for `seconds`, and until every run was taken `least` times or took `seconds` by itself: what is much slower
+    than the others is measured once.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     started = time.perf_counter()
-    while time.perf_counter() - started < seconds or len(next(iter(times.values()))) < least:
-        for name, run in runs.items():
+    waiting = list(runs)
+    while waiting:
+        for name in waiting:
             before = time.perf_counter()
-            run()
+            runs[name]()
             times[name].append(1e3 * (time.perf_counter() - before))
+        if time.perf_counter() - started >= seconds:
+            waiting = [name for name in waiting if len(times[name]) < least and sum(times[name]) < 1e3 * seconds]
     return times
 
 
@@ -83,11 +114,41 @@ def origin() -> dict[str, Any]:
     }
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV; none where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows as CSV."""
+    save_rows(path, rows)
+    print(f"{len(rows)} rows in {path}")
+
+
+def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{len(rows)} rows in {path}")
+    unfinished.replace(path)
+
+
+class Sheet:
+    """A CSV that is written after every addition; a row that is measured again takes the place of the old one."""
+
+    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+        self.path, self.keys = path, keys
+        self.rows: dict[tuple[str, ...], dict[str, Any]] = {self._key(row): row for row in read_rows(path)}
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.rows |= {self._key(row): row for row in rows}
+        save_rows(self.path, list(self.rows.values()))
+
+    def _key(self, row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(key)) for key in self.keys)

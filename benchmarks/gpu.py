@@ -24,8 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import RESULTS, alternate, origin, percentiles, published_conv, write_rows
-from layers import SHAPES
+from common import MODELS, RESULTS, alternate, origin, percentiles, published_conv, write_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,13 +33,28 @@ from odconv.functional import dynamic_conv
 from odconv.layers import conv as layer_room
 from odconv.models import split_name
 from odconv.ops import BACKENDS, triton
-from odconv.ops.contract import Attentions
+from odconv.ops.contract import Attentions, Geometry
+from odconv.ops.dynamic_conv import compute
 
 Run = Callable[[], Any]
 Rows = list[dict[str, Any]]
 PARTS = ("correctness", "networks", "layers", "mixing", "compiled")
 FORMS = ("auto", *(form for form in ("single", "shared", "product", "grouped", "triton") if form in BACKENDS))
-MODELS = ("od_resnet18", "od_resnet50", "od_mobilenetv2_100")
+SHAPES = (  # channels, filters, map, kernel, stride, groups: layers of ResNet-18, ResNet-50 and MobileNetV2
+    (64, 64, 56, 3, 1, 1),
+    (128, 128, 28, 3, 1, 1),
+    (256, 256, 14, 3, 1, 1),
+    (256, 512, 14, 3, 2, 1),
+    (512, 512, 7, 3, 1, 1),
+    (64, 256, 56, 1, 1, 1),
+    (256, 64, 56, 1, 1, 1),
+    (1024, 256, 14, 1, 1, 1),
+    (512, 2048, 7, 1, 1, 1),
+    (144, 144, 56, 3, 1, 144),
+    (960, 960, 7, 3, 1, 960),
+    (24, 144, 56, 1, 1, 1),
+    (960, 320, 7, 1, 1, 1),
+)
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of norm(error) / norm(exact)
 COLD = 256 * 2**20  # bytes written between two runs of a layer: more than any cache holds
 
@@ -262,7 +276,7 @@ def run_layers(bench: Bench) -> Rows:
             static: dict[str, Tensor | None] = {"input": tensors["x"], "weight": tensors["weight"][0].clone()}
             forms: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor | None]]] = {
                 "static": (F.conv2d, static),
-                "published": (partial(published_conv, bias=None), tensors),
+                "published": (published_layer, tensors),
             }
             for form in forms_for(batch, geometry["groups"]):
                 if form != "triton" or bench.cuda:
@@ -333,13 +347,29 @@ def run_mixing(bench: Bench) -> Rows:
     return rows
 
 
-def published_in_bfloat16(x: Tensor, weight: Tensor, *, bias: None, **options: Any) -> Tensor:
+def published_layer(
+    x: Tensor,
+    weight: Tensor,
+    kernel: Tensor | None,
+    spatial: Tensor | None,
+    channel: Tensor | None,
+    filter: Tensor | None,
+    **geometry: int,
+) -> Tensor:
+    """The published form with the arguments of dynamic_conv, but for the bias."""
+    sizes = ((geometry[name],) * 2 for name in ("stride", "padding", "dilation"))
+    return published_conv(
+        x, weight, Attentions(kernel, spatial, channel, filter), None, Geometry(*sizes, geometry["groups"])
+    )
+
+
+def published_in_bfloat16(x: Tensor, weight: Tensor, attentions: Attentions, bias: None, geometry: Geometry) -> Tensor:
     """The published form with all its tensors in bfloat16, as they are under its own autocast."""
-    low = {name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in options.items()}
-    return published_conv(x.bfloat16(), weight.bfloat16(), bias=bias, **low)
+    low = Attentions(*(None if a is None else a.bfloat16() for a in attentions))
+    return published_conv(x.bfloat16(), weight.bfloat16(), low, bias, geometry)
 
 
-FORCED = {form: partial(dynamic_conv, backend=form) for form in BACKENDS} | {"published": published_in_bfloat16}
+FORCED = {form: partial(compute, backend=form) for form in BACKENDS} | {"published": published_in_bfloat16}
 
 
 class Network:
@@ -359,7 +389,7 @@ class Network:
         """Let every dynamic layer compute in this network's form."""
         if self.form not in FORCED:
             return nullcontext()
-        return mock.patch.object(layer_room, "dynamic_conv", FORCED[self.form])
+        return mock.patch.object(layer_room, "compute", FORCED[self.form])
 
     def infer(self, x: Tensor) -> Tensor:
         with self.computing(), torch.inference_mode():

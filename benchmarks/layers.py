@@ -1,99 +1,169 @@
-"""One layer at a time: every form of the operator, the static convolution and the published form, in one run.
+"""Every layer of ResNet-18, ResNet-50 and MobileNetV2 by itself: ours, the static convolution and the published form.
 
-    python benchmarks/layers.py            forward
-    python benchmarks/layers.py --train    forward and backward
+    python benchmarks/layers.py                                forward
+    python benchmarks/layers.py --train                        forward and backward
+    python benchmarks/layers.py --forms cpu product grouped    named forms of the operator beside the chosen one
 
-The rows in results/layers_*.csv set the limits in odconv.ops.dynamic_conv.choose.
+What is timed is the operator, its attentions given. Rows whose attentions are "kernel" have no other: ours is compared
+with timm's CondConv2d there, where timm is installed. Rows go to results/layers_MODE.csv as they come, the picture
+beside it; the limits in odconv.ops.dynamic_conv.choose are set by them. Ends with the rows in which ours is slower than
+1.05 times the published form.
 """
 
 import argparse
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from common import RESULTS, alternate, origin, percentiles, published_conv, write_rows
+from common import MODELS, RESULTS, Sheet, alternate, origin, percentiles, published_conv
+from plot import draw_layers
+from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.functional import dynamic_conv
+import odconv
+from odconv.layers import DynamicConv
+from odconv.ops import BACKENDS
+from odconv.ops.contract import Attentions, Geometry
+from odconv.ops.dynamic_conv import compute
 
-# channels, filters, map, kernel, stride, groups: the layers of ResNet-18, ResNet-50 and MobileNetV2
-SHAPES = (
-    (64, 64, 56, 3, 1, 1),
-    (128, 128, 28, 3, 1, 1),
-    (256, 256, 14, 3, 1, 1),
-    (256, 512, 14, 3, 2, 1),
-    (512, 512, 7, 3, 1, 1),
-    (64, 256, 56, 1, 1, 1),
-    (256, 64, 56, 1, 1, 1),
-    (1024, 256, 14, 1, 1, 1),
-    (512, 2048, 7, 1, 1, 1),
-    (144, 144, 56, 3, 1, 144),
-    (960, 960, 7, 3, 1, 960),
-    (24, 144, 56, 1, 1, 1),
-    (960, 320, 7, 1, 1, 1),
-)
+KEYS = ("layer", "kernel_num", "attentions", "batch", "mode", "form")
+Run = Callable[[], Any]
+TARGET = 1.05  # of the published form's time
+
+
+class Layer(NamedTuple):
+    """What the operator is given by one layer of a network, but for the batch."""
+
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    attentions: dict[str, tuple[int, ...]]
+    geometry: Geometry
+
+    def __str__(self) -> str:
+        _, filters, _, taps, _ = self.weight
+        channels, height, width = self.x
+        return f"{channels}->{filters} {height}x{width} k{taps} s{self.geometry.stride[0]} g{self.geometry.groups}"
+
+
+def layers_of(models: Sequence[str], n: int, size: int = 224) -> list[Layer]:
+    """The distinct dynamic layers of the networks on images of `size`, the largest maps first."""
+    found: dict[str, Layer] = {}
+
+    def note(module: DynamicConv, inputs: tuple[Tensor], y: Tensor) -> None:
+        geometry = Geometry(module.stride, module.padding, module.dilation, module.groups)
+        layer = Layer(inputs[0].shape[1:], module.weight.shape, module.attention.heads, geometry)
+        found.setdefault(str(layer), layer)
+
+    for name in models:
+        model = odconv.create_model(name, kernel_num=n).eval()
+        for module in model.modules():
+            if isinstance(module, DynamicConv):
+                module.register_forward_hook(note)
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, size, size))
+    return sorted(found.values(), key=lambda layer: (-layer.x[1], layer.geometry.groups > 1, -layer.weight[-1]))
+
+
+def tensors_of(layer: Layer, batch: int, train: bool) -> tuple[Tensor, Tensor, Attentions]:
+    """Random x, weight and attentions."""
+    fan_in = math.prod(layer.weight[2:])
+    x = torch.randn(batch, *layer.x, requires_grad=train)
+    weight = (torch.randn(layer.weight) / fan_in**0.5).requires_grad_(train)
+    gates = {name: torch.rand(batch, *shape, requires_grad=train) for name, shape in layer.attentions.items()}
+    return x, weight, Attentions(**gates)
+
+
+def contenders(layer: Layer, batch: int, forms: Sequence[str], train: bool) -> dict[tuple[str, str], Run]:
+    """What is timed, by attentions and form."""
+    x, weight, attentions = tensors_of(layer, batch, train)
+    geometry = layer.geometry
+    static = weight[0].detach().clone().requires_grad_(train)
+    given = (x, weight, attentions, None, geometry)
+    leaves = [tensor for tensor in (x, weight, *attentions) if tensor is not None]
+    runs: dict[tuple[str, str], tuple[Run, list[Tensor]]] = {
+        ("all", "static"): (partial(F.conv2d, x, static, None, *geometry), [x, static]),
+        ("all", "published"): (partial(published_conv, *given), leaves),
+        ("all", "auto"): (partial(compute, *given), leaves),
+    }
+    for form in forms:
+        dense = form in ("shared", "product")  # which would unfold every channel of a depth-wise layer by itself
+        if not (form == "single" and batch > 1) and not (dense and geometry.groups > 1):
+            runs["all", form] = (partial(compute, *given, backend=form), leaves)
+    if attentions.kernel is not None:
+        alone = Attentions(attentions.kernel)
+        runs["kernel", "auto"] = (partial(compute, x, weight, alone, None, geometry), [x, weight, alone.kernel])
+        timm = timm_condconv(layer)
+        if timm is not None:
+            runs["kernel", "timm"] = (partial(timm, x, alone.kernel), [x, timm.weight, alone.kernel])
+    if not train:
+        return {key: run for key, (run, _) in runs.items()}
+    return {key: partial(forward_and_backward, *run_and_leaves) for key, run_and_leaves in runs.items()}
+
+
+def timm_condconv(layer: Layer) -> torch.nn.Module | None:
+    """timm's layer of the same shape, where timm is installed."""
+    try:
+        from timm.layers import CondConv2d
+    except ImportError:
+        return None
+    n, filters, _, *taps = layer.weight
+    stride, padding, dilation, groups = layer.geometry
+    return CondConv2d(layer.x[0], filters, tuple(taps), stride, padding[0], dilation, groups, num_experts=n)
+
+
+def forward_and_backward(run: Run, leaves: list[Tensor]) -> None:
+    y = run()
+    torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+
+def rows_of(times: dict[tuple[str, str], list[float]], keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each form, with its ratio to the static layer and to the published form."""
+    measured = {key: percentiles(values) for key, values in times.items()}
+    static, published = (measured["all", form]["median_ms"] for form in ("static", "published"))
+    rows = []
+    for (attentions, form), values in measured.items():
+        ratios = {"ratio_to_static": round(values["median_ms"] / static, 3)}
+        if attentions == "all":
+            ratios["ratio_to_published"] = round(values["median_ms"] / published, 3)
+        rows.append({**keys, "attentions": attentions, "form": form, **values, **ratios})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS, help="networks whose layers to take")
     parser.add_argument("--kernel_num", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument("--forms", nargs="+", choices=BACKENDS, default=[], help="named forms to time besides")
     parser.add_argument("--train", action="store_true", help="forward and backward")
-    parser.add_argument("--seconds", type=float, default=1, help="time for each row of comparisons")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="CSV to write; default benchmarks/results/layers_MODE.csv"
-    )
+    parser.add_argument("--seconds", type=float, default=0.4, help="time for each comparison, after warming up")
+    parser.add_argument("--out", type=Path, help="CSV to write; default benchmarks/results/layers_MODE.csv")
     args = parser.parse_args()
     mode = "training" if args.train else "inference"
-    where, rows = origin(), []
-    for channels, filters, side, taps, stride, groups in SHAPES:
-        for n in args.kernel_num:
+    sheet = Sheet(args.out or RESULTS / f"layers_{mode}.csv", KEYS)
+    where, slow = origin(), []
+    for n in args.kernel_num:
+        for layer in layers_of(args.models, n):
             for batch in args.batch:
-                tensors = {
-                    "x": torch.randn(batch, channels, side, side),
-                    "weight": torch.randn(n, filters, channels // groups, taps, taps) / (channels // groups) ** 0.5,
-                    "kernel": torch.rand(batch, n).softmax(1) if n > 1 else None,
-                    "spatial": torch.rand(batch, taps, taps) if taps > 1 else None,
-                    "channel": torch.rand(batch, channels),
-                    "filter": torch.rand(batch, filters) if groups == 1 else None,
-                }
-                for tensor in tensors.values():
-                    if tensor is not None:
-                        tensor.requires_grad_(args.train)
-                geometry = {"stride": stride, "padding": taps // 2, "dilation": 1, "groups": groups}
-                runs = {
-                    "static": partial(F.conv2d, tensors["x"], tensors["weight"][0].detach(), None, *geometry.values()),
-                    "published": partial(published_conv, **tensors, bias=None, **geometry),
-                }
-                if args.train:
-                    weight = tensors["weight"][0].detach().requires_grad_()
-                    runs["static"] = partial(F.conv2d, tensors["x"], weight, None, *geometry.values())
-                for form in ("auto", "shared", "product", "grouped"):
-                    if groups == 1 or form in ("auto", "grouped"):
-                        runs[form] = partial(dynamic_conv, **tensors, **geometry, backend=form)
-                if args.train:
-                    runs = {name: partial(forward_and_backward, run) for name, run in runs.items()}
-                times = alternate(runs, args.seconds)
-                base = percentiles(times["static"])["median_ms"]
-                shape = f"{channels}->{filters} {side}x{side} k{taps} s{stride} g{groups}"
-                print(f"{shape:32s} n={n} batch {batch:3d} {mode}, static {base:.2f} ms:", end="")
-                for form, values in times.items():
-                    measured = percentiles(values)
-                    ratio = round(measured["median_ms"] / base, 3)
-                    print(f"  {form} {ratio:.2f}" if form != "static" else "", end="")
-                    rows.append(
-                        {"layer": shape, "kernel_num": n, "batch": batch, "mode": mode, "form": form}
-                        | measured
-                        | {"ratio_to_static": ratio}
-                        | where
-                    )
-                print(flush=True)
-    write_rows(args.out or RESULTS / f"layers_{mode}.csv", rows)
-
-
-def forward_and_backward(run) -> None:
-    y = run()
-    y.backward(torch.ones_like(y))
+                with torch.inference_mode(not args.train):
+                    times = alternate(contenders(layer, batch, args.forms, args.train), args.seconds)
+                rows = rows_of(times, {"layer": str(layer), "kernel_num": n, "batch": batch, "mode": mode})
+                sheet.add([row | where for row in rows])
+                line = f"{layer!s:32s} n={n} batch {batch:3d} {mode}, static {rows[0]['median_ms']:8.3f} ms:"
+                for row in rows[1:]:
+                    alone = " (kernel alone)" if row["attentions"] == "kernel" else ""
+                    line += f"  {row['form']}{alone} {row['ratio_to_static']:.2f}"
+                print(line, flush=True)
+                ours = next(row for row in rows if row["form"] == "auto")
+                if ours["ratio_to_published"] > TARGET:
+                    slow.append((ours["ratio_to_published"], line))
+    draw_layers(sheet.path)
+    print(f"{len(slow)} rows slower than {TARGET} times the published form")
+    for ratio, line in sorted(slow, reverse=True):
+        print(f"{ratio:5.2f}  {line}")
 
 
 if __name__ == "__main__":

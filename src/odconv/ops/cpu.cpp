@@ -753,35 +753,53 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
     const int64_t i = tap.offset[0] - phase.low[0], j = tap.offset[2] - phase.low[2];
     from.push_back((i % stride[0] * stride[2] + j % stride[2]) * part + i / stride[0] * pitch + j / stride[2]);
   }
+  std::vector<int64_t> row_at;  // where each row of a plane goes; -1 for one that no output meets
+  for (int64_t i = 0; i < size[0]; ++i) {
+    const int64_t row = i - phase.low[0];
+    const bool met = row >= 0 && row < extent(0) * stride[0];
+    row_at.push_back(met ? row % stride[0] * stride[2] * part + row / stride[0] * pitch : -1);
+  }
+  struct Run {
+    int64_t first, last, shift;
+  };
+  std::vector<Run> columns;  // columns p, p + stride, ... of a padded row: number k comes from k * stride + shift
+  for (int64_t p = 0; p < stride[2]; ++p) {
+    const int64_t shift = p + phase.low[2];
+    columns.push_back({std::max<int64_t>(0, ceil_div(-shift, stride[2])),
+                       std::min(pitch, ceil_div(size[2] - shift, stride[2])), shift});
+  }
   at::parallel_for(0, batch * channels, std::max<int64_t>(1, 32768 / (plane + outputs * taps)), [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
     const int64_t numbers = stride[0] * stride[2] * part;
     const int64_t reach = numbers + pitch + BLOCK * L;  // the last block reads beyond, for sums that are not used
     T* padded = scratch.window.get(reach);
     T* sums = scratch.out.get(wide + BLOCK * L);
-    std::vector<T> kernel(taps);
+    std::vector<T> base(channels * taps), kernel(taps);
     std::fill_n(padded, reach, T(0));  // the same places stay zero for every plane
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / channels, c = task % channels;
+      if (task == begin || c == 0) {  // another sample: mix its kernels
+        const int64_t last = std::min(channels, c + end - task) * taps;
+        std::fill(base.begin(), base.end(), T(0));
+        for (int64_t i = 0; i < n; ++i) {
+          const T share = weights.shares ? weights.shares[b * n + i] : T(1);
+          const T* one = kernels + i * channels * taps;
+          for (int64_t e = c * taps; e < last; ++e) base[e] += share * one[e];
+        }
+      }
       const T scale = (weights.rows ? weights.rows[task] : T(1)) * (weights.lanes ? weights.lanes[task] : T(1));
-      for (int64_t t = 0; t < taps; ++t) {
-        T sum = 0;
-        for (int64_t i = 0; i < n; ++i)
-          sum += (weights.shares ? weights.shares[b * n + i] : T(1)) * kernels[(i * channels + c) * taps + t];
-        kernel[t] = sum * scale * (weights.taps ? weights.taps[b * taps + t] : T(1));
-      }
-      for (int64_t i = 0; i < size[0]; ++i) {
-        const int64_t row = i - phase.low[0], first = -phase.low[2];
-        if (row < 0 || row >= extent(0) * stride[0]) continue;
-        const T* in = x + task * plane + i * size[2];
-        T* to = padded + row % stride[0] * stride[2] * part + row / stride[0] * pitch;
-        const int64_t stop = std::min(size[2], pitch * stride[2] - first);
-        if (stride[2] == 1)
-          for (int64_t j = std::max<int64_t>(0, -first); j < stop; ++j) to[j + first] = in[j];
-        else
-          for (int64_t j = std::max<int64_t>(0, -first); j < stop; ++j)
-            to[(j + first) % stride[2] * part + (j + first) / stride[2]] = in[j];
-      }
+      for (int64_t t = 0; t < taps; ++t)
+        kernel[t] = base[c * taps + t] * scale * (weights.taps ? weights.taps[b * taps + t] : T(1));
+      for (int64_t i = 0; i < size[0]; ++i)
+        for (int64_t p = 0; p < stride[2] && row_at[i] >= 0; ++p) {
+          const Run& run = columns[p];
+          const T* in = x + task * plane + i * size[2] + run.shift;
+          T* to = padded + row_at[i] + p * part;
+          if (stride[2] == 1)
+            for (int64_t k = run.first; k < run.last; ++k) to[k] = in[k];
+          else
+            for (int64_t k = run.first; k < run.last; ++k) to[k] = in[k * stride[2]];
+        }
       for (int64_t q = 0; q < wide; q += BLOCK * L) {
         typename S::Vec block[BLOCK] = {};
         for (int64_t t = 0; t < taps; ++t)

@@ -6,6 +6,7 @@ with AVX2, the forms in plain PyTorch give the same results, only slower. ``ODCO
 """
 
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -112,10 +113,12 @@ def takes(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and not is_transformed() and available()
 
 
-def fits(x: Tensor, weight: Tensor, groups: int) -> bool:
+def fits(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the compiled form can compute this, and does it faster than the others."""
+    groups = geometry.groups
     if groups == weight.shape[1] and weight.shape[2] == 1:  # depth-wise: vectors run over the positions of a plane
-        return x.dim() < 5 and x.is_contiguous() and takes(x)
+        large = max(geometry.stride) == 1 and math.prod(x.shape[2:]) >= 512
+        return x.dim() < 5 and x.is_contiguous() and (x.shape[0] == 1 or large) and takes(x)
     # Else they run over the filters of a group: a narrow group would leave them empty.
     return (groups == 1 or min(weight.shape[1] // groups, weight.shape[2]) >= 16) and takes(x)
 

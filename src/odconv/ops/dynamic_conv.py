@@ -126,7 +126,7 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     dense = "shared" if n == 1 else "product"
     if is_exporting() or batch == 0:  # exported, one graph serves every batch, which may be no number of groups then
         return dense
-    if cpu.fits(x, weight, geometry.groups):
+    if cpu.fits(x, weight, geometry):
         return "cpu"
     # Mixed kernels cost |W| a sample and columns C * k * L: a map is unfolded where it has fewer positions than a group
     # has filters. A depth-wise kernel has one filter a group, so it never is.

@@ -1,7 +1,7 @@
 """Backward passes that save no mixed kernel: they keep x, the weight and the attentions, and mix again.
 
 Autograd by itself would keep every sample's kernel, scaled map or columns until the backward pass, several times what
-the static layer keeps. Samples are worked through a few at a time, so that what is mixed stays within :data:`WORKSPACE`.
+the static layer keeps. Samples are worked through a few at a time, so that what is mixed fits in :data:`WORKSPACE`.
 """
 
 import math
