@@ -1,4 +1,4 @@
-"""The compiled form for the CPU: cpu.cpp mixes a tile of kernels and multiplies it while it is in the cache.
+"""The compiled form for the CPU: C++ mixes a tile of kernels and multiplies it while it is in the cache.
 
 It is compiled at its first use, in about ten seconds, kept in the cache folder (``$ODCONV_CACHE``, else
 ``~/.cache/odconv``), and loaded from there ever after. Where there is no compiler, or the processor is another than x86
@@ -26,7 +26,7 @@ from odconv.files import cache_folder
 from odconv.ops.contract import Attentions, Geometry, is_transformed
 from odconv.ops.recompute import differentiable_gradients
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = Path(__file__).parent
 VECTORS = {  # by what torch says of the processor
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
@@ -80,7 +80,13 @@ def build() -> Path:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *VECTORS[torch.backends.cpu.get_cpu_capability()],
     ]
-    made_of = [SOURCE.read_text(), torch.__version__, sys.platform, compiler, *flags]
+    made_of = [
+        *(file.read_text() for file in sorted(SOURCES.glob("*.[hc]*"))),
+        torch.__version__,
+        sys.platform,
+        compiler,
+        *flags,
+    ]
     library = cache_folder() / f"cpu-{hashlib.sha256(' '.join(made_of).encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -94,7 +100,7 @@ def build() -> Path:
             compiler,
             *flags,
             *includes,
-            str(SOURCE),
+            str(SOURCES / "operators.cpp"),
             "-o",
             str(made),
             f"-L{root / 'lib'}",

@@ -1,0 +1,155 @@
+// Tiles of kernels: cut out of the weight, mixed, and put back.
+#pragma once
+
+#include "simd.h"
+
+namespace odconv {
+
+// n kernels seen as [row][lane][tap]: lanes are what the vectors run over, rows what is summed over besides the taps.
+template <class T>
+struct Kernels {
+  const T* data;
+  int64_t n, size, rows, lanes, taps, row_step, lane_step;
+  Kernels of_group(int64_t group) const {
+    Kernels out = *this;
+    out.data += group * rows * lanes * taps;
+    return out;
+  }
+};
+
+struct Span {
+  int64_t first, count;
+};
+
+struct Tile {
+  int64_t first_row, rows, first_lane, lanes;
+  int vectors;
+};
+
+// Kernels whose taps and rows are one run a lane, as in a convolution's weight, or whose taps and lanes are one run a
+// row, as in the same weight seen from its gradient.
+template <class T>
+bool rows_run(const Kernels<T>& kernels) {
+  return kernels.row_step == kernels.taps;
+}
+
+// Where in a tile, [tap][row][lane], the elements of a run [row][tap] lie.
+inline void places_of(const Tile& tile, int64_t rows, int64_t taps, int64_t width, std::vector<int64_t>& out) {
+  out.clear();
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t t = 0; t < taps; ++t) out.push_back((t * tile.rows + r) * width);
+}
+
+// One kernel's tile as [tap][row][lane], missing lanes zero.
+template <class T>
+void pack(const Kernels<T>& kernels, const Tile& tile, const T* kernel, std::vector<int64_t>& places, T* out) {
+  using S = Simd<T>;
+  constexpr int L = S::LANES;
+  const int64_t width = tile.vectors * L, taps = kernels.taps;
+  const int64_t runs = rows_run(kernels) ? 1 : tile.rows, length = tile.rows * taps / runs;
+  places_of(tile, length / taps, taps, width, places);
+  kernel += tile.first_row * kernels.row_step + tile.first_lane * kernels.lane_step;
+  for (int64_t lane = 0; lane < width; lane += L) {
+    const int64_t valid = std::clamp<int64_t>(tile.lanes - lane, 0, L);
+    for (int64_t run = 0; run < runs; ++run) {
+      const T* in = kernel + run * kernels.row_step + lane * kernels.lane_step;
+      T* to = out + run * width + lane;
+      int64_t e = 0;
+      if (valid == L && kernels.lane_step == 1) S::store(to + places[e++], S::load(in));  // 1x1, one row
+      for (; valid == L && e + L <= length; e += L) {
+        typename S::Vec v[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          v[i] = S::load(in + i * kernels.lane_step + e);
+          __builtin_prefetch(in + i * kernels.lane_step + e + 2 * L);  // lanes lie too far apart for the hardware to guess
+        }
+        transpose<T>(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) S::store(to + places[e + i], v[i]);
+      }
+      for (; e < length; ++e) {
+        for (int64_t i = 0; i < valid; ++i) to[places[e] + i] = in[i * kernels.lane_step + e];
+        for (int64_t i = valid; i < L; ++i) to[places[e] + i] = 0;
+      }
+    }
+  }
+}
+
+// The reverse for a gradient: out[lane][row][tap] = in[tap][row][lane], for kernels whose rows run.
+template <class T>
+void unpack(const T* in, const Tile& tile, const Kernels<T>& kernels, std::vector<int64_t>& places, T* out) {
+  using S = Simd<T>;
+  constexpr int L = S::LANES;
+  const int64_t width = tile.vectors * L, length = tile.rows * kernels.taps;
+  places_of(tile, tile.rows, kernels.taps, width, places);
+  out += tile.first_row * kernels.row_step + tile.first_lane * kernels.lane_step;
+  for (int64_t lane = 0; lane < tile.lanes; lane += L) {
+    const int64_t valid = std::min<int64_t>(tile.lanes - lane, L);
+    int64_t e = 0;
+    for (; valid == L && e + L <= length; e += L) {
+      typename S::Vec v[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) v[i] = S::load(in + places[e + i] + lane);
+      transpose<T>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) S::store(out + (lane + i) * kernels.lane_step + e, v[i]);
+    }
+    for (; e < length; ++e)
+      for (int64_t i = 0; i < valid; ++i) out[(lane + i) * kernels.lane_step + e] = in[places[e] + lane + i];
+  }
+}
+
+// sum_i shares[i] * kernel[i] for a block of lanes and all rows: one kernel that is read as n were, but from the cache.
+// It streams through memory in the order of the weight, at the speed of the memory.
+template <class T>
+Kernels<T> blend(const Kernels<T>& kernels, const Span& lanes, const T* shares, Buffer<T>& buffer) {
+  using S = Simd<T>;
+  Kernels<T> out = kernels;
+  const int64_t runs = rows_run(kernels) ? lanes.count : kernels.rows, step = rows_run(kernels) ? kernels.lane_step : kernels.row_step;
+  const int64_t length = (rows_run(kernels) ? kernels.rows : lanes.count) * kernels.taps, pitch = length + 2 * S::LANES;
+  T* sums = buffer.get(runs * pitch);
+  for (int64_t run = 0; run < runs; ++run) {
+    const T* in = kernels.data + lanes.first * kernels.lane_step + run * step;
+    T* to = sums + run * pitch;
+    int64_t e = 0;
+    for (; e + S::LANES <= length; e += S::LANES) {
+      typename S::Vec sum = shares[0] * S::load(in + e);
+      for (int64_t i = 1; i < kernels.n; ++i) sum += shares[i] * S::load(in + i * kernels.size + e);
+      S::store(to + e, sum);
+    }
+    for (; e < length; ++e) {
+      to[e] = shares[0] * in[e];
+      for (int64_t i = 1; i < kernels.n; ++i) to[e] += shares[i] * in[i * kernels.size + e];
+    }
+  }
+  (rows_run(kernels) ? out.lane_step : out.row_step) = pitch;
+  out.data = sums - lanes.first * out.lane_step;
+  return out;
+}
+
+// The attentions of one sample and group, as far as a tile needs them; null counts as ones.
+template <class T>
+struct Scales {
+  const T *shares, *taps, *rows;
+  alignas(64) T lanes[VECTORS * Simd<T>::LANES];
+};
+
+// out = lanes * taps * rows * sum_i shares[i] * packed[i]
+template <class T>
+void mix(const T* packed, int64_t n, int64_t taps, const Tile& tile, const Scales<T>& scales, T* out) {
+  using S = Simd<T>;
+  const int64_t width = tile.vectors * S::LANES, size = taps * tile.rows * width;
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const T scale = (scales.taps ? scales.taps[t] : T(1)) * (scales.rows ? scales.rows[r] : T(1));
+      for (int v = 0; v < tile.vectors; ++v) {
+        const T* in = packed + (t * tile.rows + r) * width + v * S::LANES;
+        typename S::Vec sum = S::load(in);
+        if (scales.shares) sum *= scales.shares[0];
+        for (int64_t i = 1; i < n; ++i) sum += scales.shares[i] * S::load(in + i * size);
+        S::store(out + (t * tile.rows + r) * width + v * S::LANES, sum * S::load(scales.lanes + v * S::LANES) * scale);
+      }
+    }
+}
+
+}  // namespace odconv

@@ -1,0 +1,137 @@
+// Depth-wise layers: forward by planes, backward by PyTorch's convolution.
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/reshape.h>
+#include <ATen/ops/select.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/unsqueeze.h>
+#include <ATen/ops/view.h>
+
+#include <optional>
+#include <tuple>
+
+#include "convolve.h"
+
+namespace odconv {
+
+// One filter a channel, on contiguous maps of one or two axes: vectors run over positions. A plane is copied with zeros
+// around it and taken apart by its coordinates modulo the stride, so that each tap reads it in one run.
+template <class T>
+void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, int64_t channels, const Weights<T>& weights,
+                     int64_t batch, const Phase& phase, const Axes& stride, T* y) {
+  using S = Simd<T>;
+  constexpr int L = S::LANES, BLOCK = 4;
+  const int64_t taps = phase.taps.size(), plane = size[0] * size[2], outputs = phase.count[0] * phase.count[2];
+  auto extent = [&](int a) { return ceil_div((phase.count[a] - 1) * stride[a] + phase.high[a] + 1 - phase.low[a], stride[a]); };
+  const int64_t pitch = extent(2), part = extent(0) * pitch, wide = phase.count[0] * pitch;
+  std::vector<int64_t> from;  // where each tap begins to read
+  for (const Tap& tap : phase.taps) {
+    const int64_t i = tap.offset[0] - phase.low[0], j = tap.offset[2] - phase.low[2];
+    from.push_back((i % stride[0] * stride[2] + j % stride[2]) * part + i / stride[0] * pitch + j / stride[2]);
+  }
+  std::vector<int64_t> row_at;  // where each row of a plane goes; -1 for one that no output meets
+  for (int64_t i = 0; i < size[0]; ++i) {
+    const int64_t row = i - phase.low[0];
+    const bool met = row >= 0 && row < extent(0) * stride[0];
+    row_at.push_back(met ? row % stride[0] * stride[2] * part + row / stride[0] * pitch : -1);
+  }
+  struct Run {
+    int64_t first, last, shift;
+  };
+  std::vector<Run> columns;  // columns p, p + stride, ... of a padded row: number k comes from k * stride + shift
+  for (int64_t p = 0; p < stride[2]; ++p) {
+    const int64_t shift = p + phase.low[2];
+    columns.push_back({std::max<int64_t>(0, ceil_div(-shift, stride[2])),
+                       std::min(pitch, ceil_div(size[2] - shift, stride[2])), shift});
+  }
+  at::parallel_for(0, batch * channels, std::max<int64_t>(1, 32768 / (plane + outputs * taps)), [&](int64_t begin, int64_t end) {
+    Scratch<T>& scratch = Scratch<T>::mine();
+    const int64_t numbers = stride[0] * stride[2] * part;
+    const int64_t reach = numbers + pitch + BLOCK * L;  // the last block reads beyond, for sums that are not used
+    T* padded = scratch.window.get(reach);
+    T* sums = scratch.out.get(wide + BLOCK * L);
+    std::vector<T> base(channels * taps), kernel(taps);
+    std::fill_n(padded, reach, T(0));  // the same places stay zero for every plane
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / channels, c = task % channels;
+      if (task == begin || c == 0) {  // another sample: mix its kernels
+        const int64_t last = std::min(channels, c + end - task) * taps;
+        std::fill(base.begin(), base.end(), T(0));
+        for (int64_t i = 0; i < n; ++i) {
+          const T share = weights.shares ? weights.shares[b * n + i] : T(1);
+          const T* one = kernels + i * channels * taps;
+          for (int64_t e = c * taps; e < last; ++e) base[e] += share * one[e];
+        }
+      }
+      const T scale = (weights.rows ? weights.rows[task] : T(1)) * (weights.lanes ? weights.lanes[task] : T(1));
+      for (int64_t t = 0; t < taps; ++t)
+        kernel[t] = base[c * taps + t] * scale * (weights.taps ? weights.taps[b * taps + t] : T(1));
+      for (int64_t i = 0; i < size[0]; ++i)
+        for (int64_t p = 0; p < stride[2] && row_at[i] >= 0; ++p) {
+          const Run& run = columns[p];
+          const T* in = x + task * plane + i * size[2] + run.shift;
+          T* to = padded + row_at[i] + p * part;
+          if (stride[2] == 1)
+            for (int64_t k = run.first; k < run.last; ++k) to[k] = in[k];
+          else
+            for (int64_t k = run.first; k < run.last; ++k) to[k] = in[k * stride[2]];
+        }
+      for (int64_t q = 0; q < wide; q += BLOCK * L) {
+        typename S::Vec block[BLOCK] = {};
+        for (int64_t t = 0; t < taps; ++t)
+          for (int v = 0; v < BLOCK; ++v) block[v] += kernel[t] * S::load(padded + from[t] + q + v * L);
+        for (int v = 0; v < BLOCK; ++v) S::store(sums + q + v * L, block[v]);
+      }
+      for (int64_t i = 0; i < phase.count[0]; ++i)
+        std::copy_n(sums + i * pitch, phase.count[2], y + task * outputs + i * phase.count[2]);
+    }
+  });
+}
+
+inline bool by_plane(const at::Tensor& x, const at::Tensor& weight, int64_t groups) {
+  return weight.size(1) == groups && weight.size(2) == 1 && x.dim() < 5 && x.is_contiguous();
+}
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// A depth-wise layer's kernels are small: they are mixed whole, and PyTorch's convolution does the rest.
+inline Gradients depthwise_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& kernel,
+                             const std::optional<at::Tensor>& spatial, const std::optional<at::Tensor>& channel, const std::optional<at::Tensor>& filter,
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool to_x,
+                             bool to_weights) {
+  const int64_t n = weight.size(0), batch = x.size(0), channels = weight.size(1), taps = weight[0][0].numel();
+  const at::Tensor ones = at::ones({1, 1}, x.options());
+  const at::Tensor by_tap = (spatial ? spatial->reshape({batch, taps}) : ones).unsqueeze(1);  // (B or 1, 1, taps)
+  const at::Tensor rows = (channel ? *channel : ones).unsqueeze(2), lanes = (filter ? *filter : ones).unsqueeze(2);
+  const at::Tensor kernels = weight.reshape({n, channels * taps});
+  const at::Tensor base = kernel ? kernel->mm(kernels).view({batch, channels, taps}) : kernels.view({1, channels, taps});
+  std::vector<int64_t> shape = {batch * channels, 1}, all = {1, batch * channels}, out = all;
+  for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
+  for (int64_t size : x.sizes().slice(2)) all.push_back(size);
+  for (int64_t size : grad.sizes().slice(2)) out.push_back(size);
+  const at::Tensor mixed = (base * by_tap * rows * lanes).expand({batch, channels, taps}).reshape(shape);
+  const auto found = at::convolution_backward(grad.reshape(out), x.reshape(all), mixed, c10::nullopt, stride, padding,
+                                              dilation, false, std::vector<int64_t>(stride.size(), 0), batch * channels,
+                                              {to_x, to_weights, false});
+  auto none = [&] { return at::empty({0}, x.options()); };
+  const at::Tensor x_grad = to_x ? std::get<0>(found).view(x.sizes()) : none();
+  if (!to_weights) return {x_grad, none(), none(), none(), none(), none()};
+  const at::Tensor d = std::get<1>(found).view({batch, channels, taps}), to_base = (d * by_tap * rows * lanes).flatten(1);
+  const at::Tensor to_gates = d * base, to_rows = (to_gates * by_tap).sum(2);
+  std::vector<int64_t> spatial_shape = {batch};
+  for (int64_t size : weight.sizes().slice(3)) spatial_shape.push_back(size);
+  return {x_grad,
+          (kernel ? kernel->t().mm(to_base) : to_base.sum(0)).view(weight.sizes()),
+          to_base.mm(kernels.t()),
+          (to_gates * rows * lanes).sum(1).view(spatial_shape),
+          to_rows * lanes.squeeze(2),
+          to_rows * rows.squeeze(2)};
+}
+
+}  // namespace odconv

@@ -1,0 +1,187 @@
+// Vectors, the microkernel, and moving numbers about.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace odconv {
+
+using Axes = std::array<int64_t, 3>;
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, VECTORS = 4;
+constexpr int ROWS[] = {12, 12, 8, 6};  // most rows for 1, 2, 3 and 4 vectors: the sums and their factors fill 32 registers
+#else
+constexpr int VECTOR_BYTES = 32, VECTORS = 2;
+constexpr int ROWS[] = {6, 6};
+#endif
+
+template <class T>
+struct Simd {
+  typedef T Vec __attribute__((vector_size(VECTOR_BYTES)));
+  typedef T Loose __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+  static constexpr int LANES = VECTOR_BYTES / sizeof(T);
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Mask __attribute__((vector_size(VECTOR_BYTES)));
+  static Vec shuffle(Vec a, Vec b, Mask mask) { return __builtin_shuffle(a, b, mask); }
+  static Vec load(const T* p) { return *reinterpret_cast<const Loose*>(p); }
+  static void store(T* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- the microkernel ----------------------------------------------------------------------------------------------
+
+struct Step {
+  int64_t a, b;
+};
+
+template <class T, int M, int N>
+void multiply_tile(const T* const* a, const T* b, const Step* steps, int64_t count, T* out, bool add) {
+  using S = Simd<T>;
+  typename S::Vec sums[M][N];
+  const int width = N * S::LANES;
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) sums[m][v] = add ? S::load(out + m * width + v * S::LANES) : typename S::Vec{};
+  for (int64_t j = 0; j < count; ++j) {
+    const T* row = b + steps[j].b;
+    const int64_t at = steps[j].a;
+    typename S::Vec w[N];
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) w[v] = S::load(row + v * S::LANES);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const T value = a[m][at];
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) sums[m][v] += value * w[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) S::store(out + m * width + v * S::LANES, sums[m][v]);
+}
+
+template <class T>
+using Multiply = void (*)(const T* const*, const T*, const Step*, int64_t, T*, bool);
+
+template <class T, int N, int... M>
+constexpr Multiply<T> pick(int64_t rows, std::integer_sequence<int, M...>) {
+  constexpr Multiply<T> table[] = {multiply_tile<T, M + 1, N>...};
+  return table[rows - 1];
+}
+
+template <class T, int N>
+constexpr Multiply<T> pick(int64_t rows) {
+  return pick<T, N>(rows, std::make_integer_sequence<int, ROWS[N - 1]>{});
+}
+
+// out[row] (+)= the sum over steps, for `rows` rows that start at a[row]; out is `vectors` vectors wide.
+template <class T>
+void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const std::vector<Step>& steps, T* out, bool add) {
+  const int64_t tiles = ceil_div(rows, ROWS[vectors - 1]), width = vectors * Simd<T>::LANES;
+  for (int64_t tile = 0; tile < tiles; ++tile) {  // of nearly equal height: a tile of a single row would be slow
+    const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
+    Multiply<T> run = vectors == 1 ? pick<T, 1>(count) : pick<T, 2>(count);
+#if defined(__AVX512F__)
+    if (vectors > 2) run = vectors == 3 ? pick<T, 3>(count) : pick<T, 4>(count);
+#endif
+    run(a + first, b, steps.data(), steps.size(), out + first * width, add);
+  }
+}
+
+// ---- moving numbers ------------------------------------------------------------------------------------------------
+
+// A working space of one thread, kept for the next call.
+template <class T>
+class Buffer {
+ public:
+  T* get(int64_t numbers) {
+    if (numbers > size_) {
+      std::free(data_);
+      size_ = ceil_div(numbers * sizeof(T), 4096) * 4096 / sizeof(T);
+      data_ = static_cast<T*>(std::aligned_alloc(4096, size_ * sizeof(T)));
+      TORCH_CHECK(data_ != nullptr, "odconv: out of memory for a working space of ", size_ * sizeof(T), " bytes");
+    }
+    return data_;
+  }
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+template <class T>
+struct Scratch {
+  Buffer<T> blend, packed, mixed, window, out, grad, back;
+  static Scratch& mine() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+};
+
+// Swap the H x H blocks off the diagonal of each 2H x 2H square; H = 1, 2, 4 ... together transpose the rows.
+template <class T, int H>
+void transpose_step(typename Simd<T>::Vec* rows) {
+  using S = Simd<T>;
+  typename S::Mask low, high;
+#pragma GCC unroll 16
+  for (int l = 0; l < S::LANES; ++l) {
+    low[l] = l & H ? S::LANES + l - H : l;
+    high[l] = l & H ? S::LANES + l : l + H;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < S::LANES; ++i)
+    if (!(i & H)) {
+      const typename S::Vec a = rows[i], b = rows[i + H];
+      rows[i] = S::shuffle(a, b, low);
+      rows[i + H] = S::shuffle(a, b, high);
+    }
+}
+
+template <class T>
+void transpose(typename Simd<T>::Vec* rows) {
+  constexpr int L = Simd<T>::LANES;
+  transpose_step<T, 1>(rows);
+  if constexpr (L > 2) transpose_step<T, 2>(rows);
+  if constexpr (L > 4) transpose_step<T, 4>(rows);
+  if constexpr (L > 8) transpose_step<T, 8>(rows);
+}
+
+// out[c * out_step + r] = in[r * in_step + c]
+template <class T>
+void transpose_block(const T* in, int64_t in_step, int64_t rows, int64_t columns, T* out, int64_t out_step) {
+  using S = Simd<T>;
+  constexpr int L = S::LANES;
+  auto square = [&](int64_t r, int64_t c) {
+    typename S::Vec v[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) v[i] = S::load(in + (r + i) * in_step + c);
+    transpose<T>(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) S::store(out + (c + i) * out_step + r, v[i]);
+  };
+  const int64_t whole_rows = rows / L * L, whole_columns = columns / L * L;
+  if (in_step > out_step)  // along the longer step, so that L pages are touched at a time and not all of them
+    for (int64_t r = 0; r < whole_rows; r += L)
+      for (int64_t c = 0; c < whole_columns; c += L) square(r, c);
+  else
+    for (int64_t c = 0; c < whole_columns; c += L)
+      for (int64_t r = 0; r < whole_rows; r += L) square(r, c);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) out[c * out_step + r] = in[r * in_step + c];
+}
+
+}  // namespace odconv
