@@ -21,7 +21,7 @@ CARD = """---
 
 # {{ repo_id or facts.name }}
 
-An image classifier with dynamic convolutions, for [odconv](https://pypi.org/project/odconv/):
+An image classifier with dynamic convolutions, for the Python package `odconv`:
 
 ```python
 from odconv.hub import HubModel
@@ -42,7 +42,6 @@ class HubModel(
     ModelHubMixin,
     library_name="odconv",
     pipeline_tag="image-classification",
-    paper_url="https://arxiv.org/abs/2209.07947",
     tags=["dynamic-convolution"],
     model_card_template=CARD,
 ):
