@@ -1,6 +1,7 @@
 """The zoo in timm: registered, and built as timm's own networks are."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -81,24 +82,37 @@ def test_drop_rate_drops_in_training_alone():
     torch.testing.assert_close(dropped[dropped > 0], 2 * kept[dropped > 0])
 
 
-def test_timm_knows_how_to_prepare_images_and_loads_checkpoints(tmp_path):
-    model = timm.create_model("od_mobilenetv2_050", kernel_num=2, num_classes=10)
+def test_timm_knows_how_to_prepare_images():
+    model = timm.create_model("od_mobilenetv2_050")
     config = timm.data.resolve_model_data_config(model)
     assert (config["input_size"], config["crop_pct"], config["interpolation"]) == ((3, 224, 224), 0.875, "bilinear")
-    assert model.get_submodule(model.pretrained_cfg["classifier"]) is model.get_classifier()
-    assert isinstance(model.get_submodule(model.pretrained_cfg["first_conv"]), torch.nn.Conv2d)
-    state = odconv.create_model("od_mobilenetv2_050", kernel_num=2, num_classes=10).state_dict()
-    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "od.pth.tar")
-    loaded = timm.create_model(
-        "od_mobilenetv2_050", kernel_num=2, num_classes=10, checkpoint_path=str(tmp_path / "od.pth.tar")
-    )
-    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["od_resnet18", "od_mobilenetv2_050"])
+def test_a_published_file_is_loaded_whole_or_for_other_images_and_classes(name, tmp_path):
+    own = odconv.create_model(name, kernel_num=2)
+    state, file = own.state_dict(), str(tmp_path / "published.pth.tar")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 100}, file)
+    whole = timm.create_model(name, kernel_num=2, checkpoint_path=file).state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.items())
+    published = {"kernel_num": 2, "pretrained": True, "pretrained_cfg_overlay": {"file": file}}
+    tuned = timm.create_model(name, **published, num_classes=10, in_chans=1)
+    stem, head = (tuned.pretrained_cfg[part] + ".weight" for part in ("first_conv", "classifier"))
+    weights = tuned.state_dict()
+    assert {key for key in state if not torch.equal(state[key], weights[key])} == {stem, head, head[:-6] + "bias"}
+    torch.testing.assert_close(weights[stem], state[stem].sum(1, keepdim=True))
+    maps = timm.create_model(name, **published, features_only=True)(torch.randn(2, 3, 64, 64))
+    assert maps[-1].shape[-1] == 2
+    with pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):
+        timm.create_model(name, pretrained=True)
 
 
 def test_a_network_trains_copies_and_refuses_what_it_does_not_know():
     model = timm.create_model("od_resnet18", kernel_num=2, num_classes=10)
     odconv.set_temperature(model, 30.0)
-    copy.deepcopy(model)(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        same(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        assert same.conv1.weight.grad.isfinite().all()
     with pytest.raises(TypeError, match="stem"):
         timm.create_model("od_resnet18", stem="small")
     with pytest.raises(ValueError, match="kernel_num must be an int of at least 1, got 0"):

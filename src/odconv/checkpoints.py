@@ -262,7 +262,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
 
 def _gains_beside(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Any]:
     """Collect the gains that dynamic layers note beside the tensors, where PyTorch keeps the versions of modules."""
-    notes = getattr(state, "_metadata", {})
+    notes = getattr(state, "_metadata", None) or {}
     gains = {_attention(name): notes.get(_attention(key), {}).get("gain") for key, name in names.items()}
     return {attention: gain for attention, gain in gains.items() if gain is not None}
 

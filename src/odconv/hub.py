@@ -97,8 +97,8 @@ class HubModel(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> "HubModel":
-        place = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        where = {key: options.pop(key) for key in place}
+        download = inspect.signature(hf_hub_download).parameters  # revision, token and so on
+        where = {key: options.pop(key) for key in [*options] if key in download}
         folder = Path(model_id)
         file = folder / WEIGHTS if folder.is_dir() else hf_hub_download(model_id, WEIGHTS, **where)
         if "name" not in options:
