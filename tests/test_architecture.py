@@ -16,8 +16,9 @@ BELOW = {  # the rooms that a room may import from
     "convert": {"layers", "ops"},
     "models": {"convert", "layers", "ops", "checkpoints", "files"},
 }
-LEAVES = ("train", "profile", "visualize")
+LEAVES = ("train", "profile", "visualize", "timm")
 BELOW |= {leaf: {*BELOW} for leaf in LEAVES}
+BELOW |= {"hub": {"models", "checkpoints", "profile"}}
 BELOW |= {"cli": {*BELOW}, "__main__": {"cli"}, "__init__": {*BELOW, "functional"}}
 
 
@@ -35,7 +36,8 @@ def test_imports_point_downward():
 
 def test_import_odconv_is_light():
     heavy = (
-        "torchvision lightning pytorch_lightning torchmetrics jsonargparse matplotlib rich yaml sklearn PIL safetensors"
+        "torchvision lightning pytorch_lightning torchmetrics jsonargparse matplotlib rich yaml sklearn PIL "
+        "safetensors timm huggingface_hub"
     )
     code = f"import sys, odconv; print(*[name for name in {heavy.split()!r} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -1,10 +1,12 @@
 """Checkpoints of every origin are read, what does not fit is explained, and nothing in a file is run."""
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -361,6 +363,45 @@ def test_layers_of_different_temperatures_have_no_safetensors(tmp_path: Path) ->
     model = nn.Sequential(ODConv2d(4, 4, 3, temperature=2.0), ODConv2d(4, 4, 3, temperature=3.0))
     with pytest.raises(ValueError, match=r"the layers have different temperatures, 2\.0, 3\.0"):
         save_safetensors(model, tmp_path / "model.safetensors")
+
+
+def warm(gain: float) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), ODConv2d(4, 4, 3, gain=gain), ODConv2d(4, 4, 1, gain=1.0)).eval()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "state dict", "training"])
+@pytest.mark.parametrize("wrap", [copy.copy, nn.DataParallel, torch.compile], ids=["bare", "parallel", "compiled"])
+def test_the_gains_come_with_the_weights(form: str, wrap: Callable, tmp_path: Path) -> None:
+    trained, x = wrap(warm(2.0)), torch.randn(2, 3, 8, 8)
+    if form == "safetensors":
+        save_safetensors(trained, path := tmp_path / "model.safetensors")
+    else:
+        state = trained.state_dict()
+        torch.save({"state_dict": state} if form == "training" else state, path := tmp_path / "model.pth")
+    loaded = warm(1.0)
+    load_checkpoint(loaded, path)
+    torch.testing.assert_close(loaded(x), warm(2.0)(x), rtol=0, atol=0)
+    assert [module.attention.gain for module in loaded.modules() if isinstance(module, ODConv2d)] == [2.0, 1.0]
+
+
+def test_a_file_without_gains_leaves_them(tmp_path: Path) -> None:
+    torch.save(dict(warm(1.0).state_dict()), tmp_path / "published.pth")
+    safetensors_torch.save_file(warm(1.0).state_dict(), tmp_path / "others.safetensors")
+    for file in ("published.pth", "others.safetensors"):
+        model = warm(2.0)
+        load_checkpoint(model, tmp_path / file)
+        assert model[1].attention.gain == 2.0
+
+
+@pytest.mark.parametrize("gains", ['{"1.attention": -2}', '{"1.attention": "two"}', "[1]", "{", '{"1.attention": NaN}'])
+def test_bad_gains_leave_the_model_untouched(gains: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_safetensors({key: tensor + 1 for key, tensor in warm(1.0).state_dict().items()}, path, {"odconv.gains": gains})
+    model = warm(1.0)
+    with pytest.raises(ValueError, match=r"model\.safetensors records gains that are no"):
+        load_checkpoint(model, path)
+    assert_same(model.state_dict(), warm(1.0).state_dict())
 
 
 def test_nothing_is_loaded_on_the_meta_device(tmp_path: Path) -> None:

@@ -1,18 +1,26 @@
 """The snippets of the documentation run."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+import odconv
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["convert.md"])
-def test_the_snippets_of_a_page_run_one_after_the_other(page):
-    pytest.importorskip("torchvision")
+@pytest.mark.parametrize("page", ["convert.md", "weights.md"])
+def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    for package in ("torchvision", "safetensors", "huggingface_hub"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    torch.save(odconv.create_model("od_resnet18", kernel_num=4).state_dict(), "odconv4x_resnet18.pth.tar")
     snippets = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.M | re.S)
     assert snippets
     names: dict = {}
     for snippet in snippets:
-        exec(compile(snippet, page, "exec"), names)
+        if all(find_spec(package) for package in re.findall(r"^import (\w+)", snippet, flags=re.M)):
+            exec(compile(snippet, page, "exec"), names)

@@ -4,8 +4,11 @@ No code in a file is ever run: everything is read with ``weights_only=True``.
 """
 
 import difflib
+import json
+import math
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,23 @@ SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
 TEMPERATURE = "odconv.temperature"
 """Where a safetensors file's header records the temperature, which is no weight."""
+
+GAINS = "odconv.gains"
+"""Where it records the gains of the gates, as JSON: name of the attention -> gain."""
+
+
+class Content(NamedTuple):
+    """What a checkpoint holds for a network.
+
+    Attributes:
+        state: the tensors by name, without what wraps the names.
+        gains: the gains of the gates, by the name of the attention; empty where the file says nothing of them.
+        temperature: the temperature of the attentions; None where the file does not say.
+    """
+
+    state: dict[str, Tensor]
+    gains: dict[str, float]
+    temperature: float | None
 
 
 class Mismatch(NamedTuple):
@@ -56,7 +76,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             (which are refused, not run).
         OSError: the file cannot be read.
     """
-    return _read(Path(path))[0]
+    return _read(Path(path)).state
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> Mismatch:
@@ -66,7 +86,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     both sides. `num_batches_tracked` may be missing, as PyTorch allows too.
 
     Where the file records the temperature at which its dynamic layers were trained (checkpoints of `odconv train` and
-    of :func:`save_safetensors` do), it is set in the model's; else the model keeps its own.
+    of :func:`save_safetensors` do), it is set in the model's; else the model keeps its own. So it is with the gains of
+    the gates, which tell a network with a warm start from a published one; PyTorch's own state dicts record them too.
 
     Args:
         model: the network.
@@ -80,9 +101,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
         FileNotFoundError, ValueError, OSError: as :func:`read_state_dict`.
         ValueError: `strict`, and something does not fit. The message lists it and guesses the cause; the model is left
             untouched.
-        ValueError: the model is on the meta device, or the temperature in the file is no positive number.
+        ValueError: the model is on the meta device, or the temperature or a gain in the file is no positive number.
     """
-    state, temperature = _read(Path(path))
+    state, gains, temperature = _read(Path(path))
     own_keys = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     names = {bare: key for key, bare in _bare_names(own_keys).items()}
     own = {bare: own_keys[key] for bare, key in names.items()}
@@ -91,7 +112,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
             f"the {type(model).__name__} is on the meta device, where nothing can be loaded; call "
             "model.to_empty(device=...) first"
         )
-    fitting = {names[key]: tensor for key, tensor in state.items() if key in own and own[key].shape == tensor.shape}
+    fits = {key: names[key] for key, tensor in state.items() if key in own and own[key].shape == tensor.shape}
     mismatch = Mismatch(
         missing=[key for key in own if key not in state and not key.endswith("num_batches_tracked")],
         unexpected=[key for key in state if key not in own],
@@ -106,6 +127,12 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     if temperature is not None:
         for layer in _with_temperature(model):
             layer.set_temperature(temperature)
+    fitting: Any = OrderedDict((own_name, state[key]) for key, own_name in fits.items())
+    fitting._metadata = {  # where the layers look for their gain
+        _attention(own_name): {"gain": gains[_attention(key)]}
+        for key, own_name in fits.items()
+        if _attention(key) in gains
+    }
     model.load_state_dict(fitting, strict=False)
     return mismatch
 
@@ -115,8 +142,8 @@ def save_safetensors(
 ) -> None:
     """Write weights as a safetensors file, whole or not at all.
 
-    Tensors that share memory are written once for each of their names. The temperature of a model's dynamic layers is
-    recorded in the header, for :func:`load_checkpoint`.
+    Tensors that share memory are written once for each of their names. The temperature and the gains of a model's
+    dynamic layers are recorded in the header, for :func:`load_checkpoint`.
 
     Args:
         weights: a model, or its state dict.
@@ -137,6 +164,8 @@ def save_safetensors(
         if isinstance(tensor, Tensor)
     }
     record = _record_temperature(weights) if isinstance(weights, nn.Module) else {}
+    if gains := _gains_beside(state, {key: key for key in tensors}):
+        record[GAINS] = json.dumps(gains)
     content = save(tensors, {"format": "pt", **record, **(metadata or {})})
     check_writable(path.parent)
     with replacing(path) as partial:
@@ -197,26 +226,23 @@ def _download(repository: str, files: Sequence[str]) -> Path:
     ) from reason
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], float | None]:
-    """Read the weights, and the temperature where the file records it."""
+def _read(path: Path) -> Content:
     if not path.exists():
         raise FileNotFoundError(f"the checkpoint {path} does not exist{_similar_files(path)}")
     if path.is_dir():
         raise IsADirectoryError(f"the checkpoint {path} is a folder, not a file{_similar_files(path / path.name)}")
     path.open("rb").close()  # whatever fails from here on is the fault of the content
-    if path.suffix == ".safetensors":
-        state, temperature = _read_safetensors(path)
-    else:
-        content = _read_pickle(path)
-        state = _find_state_dict(content, path)
-        notes = content.get("odconv")
-        temperature = notes.get("temperature") if isinstance(notes, dict) else None
+    found, temperature = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
+    names = _bare_names(found)
+    gains = _gains_beside(found, names)
     try:
         temperature = None if temperature is None else float(temperature)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} records a temperature that is no number: {temperature!r}") from error
+    if not all(isinstance(gain, float | int) and 0 < gain < math.inf for gain in gains.values()):
+        raise ValueError(f"{path} records gains that are no positive numbers: {_some(map(str, gains.values()))}")
     # copies, for memory that is mapped from a file changes with the file
-    return {bare: state[key].detach().clone() for key, bare in _bare_names(state).items()}, temperature
+    return Content({bare: found[key].detach().clone() for key, bare in names.items()}, gains, temperature)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -224,9 +250,26 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get(TEMPERATURE)  # noqa: SIM118
+            state: Any = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
+            header = file.metadata() or {}
+            state._metadata = {name: {"gain": gain} for name, gain in json.loads(header.get(GAINS, "{}")).items()}
+            return state, header.get(TEMPERATURE)
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or damaged or cut short: {error}") from error
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} records gains that are no JSON object: {header[GAINS]!r}") from error
+
+
+def _gains_beside(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Any]:
+    """Collect the gains that dynamic layers note beside the tensors, where PyTorch keeps the versions of modules."""
+    notes = getattr(state, "_metadata", None) or {}
+    gains = {_attention(name): notes.get(_attention(key), {}).get("gain") for key, name in names.items()}
+    return {attention: gain for attention, gain in gains.items() if gain is not None}
+
+
+def _attention(key: str) -> str:
+    """Return the attention's name in the key of a tensor: "conv1.attention" of "conv1.attention.fc.weight"."""
+    return key.rsplit(".", 2)[0]
 
 
 def _with_temperature(model: nn.Module) -> list[Any]:
@@ -242,7 +285,14 @@ def _record_temperature(model: nn.Module) -> dict[str, str]:
     return {TEMPERATURE: str(values.pop())} if values else {}
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Any]:
+    content = _unpickle(path)
+    state = _find_state_dict(content, path)
+    notes = content.get("odconv")
+    return state, notes.get("temperature") if isinstance(notes, dict) else None
+
+
+def _unpickle(path: Path) -> Any:
     try:
         # mmap: what lies beside the weights, such as an optimizer's state, is never read from the disk
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -266,7 +316,9 @@ def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     else:
         if not all(isinstance(value, Tensor) for value in content.values()):
             raise ValueError(f"{path} holds no state dict, only the entries {_some(map(str, content))}")
-    state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    state: Any = OrderedDict(tensors)
+    state._metadata = getattr(content, "_metadata", {})
     if not state:
         raise ValueError(f"{path} holds a state dict without tensors")
     return state

@@ -75,8 +75,8 @@ def convert(
 
     With `warm_start` the network computes what it did before, up to rounding, and learns from there: the heads of the
     attentions are zero, ODConv's gates have gain 2 and so are 1, and the n kernels lie around the trained one, which
-    is their mixture. The gain is part of the layers' configuration; load a trained state dict into a network that was
-    converted in the same way.
+    is their mixture. The gain is part of the layers' configuration and travels beside the weights, in PyTorch's state
+    dicts and in what :mod:`odconv.checkpoints` writes; load others into a network that was converted in the same way.
 
     Args:
         model: any network.

@@ -1,0 +1,108 @@
+"""Networks of the zoo on the Hugging Face Hub: weights, what builds the network, and a card with its costs."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from torch import Tensor, nn
+
+from odconv.checkpoints import load_checkpoint, save_safetensors
+from odconv.models import create_model
+from odconv.profile import profile
+from odconv.profile.table import short
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+CARD = """---
+{{ card_data }}
+---
+
+# {{ repo_id or facts.name }}
+
+An image classifier with dynamic convolutions, for the Python package `odconv`:
+
+```python
+from odconv.hub import HubModel
+
+model = HubModel.from_pretrained("{{ repo_id or "owner/name" }}")
+```
+
+| | |
+| --- | --- |
+{%- for fact, value in facts.items() %}
+| {{ fact }} | {{ value }} |
+{%- endfor %}
+"""
+
+
+class HubModel(
+    nn.Module,
+    ModelHubMixin,
+    library_name="odconv",
+    pipeline_tag="image-classification",
+    tags=["dynamic-convolution"],
+    model_card_template=CARD,
+):
+    """A network of the zoo with `save_pretrained`, `from_pretrained` and `push_to_hub` of huggingface_hub.
+
+    A repository has model.safetensors, with the published keys, the temperature and the gains of the gates;
+    config.json, the arguments that build the network; and a card. ``create_model(..., weights="owner/name")`` reads the
+    weights too.
+
+    Args:
+        name: one of :func:`odconv.list_models`.
+        **options: the other arguments of :func:`odconv.create_model`, `weights` for example.
+
+    Attributes:
+        model: the network itself.
+        config: the arguments that build it, without the weights.
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__()
+        self.model = create_model(name, **options)
+        arguments = inspect.signature(create_model).bind(name, **options)
+        arguments.apply_defaults()
+        self.config = {key: value for key, value in arguments.arguments.items() if key != "weights"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of images (B, 3, H, W)."""
+        return self.model(x)
+
+    def generate_model_card(
+        self, *, accuracy: str | None = None, image_size: int = 224, repo_id: str | None = None
+    ) -> ModelCard:
+        """The card, whose costs are counted here (:func:`odconv.profile`).
+
+        The arguments are the `model_card_kwargs` of `save_pretrained` and `push_to_hub`.
+
+        Args:
+            accuracy: what was measured, on which data, in your words. Default: the card says nothing of it.
+            image_size: side of the images that the network is for, in pixels.
+            repo_id: owner/name on the Hub, for the card's title and example.
+        """
+        counts = profile(self.model, (3, image_size, image_size))
+        facts = {key: value for key, value in self.config.items() if value is not None}
+        facts["parameters"] = f"{counts.parameters / 1e6:.2f}M"
+        facts[f"multiply-adds at {image_size} x {image_size}"] = short(counts.madds)
+        if accuracy is not None:
+            facts["accuracy"] = accuracy
+        return super().generate_model_card(facts=facts, repo_id=repo_id)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_safetensors(self.model, save_directory / WEIGHTS)
+        (save_directory / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> "HubModel":
+        download = inspect.signature(hf_hub_download).parameters  # revision, token and so on
+        where = {key: options.pop(key) for key in [*options] if key in download}
+        folder = Path(model_id)
+        file = folder / WEIGHTS if folder.is_dir() else hf_hub_download(model_id, WEIGHTS, **where)
+        if "name" not in options:
+            raise ValueError(f"{model_id} has no {CONFIG} that names a network of odconv")
+        model = cls(**options)
+        load_checkpoint(model.model, file)
+        return model.eval()
