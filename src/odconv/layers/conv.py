@@ -120,6 +120,11 @@ class DynamicConv(nn.Module):
         if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("DHW"[3 - self.dims :])
             raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
+        if self.weight.shape[0] != self.kernel_num:
+            raise ValueError(
+                f"weight must have {self.kernel_num} kernels (kernel_num) on its first axis, got {tuple(self.weight.shape)}"
+                ": was it rewritten as a static convolution's? To fold batch norm, see odconv.fuse.fold_batch_norm"
+            )
         if context is None:
             if self.context_channels is not None:
                 raise ValueError(f"context must be given to a layer of context_channels {self.context_channels}")
