@@ -85,5 +85,5 @@ def test_a_fusing_made_for_static_convolutions_is_found_out():
     layer.weight, layer.bias = nn.utils.fuse_conv_bn_weights(
         layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
     )  # takes the kernels for the filters
-    with pytest.raises(ValueError, match=r"weight must have 1 kernels .* got \(6, 6, 4, 3, 3\).*fold_batch_norm"):
+    with pytest.raises(ValueError, match=r"weight must have 1 kernels .* got shape \(6, 6, 4, 3, 3\).*fold_batch_norm"):
         layer(torch.randn(1, 4, 5, 5))

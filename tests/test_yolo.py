@@ -1,4 +1,4 @@
-"""YOLO: blocks with the signature of its ``Conv``, and ultralytics networks that are converted, trained and exported."""
+"""YOLO: blocks with the signature of its ``Conv``, and ultralytics networks converted, trained and exported."""
 
 import copy
 import json
@@ -25,7 +25,8 @@ def ultralytics(monkeypatch, tmp_path):
     monkeypatch.setenv("YOLO_OFFLINE", "true")
     monkeypatch.setenv("YOLO_VERBOSE", "false")
     package = pytest.importorskip("ultralytics")
-    monkeypatch.setattr("ultralytics.nn.tasks.parse_model", package.nn.tasks.parse_model)  # restored afterwards
+    tasks = pytest.importorskip("ultralytics.nn.tasks")
+    monkeypatch.setattr(tasks, "parse_model", tasks.parse_model)  # restored afterwards
     monkeypatch.chdir(tmp_path)
     return package
 
@@ -313,7 +314,10 @@ def test_the_snippets_without_ultralytics_run():
 def test_the_snippets_with_ultralytics_run(ultralytics, detection_data, tmp_path):
     (tmp_path / "yolov8n-od.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.M | re.S)[0])
     (tmp_path / "data.yaml").write_text(detection_data.read_text())
+    snippets = SNIPPETS
     small = "epochs=1, imgsz=64, batch=8, workers=0, device='cpu', plots=False"
-    snippets = [snippet.replace("epochs=100, imgsz=640", small).replace("640", "64") for snippet in SNIPPETS]
-    assert sum(small in snippet for snippet in snippets) == 2
+    small += f", project={str(tmp_path)!r}"
+    for long, short in (("epochs=100, imgsz=640", small), ("network.val()", f"network.val({small})"), ("640", "64")):
+        snippets = [snippet.replace(long, short) for snippet in snippets]
+    assert sum("epochs=1," in snippet for snippet in snippets) == 2
     run(snippets, {})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from odconv.convert import Chosen, dynamic_like, find_convolutions, matcher
 from odconv.convert import convert as convert_convolutions
-from odconv.fuse import fold_batch_norm
+from odconv.fuse import BatchNorm, fold_batch_norm
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 
 Size = int | list[int] | tuple[int, int]
@@ -80,7 +80,7 @@ class DynamicBlock(nn.Module):
 
     def fuse(self) -> None:
         """Fold the batch norm into the convolution, in place; a block that was folded is left as it is."""
-        if not isinstance(self.bn, nn.Identity):
+        if isinstance(self.bn, BatchNorm):
             fold_batch_norm(self.conv, self.bn)
             self.bn = nn.Identity()
 
@@ -211,9 +211,9 @@ class YamlParser:
         model, save = self.parse_model(d, ch, verbose)
         for index, (kind, options) in found.items():
             part: Any = model[index]
-            for block in part if isinstance(part, nn.Sequential) else [part]:
-                device = block.conv.weight.device
-                block.conv = dynamic_like(block.conv, kind.layer, options, device)
+            blocks: Any = part if isinstance(part, nn.Sequential) else [part]
+            for block in blocks:
+                block.conv = dynamic_like(block.conv, kind.layer, options, block.conv.weight.device)
                 block.__class__ = kind
             part.np = sum(parameter.numel() for parameter in part.parameters())
             part.type = f"{kind.__module__}.{kind.__name__}"

@@ -122,8 +122,9 @@ class DynamicConv(nn.Module):
             raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
         if self.weight.shape[0] != self.kernel_num:
             raise ValueError(
-                f"weight must have {self.kernel_num} kernels (kernel_num) on its first axis, got {tuple(self.weight.shape)}"
-                ": was it rewritten as a static convolution's? To fold batch norm, see odconv.fuse.fold_batch_norm"
+                f"weight must have {self.kernel_num} kernels (kernel_num) on its first axis, got shape "
+                f"{tuple(self.weight.shape)}: it was rewritten, perhaps by a fusing for static convolutions; "
+                "odconv.fuse.fold_batch_norm folds batch norm into dynamic ones"
             )
         if context is None:
             if self.context_channels is not None:
