@@ -279,12 +279,16 @@ def test_a_converted_network_trains_validates_and_exports(ultralytics, detection
     assert all(torch.equal(loaded[key], value) for key, value in again.model.state_dict().items())
 
     x = torch.rand(2, 3, 64, 64)
+    static = ultralytics.nn.tasks.DetectionModel("yolov8n.yaml", verbose=False)
+    warm = trainer.get_model(static.yaml, static, verbose=False).eval()
+    torch.testing.assert_close(boxes(warm, x), boxes(static.eval(), x), rtol=1e-3, atol=1e-3)
     expected = boxes(again.model.eval(), x)
     yolo.fuse(again.model)
     exported = torch.jit.load(again.export(format="torchscript", imgsz=64, device="cpu"))
     torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_onnx_with_one_kernel(ultralytics, tmp_path):
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
@@ -311,6 +315,7 @@ def test_the_snippets_without_ultralytics_run():
     run(own, {})
 
 
+@pytest.mark.slow
 def test_the_snippets_with_ultralytics_run(ultralytics, detection_data, tmp_path):
     (tmp_path / "yolov8n-od.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.M | re.S)[0])
     (tmp_path / "data.yaml").write_text(detection_data.read_text())
