@@ -14,6 +14,8 @@ BELOW = {  # the rooms that a room may import from
     "data": {"files"},
     "layers": {"ops"},
     "convert": {"layers", "ops"},
+    "fuse": {"layers"},
+    "yolo": {"convert", "fuse", "layers"},
     "models": {"convert", "layers", "ops", "checkpoints", "files"},
 }
 LEAVES = ("train", "profile", "visualize", "timm")

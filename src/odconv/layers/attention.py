@@ -127,7 +127,7 @@ class Attention(nn.Module):
         if name == "kernel":
             return logits.softmax(1) if self.kernel_gate == "softmax" else logits.sigmoid()
         gate = logits.sigmoid() if self.gain == 1 else self.gain * logits.sigmoid()
-        return gate.unflatten(1, self.heads[name])
+        return gate.reshape(-1, *self.heads[name])  # unflatten would fix the batch in PyTorch's older ONNX exporter
 
     def _normalise(self, z: Tensor) -> Tensor:
         """The hidden layer's norm, computed in z's dtype."""

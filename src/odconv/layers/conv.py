@@ -120,6 +120,12 @@ class DynamicConv(nn.Module):
         if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("DHW"[3 - self.dims :])
             raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
+        if self.weight.shape[0] != self.kernel_num:
+            raise ValueError(
+                f"weight must have {self.kernel_num} kernels (kernel_num) on its first axis, got shape "
+                f"{tuple(self.weight.shape)}: it was rewritten, perhaps by a fusing for static convolutions; "
+                "odconv.fuse.fold_batch_norm folds batch norm into dynamic ones"
+            )
         if context is None:
             if self.context_channels is not None:
                 raise ValueError(f"context must be given to a layer of context_channels {self.context_channels}")

@@ -1,0 +1,328 @@
+"""YOLO: blocks with the signature of its ``Conv``, and ultralytics networks converted, trained and exported."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import odconv
+from odconv import yolo
+from odconv.layers import Attention, DynamicConv
+
+PAGE = (Path(__file__).parents[1] / "docs" / "yolo.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
+
+
+@pytest.fixture
+def ultralytics(monkeypatch, tmp_path):
+    """The package, with nothing written outside tmp_path and nothing installed or downloaded on the way."""
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("YOLO_AUTOINSTALL", "false")
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
+    monkeypatch.setenv("YOLO_VERBOSE", "false")
+    package = pytest.importorskip("ultralytics")
+    tasks = pytest.importorskip("ultralytics.nn.tasks")
+    monkeypatch.setattr(tasks, "parse_model", tasks.parse_model)  # restored afterwards
+    monkeypatch.chdir(tmp_path)
+    return package
+
+
+def stirred(model):
+    """The model with attentions that differ from sample to sample, and batch norms that change what they meet."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=0.3)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def static_network(ultralytics, name="yolov8n.yaml"):
+    torch.manual_seed(0)
+    return stirred(ultralytics.nn.tasks.DetectionModel(name, verbose=False)).double().eval()
+
+
+def boxes(model, x):
+    return model(x)[0].detach()
+
+
+# --- the block
+
+
+@pytest.mark.parametrize(("k", "p", "d", "expected"), [
+    (1, None, 1, 0), (3, None, 1, 1), (3, None, 2, 2), (4, None, 1, 2), (6, None, 3, 8), (3, 0, 1, 0),
+    ([3, 5], None, 2, [2, 4]), ((1, 7), None, 1, [0, 3]), (5, (1, 2), 1, (1, 2)),
+])  # fmt: skip
+def test_autopad(k, p, d, expected):
+    assert yolo.autopad(k, p, d) == expected
+
+
+@pytest.mark.parametrize("block", [yolo.ODConv, yolo.DyConv, yolo.CondConv])
+def test_the_block_is_convolution_norm_and_activation(block):
+    torch.manual_seed(0)
+    layer = block(4, 8, 3, 2, None, 2, 2, nn.ReLU(), kernel_num=3)
+    x = torch.randn(2, 4, 9, 9)
+    assert layer(x).shape == (2, 8, 5, 5)
+    torch.testing.assert_close(layer(x), layer.bn(layer.conv(x)).relu())
+    assert (layer.conv.kernel_num, layer.conv.groups, layer.conv.dilation, layer.conv.bias) == (3, 2, (2, 2), None)
+    assert isinstance(block(4, 8).act, nn.SiLU)
+    assert isinstance(block(4, 8, act=False).act, nn.Identity)
+    layer.train()(x[:1]).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("block", [yolo.ODConv, yolo.DyConv, yolo.CondConv])
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_block_fuses(block, n):
+    torch.manual_seed(0)
+    model = stirred(nn.Sequential(block(3, 8, 3, 2, kernel_num=n), block(8, 8, 3, g=8, kernel_num=n))).double().eval()
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    expected = model(x)
+    for _ in range(2):  # once more changes nothing
+        assert yolo.fuse(model) is model
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert [type(layer.bn) for layer in model] == [nn.Identity] * 2
+    torch.testing.assert_close(copy.deepcopy(model).half()(x.half()), expected.half(), rtol=0.05, atol=0.02)
+
+
+# --- in a YAML
+
+
+def network_yaml(first="[-1, 1, ODConv, [128, 3, 2, {kernel_num: 1}]]"):
+    return f"""
+nc: 3
+activation: nn.ReLU()
+scales: {{n: [0.33, 0.25, 1024]}}
+backbone:
+  - [-1, 1, Conv, [64, 3, 2]]
+  - {first}
+  - [-1, 1, C2f, [128, True]]
+  - [-1, 3, DyConv, [128, 3]]
+  - [-1, 1, CondConv, [256, 3, 2, None, 1, 1, False]]
+head:
+  - [[2, 4], 1, Detect, [nc]]
+"""
+
+
+def from_yaml(ultralytics, text):
+    import yaml
+
+    return ultralytics.nn.tasks.DetectionModel({**yaml.safe_load(text), "scale": "n"}, verbose=False)
+
+
+def test_a_yaml_names_the_blocks(ultralytics):
+    before = ultralytics.nn.tasks.parse_model
+    yolo.register()
+    once = ultralytics.nn.tasks.parse_model
+    yolo.register()
+    assert ultralytics.nn.tasks.parse_model is once is not before
+    model = from_yaml(ultralytics, network_yaml())  # which runs it in training mode on one image
+    first, repeated, last = model.model[1], model.model[3], model.model[4]
+    assert type(first) is yolo.ODConv
+    assert (first.conv.in_channels, first.conv.out_channels, first.conv.kernel_num) == (16, 32, 1)  # width 0.25
+    assert (first.conv.stride, first.conv.padding, type(first.act)) == ((2, 2), (1, 1), nn.ReLU)
+    assert [type(block) for block in (repeated, last)] == [yolo.DyConv, yolo.CondConv]  # depth 0.33: once
+    assert isinstance(last.act, nn.Identity)
+    assert (first.i, first.f, first.type) == (1, -1, "odconv.yolo.ODConv")
+    assert first.np == sum(parameter.numel() for parameter in first.parameters())
+    assert model.stride.tolist() == [4, 8]
+    assert model.yaml["backbone"][1][2] == "ODConv"  # so that training builds it again from there
+    assert boxes(model.eval(), torch.rand(2, 3, 64, 64)).shape == (2, 7, 16 * 16 + 8 * 8)
+
+
+def test_repeated_blocks_and_unknown_options(ultralytics):
+    yolo.register()
+    model = from_yaml(ultralytics, network_yaml("[-1, 6, ODConv, [64, 3]]"))
+    assert [type(block) for block in model.model[1]] == [yolo.ODConv] * 2
+    with pytest.raises(TypeError, match="experts"):
+        from_yaml(ultralytics, network_yaml("[-1, 1, ODConv, [64, 3, {experts: 2}]]"))
+
+
+# --- conversion
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml"])
+def test_a_converted_network_computes_what_it_did_and_fuses(ultralytics, name, n):
+    model = static_network(ultralytics, name)
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    expected = boxes(model, x)
+    assert yolo.convert(model, kernel_num=n) is model
+    torch.testing.assert_close(boxes(model, x), expected, rtol=1e-10, atol=1e-9)
+    stirred(model)
+    expected = boxes(model, x)
+    for fused in (copy.deepcopy(model).fuse(verbose=False), yolo.fuse(copy.deepcopy(model)).fuse(verbose=False)):
+        assert fused.is_fused()
+        torch.testing.assert_close(boxes(fused, x), expected, rtol=1e-10, atol=1e-9)
+    own = [m for key, m in fused.named_modules() if isinstance(m, nn.BatchNorm2d) and ".attention." not in key]
+    assert own == []
+
+
+def test_which_convolutions_are_converted(ultralytics):
+    convolutions = {key for key, m in static_network(ultralytics).named_modules() if type(m) is nn.Conv2d}
+    model = yolo.convert(static_network(ultralytics), kernel_num=1)
+    dynamic = {key for key, m in model.named_modules() if isinstance(m, DynamicConv)}
+    last = {key for key in convolutions if re.fullmatch(r"model\.22\.cv[23]\.\d\.2", key)}
+    assert convolutions - dynamic == {"model.0.conv", "model.22.dfl.conv", *last}
+    assert all(isinstance(model.get_submodule(key.removesuffix(".conv")), yolo.DynamicBlock) for key in dynamic)
+    assert [(m.i, m.f) for m in model.model] == [(m.i, m.f) for m in static_network(ultralytics).model]
+    again = [id(module) for module in yolo.convert(model).modules()]
+    assert again == [id(module) for module in model.modules()]
+    some = yolo.convert(static_network(ultralytics), "dyconv", include="model.?.*", exclude=["*.m.*", "model.0.*"])
+    assert {key for key, m in some.named_modules() if isinstance(m, odconv.DyConv2d)} == {
+        key for key in dynamic if re.match(r"model\.\d\.", key) and ".m." not in key
+    }
+    with pytest.raises(ValueError, match=r"exclude: no convolution has a name that matches 'model\.99"):
+        yolo.convert(static_network(ultralytics), exclude="model.99.*")
+
+
+def test_branches_that_are_merged_into_one_kernel_stay(ultralytics):
+    from ultralytics.nn.modules.block import RepVGGDW
+    from ultralytics.nn.modules.conv import Conv, Conv2, DWConv, RepConv
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv(4, 4), RepConv(4, 8), RepVGGDW(8), Conv2(8, 8), Conv(8, 8, 3), DWConv(8, 8, 3))
+    yolo.convert(model, include="*")
+    assert [name for name, m in model.named_modules() if isinstance(m, DynamicConv)] == ["0.conv", "4.conv", "5.conv"]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_half_precision_copies_counters_and_a_batch_of_one(ultralytics, n):
+    from ultralytics.utils.torch_utils import ModelEMA, get_flops, get_num_params
+
+    model = stirred(yolo.convert(static_network(ultralytics), kernel_num=n)).float()
+    x = torch.rand(1, 3, 64, 64)
+    expected = boxes(model, x)
+    half = boxes(copy.deepcopy(model).half(), x.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=1.0)  # in pixels
+    assert get_num_params(model) == sum(parameter.numel() for parameter in model.parameters())
+    assert get_flops(model, 64) > 0
+    report = odconv.profile(model, (3, 64, 64))
+    assert report.parameters == get_num_params(model)
+    assert report.madds > 8.7e9 / 2 * (64 / 640) ** 2  # what the static network needs
+    ema = ModelEMA(model)
+    model.train()(x)
+    ema.update(model)
+    assert boxes(ema.ema, x).isfinite().all()
+
+
+# --- training, validation, export
+
+
+@pytest.fixture(scope="module")
+def detection_data(shared_data, tmp_path_factory):
+    """COCO-mini in YOLO's layout: a YAML file beside images and labels."""
+    folder = tmp_path_factory.mktemp("coco")
+    names = []
+    for split in ("train2017", "val2017"):
+        source = shared_data / "coco-mini"
+        content = json.loads((source / "annotations" / f"instances_{split}.json").read_text())
+        number = {category["id"]: index for index, category in enumerate(content["categories"])}
+        names = [category["name"] for category in content["categories"]]
+        labels: dict = {image["id"]: [] for image in content["images"]}
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        for box in content["annotations"]:
+            if not box["iscrowd"]:
+                (x, y, w, h), (width, height) = box["bbox"], sizes[box["image_id"]]
+                row = (number[box["category_id"]], (x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+                labels[box["image_id"]].append(" ".join(map(str, row)))
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+        for image in content["images"]:
+            file = Path(image["file_name"])
+            (folder / "images" / split / file).symlink_to((source / split / file).resolve())
+            (folder / "labels" / split / file.with_suffix(".txt")).write_text("\n".join(labels[image["id"]]))
+    splits = {"train": "images/train2017", "val": "images/val2017"}
+    (folder / "data.yaml").write_text(json.dumps({"path": str(folder), "names": dict(enumerate(names)), **splits}))
+    return folder / "data.yaml"
+
+
+QUICK = {"imgsz": 64, "batch": 8, "workers": 0, "device": "cpu", "plots": False, "verbose": False}
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_converted_network_trains_validates_and_exports(ultralytics, detection_data, tmp_path, n):
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    class Trainer(DetectionTrainer):
+        def get_model(self, cfg=None, weights=None, verbose=True):
+            model = yolo.convert(super().get_model(cfg, weights, verbose), kernel_num=n)
+            if weights is not None:
+                model.load(weights)
+            self.first = {key: value.clone() for key, value in model.state_dict().items()}
+            return model
+
+    network = ultralytics.YOLO("yolov8n.yaml")
+    options = QUICK | {"data": str(detection_data), "project": str(tmp_path), "name": "run"}
+    network.train(trainer=Trainer, epochs=1, warmup_epochs=0, **options)
+    blocks = [module for module in network.model.modules() if isinstance(module, yolo.DynamicBlock)]
+    assert len(blocks) == 56
+    assert {block.conv.kernel_num for block in blocks} == {n}
+    learnt = network.model.state_dict()
+    for key in ("model.1.conv.weight", "model.1.conv.attention.filter_fc.weight"):
+        assert (learnt[key] - network.trainer.first[key]).abs().max() > 1e-4
+
+    again = ultralytics.YOLO(tmp_path / "run" / "weights" / "last.pt")
+    metrics = again.val(**options)
+    assert 0 <= metrics.box.map <= 1
+    trainer = Trainer(overrides=options | {"model": str(tmp_path / "run" / "weights" / "last.pt"), "epochs": 1})
+    loaded = trainer.get_model(again.model.yaml, again.model, verbose=False).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in again.model.state_dict().items())
+
+    x = torch.rand(2, 3, 64, 64)
+    static = ultralytics.nn.tasks.DetectionModel("yolov8n.yaml", verbose=False)
+    warm = trainer.get_model(static.yaml, static, verbose=False).eval()
+    torch.testing.assert_close(boxes(warm, x), boxes(static.eval(), x), rtol=1e-3, atol=1e-3)
+    expected = boxes(again.model.eval(), x)
+    yolo.fuse(again.model)
+    exported = torch.jit.load(again.export(format="torchscript", imgsz=64, device="cpu"))
+    torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_onnx_with_one_kernel(ultralytics, tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    network = ultralytics.YOLO("yolov8n.yaml")
+    stirred(yolo.convert(network.model, kernel_num=1)).eval()
+    x = torch.rand(2, 3, 64, 96)
+    expected = boxes(network.model, x)
+    file = network.export(format="onnx", dynamic=True, simplify=False, imgsz=64, device="cpu")
+    exported = runtime.InferenceSession(file).run(None, {"images": x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(exported), expected, rtol=1e-3, atol=1e-3)
+
+
+# --- the page
+
+
+def run(snippets, names):
+    for snippet in snippets:
+        exec(compile(snippet, "yolo.md", "exec"), names)
+
+
+def test_the_snippets_without_ultralytics_run():
+    own = [snippet for snippet in SNIPPETS if not re.search("ultralytics|network|Trainer", snippet)]
+    assert len(own) == 2
+    run(own, {})
+
+
+@pytest.mark.slow
+def test_the_snippets_with_ultralytics_run(ultralytics, detection_data, tmp_path):
+    (tmp_path / "yolov8n-od.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.M | re.S)[0])
+    (tmp_path / "data.yaml").write_text(detection_data.read_text())
+    snippets = SNIPPETS
+    small = "epochs=1, imgsz=64, batch=8, workers=0, device='cpu', plots=False"
+    small += f", project={str(tmp_path)!r}"
+    for long, short in (("epochs=100, imgsz=640", small), ("network.val()", f"network.val({small})"), ("640", "64")):
+        snippets = [snippet.replace(long, short) for snippet in snippets]
+    assert sum("epochs=1," in snippet for snippet in snippets) == 2
+    run(snippets, {})
