@@ -93,7 +93,7 @@ def check_shapes(
 
 def is_exporting() -> bool:
     """Whether torch.export or the ONNX exporter is tracing, for which shapes may be unknown."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
 
 
 def is_transformed() -> bool:

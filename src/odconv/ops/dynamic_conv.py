@@ -93,8 +93,9 @@ def compute(
         x, weight = x.to(dtype), weight.to(dtype)
     attentions = Attentions(*(a if a is None or a.dtype == dtype else a.to(dtype) for a in attentions))
 
+    differentiated = is_differentiated(x, weight, *attentions)
     if backend == "auto":
-        backend = choose(x, weight, geometry)
+        backend = choose(x, weight, geometry, differentiated)
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     elif backend == "single" and x.shape[0] != 1:
@@ -102,7 +103,7 @@ def compute(
     elif backend == "grouped" and x.shape[0] == 0:
         raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
     form = BACKENDS[backend]
-    if backend in EAGER and is_differentiated(x, weight, *attentions):
+    if backend in EAGER and differentiated:
         y = recomputed(form, x, weight, attentions, geometry)
     else:
         y = form(x, weight, attentions, geometry)
@@ -120,17 +121,20 @@ def add_bias(y: Tensor, bias: Tensor | None, kernel: Tensor | None) -> Tensor:
     return y + bias.view(-1, *(1,) * (y.dim() - 2))
 
 
-def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+def choose(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) -> str:
     """The name of the cheapest form for these shapes; rows of benchmarks/results/layers_*.csv set the limits."""
     batch, n, filters = x.shape[0], weight.shape[0], weight.shape[1] // geometry.groups
+    positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
     dense = "shared" if n == 1 else "product"
     if is_exporting() or batch == 0:  # exported, one graph serves every batch, which may be no number of groups then
         return dense
     if cpu.fits(x, weight, geometry):
-        return "cpu"
+        # A single 1x1 kernel can do without a kernel per sample: its map is scaled instead where that is smaller.
+        size, maps = weight.numel(), (weight.shape[1] + x.shape[1]) * positions
+        scaled = n == 1 == math.prod(weight.shape[3:]) and 2.5 * size > maps and (batch > 1 or size >= 2**20)
+        return "shared" if scaled and not differentiated and geometry.groups == 1 else "cpu"
     # Mixed kernels cost |W| a sample and columns C * k * L: a map is unfolded where it has fewer positions than a group
     # has filters. A depth-wise kernel has one filter a group, so it never is.
-    positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
     small = positions < filters
     if batch == 1:
         return "shared" if n == 1 and small else "single"

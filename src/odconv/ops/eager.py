@@ -138,7 +138,10 @@ def columns(x: Tensor, kernel_size: tuple[int, ...], geometry: Geometry) -> tupl
     if any(padding):
         x = F.pad(x, [p for axis in reversed(padding) for p in (axis, axis)])
     for axis, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True), start=2):
-        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]  # a view: the taps of this axis go last
+        if k == 1:  # a slice, for which ONNX need not know the map
+            x = x[(slice(None),) * axis + (slice(None, None, s),)].unsqueeze(-1)
+        else:
+            x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]  # a view: the taps of this axis go last
     dims = len(kernel_size)
     size = tuple(x.shape[2 : 2 + dims])
-    return x.flatten(2 + dims).movedim(-1, 2).flatten(3), size
+    return x.flatten(2 + dims).movedim(2 + dims, 2).flatten(3), size

@@ -45,7 +45,9 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @cache
 def _load() -> bool:
-    if os.environ.get("ODCONV_CPU_KERNEL") == "0" or torch.backends.cpu.get_cpu_capability() not in VECTORS:
+    if os.environ.get("ODCONV_CPU_KERNEL") == "0" or sys.platform != "linux":
+        return False
+    if torch.backends.cpu.get_cpu_capability() not in VECTORS:
         return False
     try:
         torch.ops.load_library(build())

@@ -58,10 +58,26 @@ Geometry geometry_of(const Tensor& weight, at::IntArrayRef stride, at::IntArrayR
   return {three(weight.sizes().slice(3), 1), three(stride, 1), three(padding, 0), three(dilation, 1), groups};
 }
 
-// The arguments were checked in Python: shapes that fit, one dtype, weight and attentions contiguous.
+// Python has checked the arguments and says what is wrong with them; this only keeps a wrong call from reading elsewhere.
+void check(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
+           const Optional& filter, int64_t groups) {
+  TORCH_CHECK(weight.dim() == x.dim() + 1 && x.dim() > 2 && groups > 0 && weight.size(1) % groups == 0 &&
+                  x.size(1) == weight.size(2) * groups && weight.is_contiguous() && weight.dtype() == x.dtype() &&
+                  (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
+              "odconv: x of shape ", x.sizes(), " does not fit a contiguous weight of shape ", weight.sizes());
+  const int64_t batch = x.size(0), taps = weight.numel() / (weight.size(0) * weight.size(1) * weight.size(2));
+  auto fits = [&](const Optional& tensor, int64_t size) {
+    return !tensor || (tensor->numel() == batch * size && tensor->is_contiguous() && tensor->dtype() == x.dtype());
+  };
+  TORCH_CHECK(fits(kernel, weight.size(0)) && fits(spatial, taps) && fits(channel, x.size(1)) && fits(filter, weight.size(1)) &&
+                  (kernel || weight.size(0) == 1),
+              "odconv: attentions do not fit x of shape ", x.sizes(), " and a weight of shape ", weight.sizes());
+}
+
 Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
             const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
             at::IntArrayRef dilation, int64_t groups) {
+  check(x, weight, kernel, spatial, channel, filter, groups);
   const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
   std::vector<int64_t> size = {x.size(0), weight.size(1)};
   for (int64_t a = 0; a < int64_t(stride.size()); ++a)
@@ -89,6 +105,7 @@ Gradients conv_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
     const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool to_x, bool to_weights) {
+  check(x, weight, kernel, spatial, channel, filter, groups);
   if (weight.size(1) == groups && weight.size(2) == 1)
     return depthwise_backward(grad, x, weight, kernel, spatial, channel, filter, stride, padding, dilation, to_x, to_weights);
   const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
