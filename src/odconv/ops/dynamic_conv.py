@@ -125,17 +125,16 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) 
     """The name of the cheapest form for these shapes; rows of benchmarks/results/layers_*.csv set the limits."""
     batch, n, filters = x.shape[0], weight.shape[0], weight.shape[1] // geometry.groups
     positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
+    small = positions < filters
     dense = "shared" if n == 1 else "product"
     if is_exporting() or batch == 0:  # exported, one graph serves every batch, which may be no number of groups then
         return dense
     if cpu.fits(x, weight, geometry):
-        # A single 1x1 kernel can do without a kernel per sample: its map is scaled instead where that is smaller.
-        size, maps = weight.numel(), (weight.shape[1] + x.shape[1]) * positions
-        scaled = n == 1 == math.prod(weight.shape[3:]) and 2.5 * size > maps and (batch > 1 or size >= 2**20)
-        return "shared" if scaled and not differentiated and geometry.groups == 1 else "cpu"
+        # A single 1x1 kernel can do without a kernel per sample: a small map is scaled instead.
+        scaled = n == math.prod(weight.shape[3:]) == geometry.groups == 1 and (batch > 1 or weight.numel() >= 2**20)
+        return "shared" if scaled and small and not differentiated else "cpu"
     # Mixed kernels cost |W| a sample and columns C * k * L: a map is unfolded where it has fewer positions than a group
     # has filters. A depth-wise kernel has one filter a group, so it never is.
-    small = positions < filters
     if batch == 1:
         return "shared" if n == 1 and small else "single"
     if not small:
