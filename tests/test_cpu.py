@@ -85,6 +85,8 @@ def test_results_depend_neither_on_threads_nor_on_the_rest_of_the_batch(shape):
         together = gradients(tensors, geometry, "cpu")
     finally:
         torch.set_num_threads(threads)
+    for a, b in zip(gradients(tensors, geometry, "cpu"), gradients(tensors, geometry, "cpu"), strict=True):
+        assert torch.equal(a, b)  # from run to run
     assert torch.equal(alone[0], together[0])
     assert torch.equal(alone[1], together[1])
     for a, b in zip(alone[2:], together[2:], strict=True):  # tiles are cut by the number of threads
@@ -172,6 +174,20 @@ def test_a_network_without_the_kernel_computes_the_same(tmp_path):
         results.append(torch.load(tmp_path / name, weights_only=True))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@NEEDS_KERNEL
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="no wider vectors than the tests have")
+def test_narrower_vectors_too(tmp_path):
+    """The kernel as a processor without AVX-512 compiles it, in a process that PyTorch takes for one."""
+    tests = [f"{__file__}::test_large_problems_are_the_reference", f"{__file__}::test_any_strides"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    changes = {"ATEN_CPU_CAPABILITY": "avx2", "ODCONV_CACHE": str(tmp_path)}
+    run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    assert "skipped" not in run.stdout
+    assert len(list(tmp_path.glob("cpu-*.so"))) == 1
 
 
 def test_the_named_form_is_strict():

@@ -6,6 +6,7 @@ with AVX2, the forms in plain PyTorch give the same results, only slower. ``ODCO
 """
 
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -26,6 +27,7 @@ from odconv.files import cache_folder
 from odconv.ops.contract import Attentions, Geometry, is_transformed
 from odconv.ops.recompute import differentiable_gradients
 
+logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 VECTORS = {  # by what torch says of the processor
     "AVX2": ("-mavx2", "-mfma"),
@@ -94,6 +96,7 @@ def build() -> Path:
         return library
     if shutil.which(compiler) is None:
         raise FileNotFoundError(f"no C++ compiler {compiler!r} (environment variable CXX names another)")
+    logger.info("compiling the CPU kernel into %s, once", library)
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
