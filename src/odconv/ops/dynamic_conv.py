@@ -129,7 +129,7 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) 
     dense = "shared" if n == 1 else "product"
     if is_exporting() or batch == 0:  # exported, one graph serves every batch, which may be no number of groups then
         return dense
-    if cpu.fits(x, weight, geometry):
+    if n * positions > 1 and cpu.fits(x, weight, geometry):  # one kernel in one position is a plain matrix product
         # A single 1x1 kernel can do without a kernel per sample: a small map is scaled instead.
         scaled = n == math.prod(weight.shape[3:]) == geometry.groups == 1 and (batch > 1 or weight.numel() >= 2**20)
         return "shared" if scaled and small and not differentiated else "cpu"
