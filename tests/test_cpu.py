@@ -236,3 +236,52 @@ def test_channels_last_networks(groups):
     assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert net[1].weight.is_contiguous()
     assert net[1].weight.grad.is_contiguous()
+
+
+def test_gradients_to_differentiate_again_where_the_attention_depends_on_x():
+    """As in a gradient penalty: autograd must not go through the attention twice."""
+    torch.manual_seed(0)
+    layer = odconv.ODConv2d(4, 16, 3, padding=1, dtype=torch.float64)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    tensors = [x, *layer.parameters()]
+    once = torch.autograd.grad(layer(x).square().sum(), tensors)
+    again = torch.autograd.grad(layer(x).square().sum(), tensors, create_graph=True)
+    for value, wanted in zip(again, once, strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
+@NEEDS_KERNEL
+def test_depthwise_maps_of_one_position_that_grow():
+    x = torch.randn(1, 8, 1, 1, dtype=torch.float64).to(memory_format=torch.channels_last)
+    tensors = {"x": x, "weight": torch.randn(2, 8, 1, 3, 3, dtype=torch.float64), "kernel": torch.rand(1, 2).double()}
+    geometry = {"padding": 2, "groups": 8}
+    for value, wanted in zip(
+        gradients(tensors, geometry, "cpu"), gradients(tensors, geometry, "reference"), strict=True
+    ):
+        torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("change", ["strided", "mixed dtypes"])
+def test_attention_with_unusual_parameters(change):
+    torch.manual_seed(0)
+    layer = odconv.ODConv2d(20, 8, 3).eval()
+    fc = layer.attention.fc
+    if change == "strided":
+        fc.weight.data = fc.weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    else:
+        layer.attention.bn.double()
+    x = torch.randn(2, 20, 6, 6)
+    with torch.no_grad():
+        found = layer.attention(x)
+    for value, wanted in zip(found, layer.attention(x), strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
+def test_forward_mode_differentiation():
+    tensors, geometry = problem(2, 4, 5, 2, 5)
+    primal = {name: tensor for name, tensor in tensors.items() if name != "x"}
+    tangent = torch.randn_like(tensors["x"])
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tensors["x"], tangent)
+        found = torch.autograd.forward_ad.unpack_dual(dynamic_conv(x=dual, **primal, **geometry)).tangent
+    torch.testing.assert_close(found, dynamic_conv(x=tangent, **primal, **geometry))

@@ -167,16 +167,21 @@ def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
         return None
     norm, layers = attention.bn, [getattr(attention, f"{name}_fc") for name in attention.heads]
     plain = norm is None or (isinstance(norm, BatchNorm) and not norm.training and norm.running_mean is not None)
-    if not plain or layers[0].weight.dtype != x.dtype:
+    if not plain:
         return None
     statistics = [] if norm is None else [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    fc = None if attention.fc is None else attention.fc.weight
+    own: list[Any] = [*statistics, *weights, *biases, *([] if fc is None else [fc])]
+    if any(tensor is None or tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in own):
+        return None
     gates = torch.ops.odconv.attend(
-        x.mean(tuple(range(2, x.dim()))),
-        None if attention.fc is None else attention.fc.weight,
+        x.mean(tuple(range(2, x.dim()))).contiguous(),
+        fc,
         statistics,
         0.0 if norm is None else norm.eps,
-        [layer.weight for layer in layers],
-        [layer.bias for layer in layers],
+        weights,
+        biases,
         [attention.gain if name != "kernel" else float(attention.kernel_gate == "sigmoid") for name in attention.heads],
         attention.temperature,
     )

@@ -97,8 +97,10 @@ def is_exporting() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func (vmap, grad, jacrev, ...) is at work, which only plain PyTorch follows."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether torch.func (vmap, grad, jacrev, ...) or forward AD is at work, which only plain PyTorch follows."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def check_map(x: Tensor, taps: tuple[int, ...], geometry: Geometry) -> None:

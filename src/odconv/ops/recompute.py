@@ -55,8 +55,9 @@ def differentiable_gradients(
     grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again: autograd makes them, of a form in plain PyTorch."""
-    y = eager.grouped(*_arguments(tensors), geometry)
-    return _where_needed(y, tensors, needs, grad, create_graph=True)
+    again = [t if t is None else t.view_as(t) for t in tensors]  # not through one of them into another, if they depend
+    y = eager.grouped(*_arguments(again), geometry)
+    return _where_needed(y, again, needs, grad, create_graph=True)
 
 
 def _gradients(

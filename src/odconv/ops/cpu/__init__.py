@@ -62,6 +62,7 @@ def _load() -> bool:
         return False
     torch.library.register_fake("odconv::conv", _fake)
     torch.library.register_fake("odconv::conv_backward", _fake_backward)
+    torch.library.register_fake("odconv::attend", _fake_attend)
     torch.library.register_autograd("odconv::conv", _backward, setup_context=_save)
     return True
 
@@ -189,3 +190,7 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple
         torch.empty_like(x) if to_x else x.new_empty(0),
         *(weight if to_weights else x.new_empty(0) for weight in weights),
     )
+
+
+def _fake_attend(pooled: Tensor, fc: Tensor | None, norm: list, eps: float, weights: list, *rest: Any) -> list[Tensor]:
+    return [pooled.new_empty(pooled.shape[0], weight.shape[0]) for weight in weights]

@@ -91,7 +91,7 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const
     const Kernels<T> kernels = {data, weight.size(0), one, channels, filters, taps, taps, channels * taps};
     const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
     const auto out = map_of<T>(y, y.mutable_data_ptr<T>());
-    if (by_plane(x, weight, groups))
+    if (by_plane(x, weight, groups) && y.is_contiguous())
       return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, weight.size(0), groups, weights,
                                 x.size(0), forward_phase(g, out.size), g.stride, y.mutable_data_ptr<T>());
     convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), out, kernels, groups, weights,
