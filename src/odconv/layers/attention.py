@@ -139,9 +139,8 @@ class Attention(nn.Module):
         maps = z.reshape(*z.shape, *(1,) * self.dims)
         if isinstance(norm, BatchNorm) or (isinstance(norm, nn.SyncBatchNorm) and not norm.training):
             return batch_norm(norm, maps).flatten(1)
-        return norm(maps).flatten(
-            1
-        )  # what the user put in its place, or SyncBatchNorm with its own rule for small batches
+        # what the user put in its place, or SyncBatchNorm with its own rule for small batches
+        return norm(maps).flatten(1)
 
     def _place_temperature(self, device: torch.device | str | None) -> None:
         if self._temperature is not None:

@@ -103,6 +103,14 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def output_size(
+    map_size: Sequence[int], taps: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """The map that a convolution makes of a map, one number an axis each."""
+    spans = zip(map_size, taps, stride, padding, dilation, strict=True)
+    return tuple((extent + 2 * p - d * (k - 1) - 1) // s + 1 for extent, k, s, p, d in spans)
+
+
 def check_map(x: Tensor, taps: tuple[int, ...], geometry: Geometry) -> None:
     """Raise a ValueError where the padded map of x is smaller than the kernel."""
     for extent, k, _, p, d in zip(x.shape[2:], taps, *geometry[:3], strict=True):

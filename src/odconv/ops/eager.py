@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.ops.contract import Attentions, Geometry, is_exporting
+from odconv.ops.contract import Attentions, Geometry, is_exporting, output_size
 from odconv.ops.reference import CONVOLUTIONS
 
 MIXED_BLOCK = 128 * 1024  # numbers a sample; larger blocks leave the cache
@@ -132,8 +132,7 @@ def columns(x: Tensor, kernel_size: tuple[int, ...], geometry: Geometry) -> tupl
     stride, padding, dilation, _ = geometry
     taps = math.prod(kernel_size)
     if len(kernel_size) == 2 and taps > 1:
-        spans = zip(x.shape[2:], kernel_size, *geometry[:3], strict=True)
-        size = tuple((extent + 2 * p - d * (k - 1) - 1) // s + 1 for extent, k, s, p, d in spans)
+        size = output_size(x.shape[2:], kernel_size, *geometry[:3])
         return F.unfold(x, kernel_size, dilation, padding, stride).unflatten(1, (-1, taps)), size
     if any(padding):
         x = F.pad(x, [p for axis in reversed(padding) for p in (axis, axis)])

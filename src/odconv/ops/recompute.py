@@ -17,7 +17,7 @@ from odconv.ops.contract import Attentions, Geometry
 WORKSPACE = 128 * 2**20  # bytes of mixed kernels, or of columns, at a time; one sample's where that is more
 
 Form = Callable[[Tensor, Tensor, Attentions, Geometry], Tensor]
-Tensors = Sequence[Tensor | None]  # x, weight, and the attentions in their order
+Tensors = Sequence[Any]  # x, weight, and the attentions in their order, which may be None
 
 
 def recomputed(form: Form, x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
@@ -43,7 +43,7 @@ class _Recomputed(torch.autograd.Function):
         found: list[list[Tensor | None]] = []
         start = 0
         for chunk in _chunks(tensors):
-            stop = start + _arguments(chunk)[0].shape[0]
+            stop = start + chunk[0].shape[0]
             found.append(differentiate(ctx.form, grad[start:stop], chunk, ctx.geometry, needs))
             start = stop
         x, weight, *attentions = zip(*found, strict=True)
@@ -91,8 +91,6 @@ def _grouped_gradients(
 
 def _arguments(tensors: Tensors) -> tuple[Tensor, Tensor, Attentions]:
     x, weight, *attentions = tensors
-    if x is None or weight is None:
-        raise TypeError("x and weight must be tensors")
     return x, weight, Attentions(*attentions)
 
 
@@ -103,7 +101,7 @@ def _leaves(tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
 def _where_needed(
     y: Tensor, tensors: Tensors, needs: Sequence[bool], grad: Tensor, create_graph: bool = False
 ) -> list[Tensor | None]:
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))
     return [next(found) if need else None for need in needs]
 

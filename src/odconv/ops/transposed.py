@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from odconv.ops.contract import Attentions, Geometry, check_shapes, is_exporting, per_axis
 from odconv.ops.dynamic_conv import add_bias, compute_dtype
 from odconv.ops.eager import mix, over_map
+from odconv.ops.reference import by_sample
 
 CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -102,21 +103,8 @@ def check_output(x: Tensor, taps: tuple[int, ...], geometry: Geometry, extra: tu
 
 def reference(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:
     """The formula, a sample at a time: the definition that the other forms are held against."""
-    kernel, spatial, channel, filter = attentions
-    per_map = (-1, *(1,) * (weight.dim() - 3))
     conv = CONVOLUTIONS[weight.dim() - 3]
-    if x.shape[0] == 0:  # nothing to stack; the map of an empty batch does not depend on the attentions
-        return conv(x, weight[0], None, *geometry)
-    outputs = []
-    for b, sample in enumerate(x):
-        mixed = torch.zeros_like(weight[0])
-        for i, one_kernel in enumerate(weight):
-            term = one_kernel if spatial is None else spatial[b] * one_kernel
-            mixed = mixed + (term if kernel is None else kernel[b, i] * term)
-        scaled = sample if channel is None else channel[b].view(per_map) * sample
-        y = conv(scaled[None], mixed, None, *geometry)[0]
-        outputs.append(y if filter is None else filter[b].view(per_map) * y)
-    return torch.stack(outputs)
+    return by_sample(lambda sample, mixed: conv(sample, mixed, None, *geometry), x, weight, attentions)
 
 
 def grouped(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:

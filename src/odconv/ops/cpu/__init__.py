@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from odconv.files import cache_folder
-from odconv.ops.contract import Attentions, Geometry, is_transformed
+from odconv.ops.contract import Attentions, Geometry, is_transformed, output_size
 from odconv.ops.recompute import differentiable_gradients
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,6 @@ def build() -> Path:
     """
     compiler = os.environ.get("CXX", "g++")
     root = Path(torch.__file__).parent
-    include = root / "include"
     flags = [
         *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
@@ -101,18 +100,9 @@ def build() -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        includes = [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
-        command = [
-            compiler,
-            *flags,
-            *includes,
-            str(SOURCES / "operators.cpp"),
-            "-o",
-            str(made),
-            f"-L{root / 'lib'}",
-            "-lc10",
-            "-ltorch_cpu",
-        ]
+        includes = [f"-I{root / path}" for path in ("include", "include/torch/csrc/api/include")]
+        link = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
+        command = [compiler, *flags, *includes, str(SOURCES / "operators.cpp"), "-o", str(made), *link]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[:2000]}")
@@ -175,8 +165,7 @@ def _fake(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    spans = zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
-    size = [(extent + 2 * p - d * (k - 1) - 1) // s + 1 for extent, k, s, p, d in spans]
+    size = output_size(x.shape[2:], weight.shape[3:], stride, padding, dilation)
     shape = (x.shape[0], weight.shape[1], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odconv.ops.contract import Attentions, Geometry
+from odconv.ops.contract import Attentions, Geometry, output_size
 
 WORKSPACE = 128 * 2**20  # bytes for the mixed kernels of the samples at work, or their gradients; offsets are 32-bit
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -113,8 +113,7 @@ def _(grad, x, weight, kernel, spatial, channel, filter, stride, padding, dilati
 
 def new_output(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
     """Memory for the output, (B, O, *map), channels-last."""
-    spans = zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)
-    size = [(extent + 2 * p - d * (k - 1) - 1) // s + 1 for extent, k, s, p, d in spans]
+    size = output_size(x.shape[2:], weight.shape[3:], stride, padding, dilation)
     return torch.empty(
         (x.shape[0], weight.shape[1], *size), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
