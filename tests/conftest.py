@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from small_runs import OPTIONS, RANDOM, make_folder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -21,3 +22,19 @@ def golden() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip("no ../shared/golden beside the checkout")
     return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 105 tiny images to train on and 15 to evaluate on, in three classes."""
+    return make_folder(tmp_path_factory.mktemp("images"), {"train": 35, "val": 5})
+
+
+@pytest.fixture(scope="session")
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with all that is random in one."""
+    from odconv.train import train
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(**OPTIONS | RANDOM, data=str(folder), out=str(out))
+    return out

@@ -20,6 +20,8 @@ BELOW = {  # the rooms that a room may import from
 }
 LEAVES = ("train", "profile", "visualize", "timm")
 BELOW |= {leaf: {*BELOW} for leaf in LEAVES}
+BELOW |= {"report": {"files", "layers", "models", "profile", "visualize"}}
+BELOW["train"].add("report")
 BELOW |= {"hub": {"models", "checkpoints", "profile"}}
 BELOW |= {"cli": {*BELOW}, "__main__": {"cli"}, "__init__": {*BELOW, "functional"}}
 

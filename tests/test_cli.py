@@ -300,7 +300,12 @@ def test_signals_end_a_run_quietly(tmp_path: Path) -> None:
 def test_two_processes_started_by_the_trainer(fails, tmp_path: Path) -> None:
     out, result = tmp_path / "run", tmp_path / "result.json"
     train = [*TRAIN, str(out), "--devices", "2"]
-    fails("batch_size must be a multiple of the number of processes = 2, got 33", *train, "--batch_size", "33")
+    fails(
+        "batch_size must be a multiple of the number of processes x accumulate = 2 x 1, got 33",
+        *train,
+        "--batch_size",
+        "33",
+    )
     done = run(*train, "--batch_size", "128", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch   1/1") == 1

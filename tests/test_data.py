@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from odconv.data import (
     imagenet_names,
     open_data,
     read_image,
+    read_pixels,
     sort_validation,
     training_transform,
 )
@@ -661,3 +663,66 @@ def test_sort_validation_moves_nothing_unless_all_is_well(tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError, match="does not exist"):
         sort_validation(folder=str(tmp_path / "nowhere"), labels=str(labels))
     assert len(list(folder.glob("*.JPEG"))) == len(list(folder.iterdir())) == 5
+
+
+# --- the faster reading of JPEG files for training
+
+
+def encode(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+JPEGS = {
+    "colour": encode(picture()),
+    "grey": encode(picture().convert("L")),
+    "CMYK": encode(picture().convert("CMYK")),
+    "progressive": encode(picture(), progressive=True),
+    "full colour resolution": encode(picture(), subsampling=0),
+    "PNG": encode(picture().convert("RGBA"), "PNG"),
+    "with garbage inside": encode(picture())[:-2] + bytes(50) + b"\xff\xd9",
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_read_pixels_reads_what_read_image_does(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(JPEGS[kind])
+    expected = v2.functional.pil_to_tensor(read_image(JPEGS[kind]))
+    assert expected.shape == (3, 30, 40)
+    for source in (JPEGS[kind], tmp_path / "image", str(tmp_path / "image"), expected.permute(1, 2, 0).numpy()):
+        pixels = read_pixels(source)
+        assert pixels.dtype == torch.uint8
+        assert torch.equal(pixels, expected)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"text", JPEGS["colour"][:400]], ids=["empty", "no image", "cut"])
+def test_read_pixels_refuses_what_read_image_does(damaged: bytes, tmp_path: Path) -> None:
+    (tmp_path / "image.jpg").write_bytes(damaged)
+    with pytest.raises(OSError, match=r"image\.jpg"):
+        read_pixels(tmp_path / "image.jpg")
+    with pytest.raises(OSError, match="no-such-file"):
+        read_pixels("no-such-file.jpg")
+
+
+def test_read_pixels_leaves_a_bomb_to_pil() -> None:
+    bomb = bytearray(encode(Image.new("L", (8, 8))))
+    at = bomb.index(b"\xff\xc0") + 5
+    bomb[at : at + 4] = b"\xff\xff\xff\xff"  # height and width
+    with pytest.raises(OSError, match="exceeds limit"):
+        read_pixels(bytes(bomb))
+
+
+def test_photographs_are_read_alike_and_augmented_within_a_rounding(shared_data: Path) -> None:
+    transform = training_transform(64)
+    with zipfile.ZipFile(shared_data / "imagenet-sample" / "val.zip") as file:
+        for i, name in enumerate(sorted(file.namelist())[::50]):
+            if name.endswith("/"):
+                continue
+            image, pixels = read_image(file.read(name)), read_pixels(file.read(name))
+            assert torch.equal(v2.functional.pil_to_tensor(image), pixels)
+            results = []
+            for given in (image, pixels):
+                torch.manual_seed(i)
+                results.append(transform(given))
+            assert (results[0] - results[1]).abs().max() < 2.5 / 255 / 0.224

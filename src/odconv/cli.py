@@ -26,8 +26,12 @@ COMMANDS = {
     "train": Command("odconv.train:train", "train a network on images", recipes=True),
     "evaluate": Command("odconv.train:evaluate", "measure the accuracy of a checkpoint"),
     "predict": Command("odconv.train:predict", "say what is on images"),
+    "report": Command("odconv.train.reporting:report", "write report.html to the folders of runs"),
+    "compare": Command("odconv.report:compare", "put runs side by side: a table and their curves"),
     "profile": Command("odconv.profile:main", "count parameters and multiply-adds, measure latency"),
     "sort-val": Command("odconv.data:sort_validation", "sort ImageNet's flat validation folder into classes"),
+    "pack": Command("odconv.data.pack:pack", "pack a folder of images into shards"),
+    "index": Command("odconv.data.scan:index_shards", "make the index of shards that another tool packed"),
 }
 
 USAGE = """usage: odconv COMMAND [options]
@@ -39,6 +43,10 @@ options:
   --help     this text; odconv COMMAND --help lists the options of a command
   --version  the version
   --debug    after an error, show where it arose"""
+
+
+PLAIN = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+"""Errors that are raised on purpose, in plain words."""
 
 
 class UsageError(ValueError):
@@ -172,6 +180,6 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 def _explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("odconv"):
         return f"{error}; the command line needs more packages: pip install 'odconv[train]'"
-    if isinstance(error, ValueError | TypeError | OSError | ImportError):  # raised for wrong input, in plain words
+    if isinstance(error, PLAIN):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"

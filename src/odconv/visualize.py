@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-INK, FAINT = "#222222", "#888888"
+INK, FAINT, GRID = "#222222", "#888888", "#E5E5E5"
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")  # Paul Tol's, for every eye
+MARKERS = "os^D"
 GATES = "viridis"
 LEAST_RANGE = 0.1  # of a colour scale: what varies less shall look alike
 EXPLANATION = (
@@ -55,7 +57,7 @@ def record_attentions(model: nn.Module, x: Tensor) -> dict[str, Attentions]:
     hooks = [attention.register_forward_hook(record) for attention in names]
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
             model(x)
     finally:
         for hook in hooks:
@@ -229,37 +231,48 @@ def plot_history(runs: Mapping[str, str | Path]) -> "Figure":
         FileNotFoundError: a folder holds no metrics.csv.
         ValueError: no runs.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     if not runs:
         raise ValueError("runs must name at least one run, got none")
+    return draw_history({name: read_metrics(Path(folder) / "metrics.csv") for name, folder in runs.items()})
+
+
+def draw_history(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
+    """Draw runs as :func:`plot_history` does, from the rows of their metrics; a column may be missing."""
+    from matplotlib.figure import Figure
+
     figure = Figure((13, 4.2), facecolor="white", layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[3, 3, 2])
-    for index, (name, folder) in enumerate(runs.items()):
-        rows = read_metrics(Path(folder) / "metrics.csv")
-        colour = COLOURS[index % len(COLOURS)]
-        epochs = [row["epoch"] for row in rows]
-        line = {"color": colour, "linewidth": 2, "marker": "o", "markersize": 4}
-        best = max(row["top1"] for row in rows)
-        panels[0].plot(epochs, [row["train_loss"] for row in rows], label=name, **line)
-        panels[0].plot(epochs, [row["val_loss"] for row in rows], **line | {"linestyle": "--", "marker": ""})
-        panels[1].plot(epochs, [row["top1"] for row in rows], label=f"{name}, best {best:.1f} %", **line)
-        panels[2].plot(epochs, [row["temperature"] for row in rows], **line)
+    for index, (name, rows) in enumerate(runs.items()):
+        columns = ("epoch", "train_loss", "val_loss", "top1", "temperature")
+        epochs, train, val, top1, temperatures = ([row.get(column, nan) for row in rows] for column in columns)
+        marker = MARKERS[index // len(COLOURS) % len(MARKERS)]
+        line = {"color": COLOURS[index % len(COLOURS)], "linewidth": 2, "marker": marker, "markersize": 4}
+        best = max((value for value in top1 if isfinite(value)), default=nan)
+        label = name.replace("$", r"\$")  # no formulas
+        panels[0].plot(epochs, train, label=label, **line)
+        panels[0].plot(epochs, val, **line | {"linestyle": "--", "marker": ""})
+        panels[1].plot(epochs, top1, label=f"{label}, best {best:.1f} %", **line)
+        panels[2].plot(epochs, temperatures, **line)
     titles = ("loss (training; dashed: validation)", "top-1 accuracy in validation, %", "temperature after the epoch")
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, loc="left", size=11, weight="bold", color=INK)
-        axes.set_xlabel("epoch", color=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color="#E5E5E5", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.tick_params(colors=FAINT)
+        prepare_epochs(axes)
     panels[0].set_yscale("log")
     panels[2].set_ylim(bottom=0)
-    panels[0].legend(frameon=False)
-    panels[1].legend(frameon=False, loc="lower right")
+    figure.legend(handles=panels[1].lines, loc="outside lower center", ncols=min(3, len(runs)), frameon=False)
     return figure
+
+
+def prepare_epochs(axes: "Axes") -> None:
+    """Plain axes over whole epochs, with a faint grid."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=FAINT)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

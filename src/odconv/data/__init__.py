@@ -1,7 +1,7 @@
 """Images for training and evaluation: folders, archives, CIFAR-10 and scikit-learn's digits, through one function."""
 
-from odconv.data.images import IGNORE, Images, find_images, read_image
-from odconv.data.sampler import EvaluationSampler
+from odconv.data.images import IGNORE, Images, find_images, read_image, read_pixels
+from odconv.data.sampler import EvaluationSampler, TrainingSampler
 from odconv.data.sort_val import sort_validation
 from odconv.data.splits import Splits, imagenet_names, open_data
 from odconv.data.transforms import Augment, evaluation_transform, training_transform
@@ -12,11 +12,13 @@ __all__ = [
     "EvaluationSampler",
     "Images",
     "Splits",
+    "TrainingSampler",
     "evaluation_transform",
     "find_images",
     "imagenet_names",
     "open_data",
     "read_image",
+    "read_pixels",
     "sort_validation",
     "training_transform",
 ]

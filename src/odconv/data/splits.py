@@ -9,7 +9,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import make_dataset
 
 from odconv.data.archives import find_archive, unpack
-from odconv.data.images import Images, is_image_name
+from odconv.data.images import Images, Sources, is_image_name, read_pixels
+from odconv.data.shards import is_sharded, open_shards
 from odconv.data.transforms import Augment, evaluation_transform, training_transform
 
 
@@ -28,8 +29,8 @@ class Splits:
     classes: list[str]
 
 
-Labelled = tuple[Sequence[str] | np.ndarray, Sequence[int]]
-"""Files or arrays, and their labels."""
+Labelled = tuple[Sources, Sequence[int] | np.ndarray]
+"""Images and their labels."""
 
 
 def open_data(
@@ -49,7 +50,8 @@ def open_data(
 
     Args:
         data: a folder with train/ and val/ (or test/), each with a folder of images a class; or a folder with archives
-            instead (train.tar.xz, val.zip and the like); or one where torchvision put CIFAR-10 (cifar-10-batches-py);
+            instead (train.tar.xz, val.zip and the like); or one with shards that `odconv pack` made, or its URL; or
+            one where torchvision put CIFAR-10 (cifar-10-batches-py);
             or the word "digits" for the 8 x 8 digits that come with scikit-learn (1,437 and 360 images).
         image_size: side of the images, in pixels.
         resize_size: length of the shorter side before the centre is cropped in evaluation, in pixels.
@@ -72,7 +74,7 @@ def open_data(
     val_transform = evaluation_transform(image_size, resize_size)
     train, val, classes = _open(data, need_train, cache)
     return Splits(
-        train=Images(*train, train_transform, image_size) if train else None,
+        train=Images(*train, train_transform, image_size, read_pixels) if train else None,
         val=Images(*val, val_transform, image_size),
         classes=classes,
     )
@@ -88,6 +90,9 @@ def imagenet_names() -> list[str]:
 def _open(data: str | Path, need_train: bool, cache: str | Path | None) -> tuple[Labelled | None, Labelled, list[str]]:
     if str(data) == "digits":
         return _open_digits()
+    if is_sharded(data):
+        train, val, classes = open_shards(data, need_train, cache)
+        return (train, train.labels) if train else None, (val, val.labels), classes
     folder = Path(data)
     if not folder.exists():
         raise FileNotFoundError(f"the data folder {folder} does not exist")

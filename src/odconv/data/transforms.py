@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 Augment: TypeAlias = Literal["imagenet", "small", "none"]
-Transform: TypeAlias = Callable[[Image.Image], Tensor]
+Transform: TypeAlias = Callable[[Image.Image | Tensor], Tensor]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -52,7 +52,8 @@ def training_transform(
         flip: False leaves the flips out, for images whose mirror image means something else, such as digits.
 
     Returns:
-        A function from an RGB PIL image to a float32 tensor (3, image_size, image_size).
+        A function from an RGB PIL image, or a tensor of bytes (3, H, W), to a float32 tensor (3, image_size,
+        image_size). Tensors are faster; the resize rounds some of their values the other way, by 1/255.
 
     Raises:
         ValueError: an unknown `augment`, `min_scale` outside (0, 1], or sizes that do not fit.
@@ -72,7 +73,7 @@ def training_transform(
 
 
 def _to_normalised_tensor() -> list[v2.Transform]:
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD, inplace=True)]
 
 
 def _check_sizes(image_size: int, resize_size: int | None = None) -> None:

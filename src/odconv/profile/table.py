@@ -32,7 +32,9 @@ class Table(NamedTuple):
 
         table = RichTable(box=SIMPLE_HEAD)
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="left" if index < self.left else "right", no_wrap=True)
+            table.add_column(
+                name, justify="left" if index < self.left else "right", no_wrap=index < self.left, overflow="fold"
+            )
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -45,7 +47,7 @@ def show(table: Table) -> None:
     except ImportError:
         print(table)
         return
-    console = Console()
+    console = Console(markup=False)
     if console.is_terminal:
         console.print(table)
     else:

@@ -11,10 +11,12 @@ Stem: TypeAlias = Literal["standard", "small"]
 # what a value must be, and the fields this holds for
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("at least 1", lambda value: 1 <= value < inf, "kernel_num num_classes image_size resize_size epochs batch_size"),
-    ("at least 1", lambda value: 1 <= value < inf, "test_batch step temp_init devices top"),
+    ("at least 1", lambda value: 1 <= value < inf, "test_batch step temp_init devices top accumulate nan_steps"),
+    ("at least 1", lambda value: 1 <= value < inf, "save_every"),
     ("at least 0", lambda value: 0 <= value < inf, "workers wd temp_epoch"),
     ("at least 0 and at most 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
-    ("above 0", lambda value: 0 < value < inf, "lr temperature"),
+    ("above 0", lambda value: 0 < value < inf, "lr temperature clip timeout"),
+    ("above 0 and below 1", lambda value: 0 < value < 1, "average"),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "reduction min_scale gamma"),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, "dropout momentum"),
 )
@@ -73,7 +75,9 @@ class TrainConfig:
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 256
-    """Images in a training step, over all processes."""
+    """Images in a step of the optimizer, over all processes."""
+    accumulate: int = 1
+    """Parts in which a process works through its share of a step, one after the other, to save memory."""
     test_batch: int = 100
     """Images in an evaluation step, over all processes."""
     lr: float = 0.1
@@ -90,6 +94,10 @@ class TrainConfig:
     """Momentum of SGD."""
     wd: float = 1e-4
     """Weight decay, on every parameter."""
+    clip: float | None = None
+    """Largest norm of the gradient; longer ones are scaled down to it. Default: no limit."""
+    average: float | None = None
+    """Evaluate and keep a running average of the weights; this is the part of it that a step keeps, such as 0.9999."""
     temp_epoch: int = 10
     """Epochs in which the temperature of dynamic layers falls to 1, with every step; 0: it is 1 from the start."""
     temp_init: float = 30.0
@@ -97,10 +105,26 @@ class TrainConfig:
 
     amp: Amp = "none"
     """Mixed precision: none, bf16 or fp16."""
+    channels_last: bool = False
+    """Keep the channels of an image together in memory, which suits the matrix units of GPUs."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    sync_batch_norm: bool = False
+    """Batch norm over the images of all processes; on GPUs alone."""
+    compress: Literal["none", "bf16", "fp16"] = "none"
+    """Number format in which processes exchange gradients; none: that of the weights."""
     devices: int | Literal["auto"] = "auto"
     """GPUs, or CPU processes, to train on; auto: all GPUs, else one process; torchrun decides by itself."""
+    timeout: float = 1800.0
+    """How long processes wait for each other before they give up, in seconds."""
     seed: int = 0
     """Seed of weights, order, augmentation and dropout."""
+    save_every: int | None = None
+    """Steps after which last.ckpt is written, besides the end of each epoch."""
+    nan_steps: int = 20
+    """Stop after so many steps in a row whose gradient is not finite."""
+    profile: bool = False
+    """Write a trace of a few steps to the folder trace/, for chrome://tracing or Perfetto."""
     resume: str | None = None
     """Checkpoint to go on from; auto: the last one in out, if there is one."""
 

@@ -1,5 +1,7 @@
 """A run's checkpoints: written whole or not at all, and read without running what is in them."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,14 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from odconv.files import replacing
 
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's checkpoints, written through :func:`replacing` and read as weights only."""
+    """Lightning's checkpoints, written through :func:`replacing` and read as weights only.
+
+    What was LAST before stays as PREVIOUS, for disks that lose what was written to them.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint."""
@@ -19,7 +26,17 @@ class CheckpointFiles(TorchCheckpointIO):
                 torch.save(checkpoint, partial)
             except RuntimeError as error:  # of PyTorch's own writer, on a full disk for example
                 raise OSError(f"the disk may be full ({error})") from error
+            if (last := Path(path)).name == LAST and last.exists():
+                _keep(last, last.with_name(PREVIOUS))
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """Read a checkpoint."""
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _keep(file: Path, name: Path) -> None:
+    with replacing(name) as partial:
+        try:
+            os.link(file, partial)
+        except OSError:  # a file system without links
+            shutil.copyfile(file, partial)

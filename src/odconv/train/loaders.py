@@ -1,38 +1,52 @@
-"""Who gets which images, in which order."""
+"""Who gets which images, in which order, and how long training waits for them."""
 
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import suggested_max_num_workers
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader
 
-from odconv.data import EvaluationSampler, Images
+from odconv.data import EvaluationSampler, Images, TrainingSampler
 
 
-class Shuffle(DistributedSampler):
-    """Shuffles by seed and epoch alone, and seeds the augmentation by them too, so that resuming is exact.
+class TrainingLoader(DataLoader):
+    """Batches for training that can begin in the middle of an epoch; `waited` is the time it was waited for, in s.
 
-    Args:
-        images: what to draw from.
-        seed: seed of the run.
-        rank: which process this is, from 0.
-        world_size: number of processes.
+    Its length is that of a whole epoch, wherever it begins.
     """
 
-    def __init__(self, images: Dataset, seed: int, rank: int, world_size: int) -> None:
-        super().__init__(images, world_size, rank, shuffle=True, seed=seed)
-        self.generator = torch.Generator()
-        self.set_epoch(0)
+    waited = 0.0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, counted from 0."""
-        super().set_epoch(epoch)
-        self.generator.manual_seed(hash((self.seed, epoch, self.rank)))
+    def go_to(self, epoch: int, batch: int) -> None:
+        """Begin an epoch, counted from 0, behind its first batches."""
+        self.sampler.go_to(epoch, batch * (self.batch_size or 1))  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - start
+            yield batch
+
+    # Lightning asks for the two below before it trusts a loader to go on in mid-epoch; go_to does it without a state
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: where to begin is a function of the step."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing, see above."""
 
 
 def training_loader(
     images: Images, batch_size: int, workers: int | None = None, *, seed: int = 0, rank: int = 0, world_size: int = 1
-) -> DataLoader:
+) -> TrainingLoader:
     """Return batches of this process's share of the images, shuffled, another order every epoch.
 
     As published, a last batch that is smaller is kept; but not one of a single image, on which batch norm after a
@@ -40,19 +54,19 @@ def training_loader(
 
     Args:
         images: what to train on.
-        batch_size: images in a step, over all processes.
+        batch_size: images in a batch, over all processes.
         workers: processes that read images; default by the number of CPU cores, at most 8.
         seed: seed of the run.
         rank: which process this is, from 0.
         world_size: number of processes.
     """
-    sampler, share = Shuffle(images, seed, rank, world_size), batch_size // world_size
-    return DataLoader(
+    shards = getattr(images.sources, "sizes", None)
+    sampler, share = TrainingSampler(len(images), seed, rank, world_size, shards), batch_size // world_size
+    return TrainingLoader(
         images,
         share,
         sampler=sampler,
         drop_last=len(sampler) > share > 1 and len(sampler) % share == 1,
-        generator=sampler.generator,
         **_reading(workers, world_size),
     )
 

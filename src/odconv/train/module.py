@@ -1,5 +1,6 @@
 """A network in evaluation and in training, as Lightning's Trainer wants it."""
 
+import math
 import time
 from dataclasses import asdict
 from typing import Any
@@ -8,12 +9,16 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import MeanMetric, Metric, SumMetric
 
 from odconv.data import IGNORE
 from odconv.layers import set_temperature
 from odconv.train.config import TrainConfig
 from odconv.train.schedule import learning_rate, temperature
+
+COMPRESSION = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) and labels (B); IGNORE marks what must not count."""
@@ -63,7 +68,9 @@ class Evaluation(pl.LightningModule):
 class Training(Evaluation):
     """Trains a classifier by SGD on the cross-entropy, with the schedules of :mod:`odconv.train.schedule`.
 
-    Its checkpoints hold what is needed to build the network again: the options, the classes, the temperature.
+    All that is random in a step is seeded by the step, and the schedules are functions of it, so that a run that goes
+    on from a checkpoint does what it would have done. The checkpoints hold what is needed to build the network again:
+    the options, the classes, the temperature.
 
     Args:
         model: from images (B, 3, H, W) to logits (B, classes).
@@ -77,25 +84,34 @@ class Training(Evaluation):
         set_temperature(model, self.temperature)  # weights to start from may have brought another
         self.save_hyperparameters(asdict(config))
         self.train_loss, self.train_corrupt = _mean(), SumMetric()
+        self.bad_steps = torch.zeros((), dtype=torch.int64)  # in a row, on the device of the gradients
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if config.compile:
+            model.compile()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD with weight decay on every parameter, as published."""
         config = self.config
         return torch.optim.SGD(self.model.parameters(), config.lr, config.momentum, weight_decay=config.wd)
 
-    def on_train_epoch_start(self) -> None:
-        """Set the learning rate, and seed dropout and the like by the epoch, so that resuming is exact."""
+    def on_train_start(self) -> None:
+        """Have gradients compressed between processes."""
+        wrapped = self.trainer.strategy.model
+        if self.config.compress != "none" and isinstance(wrapped, DistributedDataParallel):
+            wrapped.register_comm_hook(None, COMPRESSION[self.config.compress])
+
+    def on_train_batch_start(self, _batch: Batch, batch_idx: int) -> None:
+        """Set the learning rate, the temperature, and the seed of dropout and the like."""
         lr = learning_rate(self.config, self.current_epoch)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = lr
-        torch.manual_seed(hash((self.config.seed, self.current_epoch, self.global_rank)))
-
-    def on_train_batch_start(self, _batch: Batch, _batch_idx: int) -> None:
-        """Set the temperature."""
-        value = temperature(self.config, self.global_step + 1, int(self.trainer.num_training_batches))
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.config.accumulate)
+        value = temperature(self.config, self.global_step + 1, steps_per_epoch)
         if value != self.temperature:
             set_temperature(self.model, value)
             self.temperature = value
+        torch.manual_seed(hash((self.config.seed, self.current_epoch, batch_idx, self.global_rank)))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Leave unreadable images out of training, so that their blanks do not count in batch norm either."""
@@ -110,7 +126,12 @@ class Training(Evaluation):
         kept = (~readable).byte().argsort(stable=True)[: max(2, int(readable.sum()))]
         return images[kept], labels[kept]
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lay the images out as the network is."""
+        images, labels = batch
+        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images, labels
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the images that count; 0 where none does."""
         images, labels = batch
         count = (labels != IGNORE).sum()
@@ -119,11 +140,62 @@ class Training(Evaluation):
         self.log("loss", loss, prog_bar=True)
         metrics = {"train_loss": self.train_loss, "train_corrupt": self.train_corrupt}
         self.log_dict(metrics, on_step=False, on_epoch=True, logger=False)
-        return loss
+        return loss * self._weight(batch_idx) if self.config.accumulate > 1 else loss
+
+    def _weight(self, batch_idx: int) -> float:
+        """Return how much a batch counts among those of its step: at the end of an epoch they are fewer, and smaller.
+
+        Lightning divides each loss by `accumulate`.
+        """
+        loader: Any = self.trainer.train_dataloader
+        batches, size, accumulate = len(loader), loader.batch_size, self.config.accumulate
+        images = min(len(loader.sampler), batches * size)
+        first = batch_idx - batch_idx % accumulate
+        in_step = min(images, (first + accumulate) * size) - first * size
+        return accumulate * min(size, images - batch_idx * size) / in_step
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count the steps in a row that have gone wrong, and give up after `nan_steps`.
+
+        The classifier's gradient is not finite where the loss is not, and it is the same in all processes.
+        """
+        *_, last = self.model.parameters()
+        if last.grad is not None:
+            self.bad_steps = (self.bad_steps.to(last.grad.device) + 1) * ~last.grad.isfinite().all()
+        if (self.global_step + 1) % self.config.nan_steps == 0:  # to look at it is to wait for the GPU
+            self._check(self.config.nan_steps, self.global_step + 1)
+
+    def _check(self, most: int, step: int) -> None:
+        if (bad := int(self.bad_steps)) >= most:
+            raise FloatingPointError(
+                f"the loss is not a number, or infinite, since step {step - bad + 1}; the checkpoints are from before. "
+                "A lower lr, a higher temp_epoch or clip may help"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the options do not say."""
-        checkpoint["odconv"] = {"classes": self.classes, "temperature": self.temperature}
+        """Add what the options do not say, and see that the weights are not lost."""
+        if self.config.amp != "fp16":  # whose scaler leaves out the steps that went wrong
+            self._check(1, self.global_step)
+        batch = 0 if self.trainer.is_last_batch else self.trainer.fit_loop.epoch_loop.batch_idx + 1
+        checkpoint["odconv"] = {
+            "classes": self.classes,
+            "temperature": self.temperature,
+            "batch": batch,  # of the epoch, that is next
+            "so_far": [self._total(metric) for metric in (self.train_loss, self.train_corrupt)] if batch else None,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the means of an epoch that was broken off."""
+        so_far = checkpoint["odconv"].get("so_far")
+        if so_far and self.global_rank == 0:  # they are those of all processes
+            for metric, state in zip((self.train_loss, self.train_corrupt), so_far, strict=True):
+                for name, value in state.items():
+                    setattr(metric, name, value)
+
+    @staticmethod
+    def _total(metric: Metric) -> dict[str, Tensor]:
+        with metric.sync_context():
+            return {name: torch.as_tensor(value).clone() for name, value in metric.metric_state.items()}
 
 
 def _mean() -> MeanMetric:

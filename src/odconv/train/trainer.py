@@ -5,11 +5,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.strategies import DDPStrategy
 
 from odconv.train.config import Amp
 from odconv.train.files import CheckpointFiles
@@ -30,6 +33,7 @@ def make_trainer(
     devices: int | Literal["auto"],
     amp: Amp,
     callbacks: Sequence[Callback] = (),
+    timeout: float = 1800.0,
     **options: Any,
 ) -> pl.Trainer:
     """Set up a Trainer for the GPUs or CPU processes that are asked for, or that torchrun has started.
@@ -38,6 +42,7 @@ def make_trainer(
         devices: number of processes on this machine; torchrun overrides it.
         amp: mixed precision.
         callbacks: callbacks; a progress bar is added on a terminal.
+        timeout: how long processes wait for each other before they give up, in seconds.
         options: further arguments of the Trainer.
 
     Raises:
@@ -49,10 +54,14 @@ def make_trainer(
         warnings.filterwarnings("ignore", message)
     local, world = (int(os.environ.get(name, "0")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))  # set by torchrun
     terminal = sys.stdout.isatty()
+    here = torch.cuda.device_count() if devices == "auto" else devices
+    several = max(world, int(os.environ.get("SLURM_NTASKS", "1")), here) > 1
+    strategy = DDPStrategy(timeout=timedelta(seconds=timeout), gradient_as_bucket_view=True) if several else "auto"
     try:
         return pl.Trainer(
+            strategy=strategy,
             devices=local or devices,
-            num_nodes=world // local if local else 1,
+            num_nodes=world // local if local else int(os.environ.get("SLURM_NNODES", "1")),
             precision=PRECISION[amp],
             callbacks=[*callbacks, *([TQDMProgressBar()] if terminal else [])],
             plugins=[CheckpointFiles()],

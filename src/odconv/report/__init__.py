@@ -1,0 +1,8 @@
+"""What came of a run: its report, and runs side by side."""
+
+from odconv.report.comparison import compare
+from odconv.report.machine import describe_machine, write_machine
+from odconv.report.page import write_report
+from odconv.report.statistics import attention_statistics
+
+__all__ = ["attention_statistics", "compare", "describe_machine", "write_machine", "write_report"]

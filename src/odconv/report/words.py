@@ -1,0 +1,33 @@
+"""Numbers as people read them."""
+
+from math import isfinite, isnan
+from typing import Any
+
+UNKNOWN = "-"
+
+
+def number(value: Any, digits: int = 2, unit: str = "") -> str:
+    """A number with some digits after the point, and its unit; a dash for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or isnan(value):
+        return UNKNOWN
+    return f"{value:,.{digits}f}{unit}"
+
+
+def share(value: Any) -> str:
+    """A share of 1 in %."""
+    return number(100 * value, 1, " %") if isinstance(value, int | float) else UNKNOWN
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "4.5 s", "3 min 20 s" or "2 h 5 min"."""
+    if not isfinite(seconds):
+        return UNKNOWN
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, minutes = divmod(round(seconds) // 60, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {round(seconds) % 60} s"
+
+
+def count(many: int, what: str) -> str:
+    """A number of things: "1 epoch", "2 epochs"."""
+    return f"{many:,} {what}{'s' * (many != 1)}"

@@ -1,0 +1,92 @@
+"""Going on from a checkpoint: which one, where in the run, and whether it fits."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from odconv.checkpoints import read_state_dict
+from odconv.train.config import TrainConfig
+from odconv.train.files import LAST, PREVIOUS, CheckpointFiles
+
+FIXED = (
+    *("arch", "kernel_num", "reduction", "num_classes", "stem", "seed", "batch_size", "accumulate", "average"),
+    *("temp_epoch", "temp_init"),
+)
+"""Options that a resumed run must share with its checkpoint: the network, the order of the images, the temperature."""
+
+logger = logging.getLogger(__name__)
+
+
+class Resumed(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        path: the checkpoint to go on from; None for a new run.
+        epoch: the epoch that is next, counted from 0.
+        batch: its batch that is next, counted from 0.
+        options: those the checkpoint was made with.
+    """
+
+    path: Path | None = None
+    epoch: int = 0
+    batch: int = 0
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+def find_resumed(config: TrainConfig, classes: list[str]) -> Resumed:
+    """Return where to begin.
+
+    Args:
+        config: the options of this run, resolved.
+        classes: names of the classes of its data.
+
+    Raises:
+        ValueError: the checkpoint does not fit the run, or is none.
+        OSError: it cannot be read.
+    """
+    if config.resume is None:
+        return Resumed()
+    if config.resume != "auto":
+        path = Path(config.resume)
+        return _check(path, _read(path), config, classes)
+    last, previous = Path(config.out, LAST), Path(config.out, PREVIOUS)
+    if not last.exists() and not previous.exists():
+        return Resumed()
+    try:
+        checkpoint = _read(last)
+    except (OSError, ValueError) as error:
+        if not previous.exists():
+            raise
+        logger.warning("%s; going on from %s instead", error, previous)
+        return _check(previous, _read(previous), config, classes)
+    return _check(last, checkpoint, config, classes)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    read_state_dict(path)  # says what is wrong with a file
+    checkpoint = CheckpointFiles().load_checkpoint(path)
+    if "odconv" not in checkpoint:
+        raise ValueError(f"cannot resume {path}: it holds no state of a training run; weights={path} starts from it")
+    return checkpoint
+
+
+def _check(path: Path, checkpoint: dict[str, Any], config: TrainConfig, classes: list[str]) -> Resumed:
+    saved, notes = checkpoint["hyper_parameters"], checkpoint["odconv"]
+    for name in FIXED:
+        now = getattr(config, name)
+        before = saved.get(name, now)  # an option that is younger than the checkpoint
+        if before != now:
+            raise ValueError(f"cannot resume {path}: its {name} is {before}, that of this run {now}")
+    if (known := notes["classes"]) != classes:
+        there, here = ([name for name in a if name not in b] for a, b in ((known, classes), (classes, known)))
+        raise ValueError(
+            f"cannot resume {path}: its classes are others than those of the data: only the checkpoint has "
+            f"{', '.join(there[:8]) or 'none'}, only the data has {', '.join(here[:8]) or 'none'}"
+        )
+    batch = notes.get("batch", 0)
+    done = checkpoint["epoch"] + (batch == 0)  # epochs
+    if done + (batch > 0) > config.epochs:
+        raise ValueError(f"epochs must be at least {done + (batch > 0)} to resume {path}, got {config.epochs}")
+    return Resumed(path, done, batch, saved)

@@ -1,0 +1,169 @@
+"""What the options of training do: parts of a step, limits, averages, layouts, compilation, traces."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_runs import OPTIONS, checkpoint, fit_tiny, rows
+from torch.distributed.run import main as torchrun
+from torchvision.transforms import v2
+
+from odconv.data import Images, evaluation_transform
+from odconv.train import TrainConfig, evaluate, train
+from odconv.train.loaders import training_loader
+from odconv.train.schedule import learning_rate, temperature
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+IMAGENET = 1_281_167
+
+
+def published_recipes() -> list[str]:
+    names = [path.stem for path in RECIPES.glob("*.yaml")]
+    return [name for name in names if name.split("_")[0] not in ("cifar10", "digits", "imagenette")]
+
+
+@pytest.mark.parametrize("name", published_recipes())
+def test_published_schedule_at_every_iteration(name: str) -> None:
+    import yaml
+
+    config = TrainConfig(**yaml.safe_load((RECIPES / f"{name}.yaml").read_text()), data="", out="")
+    batches = -(-IMAGENET // 256)
+    epochs = 150 if "mobilenet" in name else 100
+    assert (config.epochs, config.batch_size, config.accumulate) == (epochs, 256, 1)
+    step = np.arange(1, epochs * batches + 1)
+    epoch = (step - 1) // batches
+    if "mobilenet" in name:
+        rates = 0.05 * 0.5 * (1 + np.cos(np.pi * epoch / 150))
+    else:
+        rates = 0.1 * 0.1 ** ((epoch >= 30).astype(int) + (epoch >= 60) + (epoch >= 90))
+    temperatures = np.maximum(1, 1 + 29 * (10 * batches - step) / (10 * batches))
+    by_epoch = np.array([learning_rate(config, e) for e in range(epochs)])
+    assert np.allclose(by_epoch[epoch], rates, rtol=1e-12)
+    ours = np.array([temperature(config, int(t), batches) for t in step])
+    assert np.allclose(ours, temperatures, rtol=1e-12)
+
+
+def test_parts_of_a_step_add_up_to_the_step() -> None:
+    # the last of 4 steps has 6 images, in three parts where the others have four
+    whole, _ = fit_tiny(count=30)
+    parts, _ = fit_tiny(count=30, accumulate=4)
+    assert len(parts.steps) == len(whole.steps) == 2 * 4
+    assert parts.steps == whole.steps
+    for name, weight in whole.weights.items():
+        assert torch.allclose(parts.weights[name], weight, atol=1e-6), name
+
+
+def test_the_gradient_is_clipped() -> None:
+    # a single step without momentum, from the same weights: it is as long as the rate times the limit allows
+    free, _ = fit_tiny(count=8, epochs=1, wd=0.0, lr=1.0)
+    clipped, _ = fit_tiny(count=8, epochs=1, wd=0.0, lr=1.0, clip=0.01)
+    still, _ = fit_tiny(count=8, epochs=1, wd=0.0, lr=1e-12)
+
+    def distance(watch) -> float:
+        return sum(float((watch.weights[name] - w).square().sum()) for name, w in still.weights.items()) ** 0.5
+
+    assert distance(free) > 0.05
+    assert distance(clipped) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_averages_of_the_weights(folder: Path, tmp_path: Path) -> None:
+    options = OPTIONS | {"data": str(folder), "temp_epoch": 100}
+    train(**options, out=str(tmp_path / "average"), average=0.75)
+    train(**options, out=str(tmp_path / "plain"))
+    both = checkpoint(tmp_path / "average" / "last.ckpt")
+    plain = checkpoint(tmp_path / "plain" / "last.ckpt")
+    for name, weight in plain["state_dict"].items():
+        assert torch.equal(both["current_model_state"][name], weight), name
+    key = "model.classifier.1.weight"
+    assert not torch.equal(both["state_dict"][key], plain["state_dict"][key])
+    assert int(both["averaging_state"]["n_averaged"]) == 13
+    # what is evaluated and kept is the average
+    again = evaluate(weights=str(tmp_path / "average" / "last.ckpt"), data=str(folder), workers=0)
+    assert again["loss"] == pytest.approx(rows(tmp_path / "average")[-1]["val_loss"], rel=1e-5)
+    assert again["loss"] != pytest.approx(rows(tmp_path / "plain")[-1]["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("option", ["channels_last", pytest.param("compile", marks=pytest.mark.slow)])
+def test_layout_and_compilation_change_nothing_else(option: str) -> None:
+    plain, metrics = fit_tiny()
+    other, others = fit_tiny(**{option: True})
+    assert other.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert others == pytest.approx(metrics, rel=1e-3)
+
+
+def test_channels_last_reaches_the_weights(folder: Path, tmp_path: Path) -> None:
+    train(**OPTIONS | {"arch": "mobilenetv2_050", "channels_last": True}, data=str(folder), out=str(tmp_path))
+    weight = checkpoint(tmp_path / "last.ckpt")["state_dict"]["model.features.0.0.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
+def test_a_trace_is_written(folder: Path, tmp_path: Path) -> None:
+    train(**OPTIONS, data=str(folder), out=str(tmp_path), profile=True)
+    (trace,) = (tmp_path / "trace").iterdir()
+    names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert any("aten::" in name for name in names)
+
+
+def test_the_time_spent_waiting_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Slow(torch.nn.Module):
+        def forward(self, image):
+            time.sleep(0.01)
+            return image
+
+    images = Images(np.zeros((20, 8, 8, 3), np.uint8), [0] * 20, v2.Compose([Slow(), evaluation_transform(8, 8)]), 8)
+    loader = training_loader(images, 10, 0)
+    began = time.perf_counter()
+    for _ in loader:
+        time.sleep(0.2)
+    seconds = time.perf_counter() - began
+    assert 0.2 <= loader.waited <= seconds - 0.4
+    train(**OPTIONS, data=str(folder), out=str(tmp_path))
+    (row,) = rows(tmp_path)
+    assert 0 < row["data_wait"] < 1
+    assert row["images_per_second"] == pytest.approx(104 / row["train_seconds"])
+    assert f"{100 * row['data_wait']:.0f} % waiting" in capsys.readouterr().out
+
+
+def test_what_needs_gpus_is_refused_without(folder: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="sync_batch_norm works on GPUs alone"):
+        train(**OPTIONS, data=str(folder), out=str(tmp_path), sync_batch_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("accumulate", 0), ("clip", 0.0), ("average", 1.0), ("save_every", 0), ("nan_steps", 0), ("timeout", 0.0)],
+)
+def test_options_out_of_range(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be .*, got {value}"):
+        TrainConfig(arch="", data="", out="", **{option: value})
+
+
+def test_a_batch_must_divide_into_parts(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="processes x accumulate = 1 x 3, got 8"):
+        train(**OPTIONS, data=str(folder), out=str(tmp_path), accumulate=3)
+
+
+def test_compressed_gradients(tmp_path: Path) -> None:
+    arguments = ["--standalone", "--nproc_per_node=2", __file__]
+    for compress in ("none", "bf16"):
+        torchrun([*arguments, str(tmp_path / compress), compress])
+    plain, compressed = (json.loads((tmp_path / compress).read_text()) for compress in ("none", "bf16"))
+    assert plain != compressed
+    assert compressed == pytest.approx(plain, rel=2e-2)
+
+
+def in_one_of_several_processes(path: str, compress: str) -> None:
+    """What torchrun runs."""
+    watch, _ = fit_tiny(compress=compress)
+    Path(path).write_text(json.dumps(watch.losses))
+
+
+if __name__ == "__main__":
+    in_one_of_several_processes(*sys.argv[1:])
