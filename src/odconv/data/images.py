@@ -128,7 +128,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         except ShardError:  # a warning for the whole shard was enough
             return self._blank(), IGNORE
         except OSError as error:
-            logger.warning("%s (image %d)", error, index)
+            logger.warning("image %d: %s", index, error)
             return self._blank(), IGNORE
         if seed is None:
             return self.transform(image), int(self.labels[index])

@@ -12,8 +12,8 @@ __all__ = ["TrainConfig", "evaluate", "predict", "train"]
 def train(**options: Any) -> dict[str, Any]:
     """Train a network on images.
 
-    Writes to the folder `out`: best.ckpt and last.ckpt, metrics.csv (a row an epoch), tensorboard/, config.yaml (the
-    options, resolved; it is a recipe) and result.json.
+    Writes to the folder `out`: best.ckpt, last.ckpt and the one before it, metrics.csv (a row an epoch), attentions.csv,
+    tensorboard/, config.yaml (the options, resolved; it is a recipe), machine.json, result.json and report.html.
 
     Args:
         **options: the fields of :class:`TrainConfig`.
@@ -23,7 +23,8 @@ def train(**options: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: an option that is not allowed or does not fit the data or a checkpoint.
-        OSError: data, a checkpoint or `out` cannot be read or written.
+        OSError: data, a checkpoint or `out` cannot be read or written, or other processes were lost.
+        FloatingPointError: the loss stays infinite or not a number.
     """
     config = TrainConfig(**options)
     from odconv.train.run import run
