@@ -10,10 +10,10 @@ Ways, from a file to what the loader's process hands over:
 
     pil                    Pillow, v2 transforms on its images, every image normalised
     pil draft              the same, decoded at 1/2, 1/4 or 1/8 where the cut-out keeps as many pixels as the result
-    pil bytes              without normalising: a whole batch is normalised later, on the device
+    pil bytes              without normalising: a whole batch is normalised later, on the device; as odconv evaluates
     simplejpeg             simplejpeg's decoder, v2 transforms on tensors of bytes, every image normalised
-    simplejpeg in place    the same, normalised in place: as odconv trains (it evaluates as "pil")
-    simplejpeg bytes       without normalising
+    simplejpeg in place    the same, normalised in place
+    simplejpeg bytes       without normalising; as odconv trains
     torchvision bytes, torchcodec bytes    other decoders, where they are installed
     opencv bytes           OpenCV's decoder and its own resize (INTER_AREA), where it is installed
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import odconv
-from odconv.data import Images, open_data
+from odconv.data import Images, normalise, open_data
 from odconv.layers import Attention
 from odconv.train.loaders import evaluation_loader, training_loader
 
@@ -44,13 +44,13 @@ def build(start: str, weights: Path, classes: int, seed: int) -> nn.Module:
 def some(images: Images, count: int | None, seed: int) -> Images:
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
     sources, labels = [images.sources[i] for i in chosen], [images.labels[i] for i in chosen]
-    return Images(sources, labels, images.transform, images.image_size)
+    return Images(sources, labels, images.transform, images.image_size, images.read)
 
 
 def top1(model: nn.Module, loader: DataLoader) -> float:
     model.eval()
     with torch.inference_mode():
-        hits = [model(images).argmax(1) == labels for images, labels in loader]
+        hits = [model(normalise(images)).argmax(1) == labels for images, labels in loader]
     return 100 * torch.cat(hits).double().mean().item()
 
 
@@ -95,7 +95,7 @@ def main() -> None:
             for images, labels in train:
                 left = 1 - ((epoch - 1) * len(train) + len(losses)) / (args.temp_share * steps)
                 odconv.set_temperature(model, 1 + (args.temp_init - 1) * max(0, left))
-                loss = F.cross_entropy(model(images), labels)
+                loss = F.cross_entropy(model(normalise(images)), labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

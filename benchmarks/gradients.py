@@ -10,7 +10,7 @@ from common import RESULTS, origin, write_rows
 from torch.nn import functional as F
 
 import odconv
-from odconv.data import open_data
+from odconv.data import normalise, open_data
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     torch.manual_seed(0)
     images = open_data(args.data, image_size=96, resize_size=96, min_scale=0.35).train
     batch = [images[index] for index in torch.randperm(len(images))[:64].tolist()]
-    x, labels = torch.stack([image for image, _ in batch]), torch.tensor([label for _, label in batch])
+    x, labels = normalise(torch.stack([image for image, _ in batch])), torch.tensor([label for _, label in batch])
     rows = []
     for name in args.models:
         static = name.removeprefix("od_")

@@ -11,7 +11,7 @@ import torch
 
 import odconv
 from odconv.cli import main as command
-from odconv.data import open_data
+from odconv.data import normalise, open_data
 from odconv.profile.table import Table, short, show
 from odconv.train.restore import Restored, restore
 from odconv.visualize import plot_attentions, plot_history, record_attentions
@@ -72,7 +72,7 @@ def draw(runs: dict[str, Path], out: Path) -> list[Path]:
     *_, network = (best(run) for run in runs.values())
     digits = open_data("digits", image_size=network.image_size, resize_size=network.resize_size).val
     places = {digit: [i for i, label in enumerate(digits.labels) if label == digit] for digit in SHOWN}
-    images = torch.stack([digits[places[digit].pop(0)][0] for digit in SHOWN])
+    images = normalise(torch.stack([digits[places[digit].pop(0)][0] for digit in SHOWN]))
     guesses = network.model(images).argmax(1).tolist()
     pairs = zip(SHOWN, guesses, strict=True)
     titles = [f"{digit}" if digit == guess else f"{digit}, taken for {guess}" for digit, guess in pairs]

@@ -385,8 +385,10 @@ def test_the_gain_survives_copies_and_travels_with_the_state_dict():
 
 
 def predictions(model, images):
+    from odconv.data import normalise
+
     with torch.inference_mode():
-        return torch.cat([model(batch).argmax(1) for batch, _ in torch.utils.data.DataLoader(images, 50)])
+        return torch.cat([model(normalise(batch)).argmax(1) for batch, _ in torch.utils.data.DataLoader(images, 50)])
 
 
 @pytest.fixture(scope="module")

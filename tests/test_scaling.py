@@ -167,7 +167,7 @@ def test_data_plan() -> None:
             *(f"{IMAGES / (processes * rate):.1f}" for processes in GPUS),
         ]
     assert f"{128 / 0.0052:,.0f} a second" in TEXT
-    assert f"take {128 / 0.0052 / loaders['simplejpeg in place']:.0f} cores" in TEXT
+    assert f"take {128 / 0.0052 / loaders['simplejpeg bytes']:.0f} cores" in TEXT
 
 
 def test_shares_of_the_batch() -> None:

@@ -17,7 +17,7 @@ from small_runs import AGAIN, OPTIONS, Tiny, fit_tiny, make_folder, rows, weight
 from torch import nn
 from torch.utils.data import DataLoader
 
-from odconv.data import IGNORE
+from odconv.data import IGNORE, normalise
 from odconv.train import TrainConfig, claim, evaluate, predict, train
 from odconv.train.files import CheckpointFiles
 from odconv.train.module import Evaluation, Training
@@ -220,14 +220,15 @@ def test_no_readable_image_for_evaluation(trained: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("readable", [5, 2])
 def test_unreadable_images_do_not_count_in_batch_norm(readable: int) -> None:
-    images, labels = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 4
+    chance = torch.Generator().manual_seed(0)
+    images, labels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=chance), torch.arange(5) % 4
     blank = torch.tensor([i >= readable for i in range(5)]).roll(2)
     images[blank], labels[blank] = 0, IGNORE
     norm = nn.BatchNorm2d(3)
     module = Training(nn.Sequential(norm, Tiny()), TrainConfig(arch="tiny", data="", out=""), list("abcd"))
     trainer = make_trainer(1, "none", max_epochs=1, logger=False, enable_checkpointing=False)
     trainer.fit(module, DataLoader([(images, labels)], batch_size=None))
-    assert torch.allclose(norm.running_mean, 0.1 * images[~blank].mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(norm.running_mean, 0.1 * normalise(images[~blank]).mean((0, 2, 3)), atol=1e-6)
     assert trainer.callback_metrics["train_corrupt"] == 5 - readable
 
 

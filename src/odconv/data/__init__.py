@@ -4,7 +4,7 @@ from odconv.data.images import IGNORE, Images, find_images, read_image, read_pix
 from odconv.data.sampler import EvaluationSampler, TrainingSampler
 from odconv.data.sort_val import sort_validation
 from odconv.data.splits import Splits, imagenet_names, open_data
-from odconv.data.transforms import Augment, evaluation_transform, training_transform
+from odconv.data.transforms import Augment, evaluation_transform, normalise, training_transform
 
 __all__ = [
     "IGNORE",
@@ -16,6 +16,7 @@ __all__ = [
     "evaluation_transform",
     "find_images",
     "imagenet_names",
+    "normalise",
     "open_data",
     "read_image",
     "read_pixels",

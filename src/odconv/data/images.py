@@ -100,7 +100,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     Args:
         sources: files, or arrays (H, W) or (H, W, 3) of bytes, or files' contents.
         labels: class index of each.
-        transform: from what `read` returns to a tensor (3, image_size, image_size).
+        transform: from what `read` returns to bytes (3, image_size, image_size).
         image_size: side of a blank image, in pixels.
         read: how a source is read: :func:`read_image`, or :func:`read_pixels`, which is faster.
     """
@@ -128,7 +128,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         except ShardError:  # a warning for the whole shard was enough
             return self._blank(), IGNORE
         except OSError as error:
-            logger.warning("image %d: %s", index, error)
+            logger.warning("%s (image %d)", error, index)
             return self._blank(), IGNORE
         if seed is None:
             return self.transform(image), int(self.labels[index])
@@ -141,7 +141,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         return (self[index] for index in range(len(self)))
 
     def _blank(self) -> Tensor:
-        return torch.zeros(3, self.image_size, self.image_size)
+        return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
 
 
 def is_image_name(name: str | Path) -> bool:

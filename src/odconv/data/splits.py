@@ -45,8 +45,8 @@ def open_data(
 ) -> Splits:
     """Open a data set for classification.
 
-    Items are pairs of a float32 tensor (3, image_size, image_size), normalised with ImageNet's mean and standard
-    deviation, and a label. Classes are numbered in the order of their sorted names, as ImageNet's are.
+    Items are pairs of bytes (3, image_size, image_size), which :func:`normalise` makes into what networks see, and a
+    label. Classes are numbered in the order of their sorted names, as ImageNet's are.
 
     Args:
         data: a folder with train/ and val/ (or test/), each with a folder of images a class; or a folder with archives

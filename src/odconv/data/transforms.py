@@ -1,4 +1,4 @@
-"""From a PIL image to a normalised tensor: the published evaluation, and three ways to augment."""
+"""From an image to bytes of one size: the published evaluation, and three ways to augment; then normalising."""
 
 from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
@@ -15,21 +15,20 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def evaluation_transform(image_size: int = 224, resize_size: int = 256) -> Transform:
-    """Resize, crop the centre and normalise, as published ImageNet accuracies are measured.
+    """Resize and crop the centre, as published ImageNet accuracies are measured.
 
     Args:
         image_size: side of the square that is cropped, in pixels.
         resize_size: length that the shorter side is resized to first (bilinear, antialiased), in pixels.
 
     Returns:
-        A function from an RGB PIL image to a float32 tensor (3, image_size, image_size), normalised with ImageNet's
-        mean and standard deviation.
+        A function from an RGB PIL image to bytes (3, image_size, image_size), for :func:`normalise`.
 
     Raises:
         ValueError: `image_size` is not positive, or `resize_size` is smaller.
     """
     _check_sizes(image_size, resize_size)
-    return v2.Compose([v2.Resize(resize_size), v2.CenterCrop(image_size), *_to_normalised_tensor()])
+    return v2.Compose([v2.Resize(resize_size), v2.CenterCrop(image_size), v2.PILToTensor()])
 
 
 def training_transform(
@@ -40,7 +39,7 @@ def training_transform(
     min_scale: float = 0.08,
     flip: bool = True,
 ) -> Transform:
-    """Augment and normalise.
+    """Augment.
 
     Args:
         image_size: side of the result, in pixels.
@@ -52,8 +51,8 @@ def training_transform(
         flip: False leaves the flips out, for images whose mirror image means something else, such as digits.
 
     Returns:
-        A function from an RGB PIL image, or a tensor of bytes (3, H, W), to a float32 tensor (3, image_size,
-        image_size). Tensors are faster; the resize rounds some of their values the other way, by 1/255.
+        A function from an RGB PIL image, or bytes (3, H, W), to bytes (3, image_size, image_size), for
+        :func:`normalise`. Given bytes it is faster, and its resize rounds a little differently.
 
     Raises:
         ValueError: an unknown `augment`, `min_scale` outside (0, 1], or sizes that do not fit.
@@ -69,11 +68,20 @@ def training_transform(
         crop = [v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0))]
     else:
         crop = [v2.Resize(image_size), v2.RandomCrop(image_size, padding=image_size // 8)]
-    return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if flip else []), *_to_normalised_tensor()])
+    return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()])
 
 
-def _to_normalised_tensor() -> list[v2.Transform]:
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD, inplace=True)]
+def normalise(images: Tensor) -> Tensor:
+    """Normalise with ImageNet's mean and standard deviation, on the device where the images are.
+
+    Args:
+        images: bytes (..., 3, H, W).
+
+    Returns:
+        What networks see, in float32.
+    """
+    scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
+    return v2.functional.normalize(scaled, MEAN, STD, inplace=True)
 
 
 def _check_sizes(image_size: int, resize_size: int | None = None) -> None:

@@ -12,7 +12,7 @@ __all__ = ["TrainConfig", "evaluate", "predict", "train"]
 def train(**options: Any) -> dict[str, Any]:
     """Train a network on images.
 
-    Writes to the folder `out`: best.ckpt, last.ckpt and the one before it, metrics.csv (a row an epoch), attentions.csv,
+    Writes to the folder `out`: best.ckpt, last.ckpt and previous.ckpt, metrics.csv (a row an epoch), attentions.csv,
     tensorboard/, config.yaml (the options, resolved; it is a recipe), machine.json, result.json and report.html.
 
     Args:

@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric, Metric, SumMetric
 
-from odconv.data import IGNORE
+from odconv.data import IGNORE, normalise
 from odconv.layers import set_temperature
 from odconv.train.config import TrainConfig
 from odconv.train.schedule import learning_rate, temperature
@@ -45,6 +45,11 @@ class Evaluation(pl.LightningModule):
     def on_validation_start(self) -> None:
         """Start the clock."""
         self.start = time.perf_counter()
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Normalise the images."""
+        images, labels = batch
+        return normalise(images), labels
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Measure a batch."""
@@ -127,8 +132,8 @@ class Training(Evaluation):
         return images[kept], labels[kept]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Lay the images out as the network is."""
-        images, labels = batch
+        """Normalise the images and lay them out as the network is."""
+        images, labels = super().on_after_batch_transfer(batch, dataloader_idx)
         return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images, labels
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -28,7 +28,7 @@ def predict(images: list[str], *, weights: str, top: int = 5, **network: Any) ->
     """
     import torch
 
-    from odconv.data import evaluation_transform
+    from odconv.data import evaluation_transform, normalise
 
     check({"top": top})
     restored = restore(weights, **network)
@@ -38,7 +38,7 @@ def predict(images: list[str], *, weights: str, top: int = 5, **network: Any) ->
     found: dict[str, dict[str, float]] = {}
     for path, image in _readable(images):
         with torch.inference_mode():
-            probabilities = model(transform(image)[None].to(device))[0].float().softmax(dim=0)
+            probabilities = model(normalise(transform(image)[None].to(device)))[0].float().softmax(dim=0)
         best = probabilities.topk(min(top, len(names)))
         found[str(path)] = {names[i]: 100 * p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
         print(path, *(f"{p:6.2f} %  {name}" for name, p in found[str(path)].items()), sep="\n  ")
