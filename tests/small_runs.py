@@ -78,7 +78,9 @@ def start(options: dict, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     """Train in a process of its own, or in those of a launcher."""
     flags = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, *(("-m", *launcher) if launcher else ()), "-m", "odconv", "train", *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def wait_until(holds: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:

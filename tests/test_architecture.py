@@ -18,7 +18,7 @@ BELOW = {  # the rooms that a room may import from
     "yolo": {"convert", "fuse", "layers"},
     "models": {"convert", "layers", "ops", "checkpoints", "files"},
 }
-LEAVES = ("train", "profile", "visualize", "timm")
+LEAVES = ("train", "detect", "profile", "visualize", "timm")
 BELOW |= {leaf: {*BELOW} for leaf in LEAVES}
 BELOW |= {"report": {"files", "layers", "models", "profile", "visualize"}}
 BELOW["train"].add("report")

@@ -26,7 +26,7 @@ from small_runs import (
 )
 
 from odconv.train import evaluate, train
-from odconv.train.files import LAST, PREVIOUS
+from odconv.train.files import LAST, PREVIOUS, CheckpointFiles
 
 HOT = {"temp_epoch": 1000}  # these images are noise: at temperature 1 the gradients would soon explode
 
@@ -38,6 +38,17 @@ def out(tmp_path: Path) -> Path:
 
 def in_mid_epoch(out: Path) -> bool:
     return (out / LAST).exists() and checkpoint(out / LAST)["odconv"]["batch"] > 0
+
+
+def freeze_in_mid_epoch(out: Path, process: subprocess.Popen) -> None:
+    """Stop a process at some step that is not near the end of an epoch, with a checkpoint from the same epoch."""
+    while True:
+        wait_until(lambda: in_mid_epoch(out), process)
+        process.send_signal(signal.SIGSTOP)
+        if 0 < checkpoint(out / LAST)["odconv"]["batch"] <= 6:
+            return
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.02)
 
 
 def children(pid: int) -> Iterator[int]:
@@ -57,8 +68,9 @@ def test_a_run_that_is_ended_in_mid_epoch_ends_with_the_same_weights(
 ) -> None:
     options = OPTIONS | RANDOM | {"data": str(folder), "out": str(out), "workers": workers}
     process = start(options | {"save_every": 3})
-    wait_until(lambda: in_mid_epoch(out), process)
+    freeze_in_mid_epoch(out, process)
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     process.communicate()
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert in_mid_epoch(out)
@@ -68,14 +80,38 @@ def test_a_run_that_is_ended_in_mid_epoch_ends_with_the_same_weights(
     assert same_weights(out / LAST, trained / LAST)
 
 
-def test_sigterm_saves_the_step_it_came_in(folder: Path, out: Path) -> None:
-    process = start(OPTIONS | HOT | {"data": str(folder), "out": str(out), "epochs": 1000})
+CLUSTER = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@pytest.mark.parametrize(
+    ("number", "environment", "launcher"),
+    [
+        (signal.SIGTERM, {}, ()),
+        (signal.SIGTERM, {}, TORCHRUN),
+        (signal.SIGTERM, CLUSTER | {"SLURM_LOCALID": "0"}, ()),
+        (signal.SIGUSR1, CLUSTER | {"SLURM_LOCALID": "0"}, ()),
+    ],
+    ids=["alone", "torchrun", "SLURM", "SLURM with SIGUSR1"],
+)
+def test_a_signal_saves_the_step_it_came_in(
+    folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: int, environment: dict, launcher: tuple
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    process = start(OPTIONS | HOT | {"data": str(folder), "out": str(out), "epochs": 1000, "workers": 2}, launcher)
     wait_until((out / LAST).exists, process)
-    process.send_signal(signal.SIGTERM)
+    before = checkpoint(out / LAST)["global_step"]
+    if launcher:
+        process.send_signal(number)  # torchrun passes it on to the groups of its processes
+    else:
+        os.killpg(process.pid, number)  # to all of them, those that read images too
     process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == (1 if launcher else 128 + signal.SIGTERM)
     saved = checkpoint(out / LAST)
+    assert saved["global_step"] > before
     assert saved["odconv"]["batch"] == saved["global_step"] % 13
+    assert not [*Path().glob("hpc_ckpt*")]
 
 
 def test_parts_and_averages_survive_a_kill(folder: Path, tmp_path: Path) -> None:
@@ -125,7 +161,9 @@ def test_one_of_two_processes_is_killed_and_torchrun_starts_them_again(
     assert first.communicate()[0]
     process = start(options | {"out": killed}, launcher)
     wait_until(lambda: in_mid_epoch(killed), process)
-    os.kill(max(children(process.pid)), signal.SIGKILL)
+    trainers = [pid for pid in children(process.pid) if "odconv" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(trainers) == 2
+    os.kill(trainers[1], signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
     assert (first.returncode, process.returncode) == (0, 0), output
     assert "going on from" in output
@@ -156,6 +194,36 @@ def test_a_truncated_checkpoint(copy: Path, trained: Path, folder: Path, caplog:
         cut(copy / name)
     with pytest.raises((ValueError, OSError), match=PREVIOUS):
         train(**options)
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(copy: Path) -> None:
+    state, before = checkpoint(copy / LAST), (copy / PREVIOUS).read_bytes()
+    cut(copy / LAST)
+    CheckpointFiles().save_checkpoint(state, copy / LAST)
+    assert (copy / PREVIOUS).read_bytes() == before
+    CheckpointFiles().save_checkpoint(state, copy / LAST)
+    assert checkpoint(copy / PREVIOUS)["global_step"] == state["global_step"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(copy: Path, folder: Path) -> None:
+    before = (copy / LAST).read_bytes()
+    options = AGAIN | {"data": str(folder), "out": str(copy), "resume": "auto", "epochs": 4, "save_every": 1}
+    with pytest.raises(FloatingPointError, match="weights are not finite"):
+        train(**options | {"lr": 3e38})
+    assert (copy / LAST).read_bytes() == before
+
+
+@pytest.mark.parametrize("nan_steps", [1, 1000])
+def test_all_images_are_lost(tmp_path: Path, out: Path, nan_steps: int) -> None:
+    data = make_folder(tmp_path / "data", {"train": 8, "val": 2})
+    train(**OPTIONS, data=str(data), out=str(out))
+    before = (out / LAST).read_bytes()
+    for path in data.glob("train/*/*.png"):
+        path.write_bytes(b"")
+    options = OPTIONS | {"data": str(data), "out": str(out), "resume": "auto", "epochs": 2}
+    with pytest.raises(OSError, match="can be read"):
+        train(**options, nan_steps=nan_steps)
+    assert (out / LAST).read_bytes() == before
 
 
 def test_a_loss_that_is_not_a_number(copy: Path, folder: Path) -> None:

@@ -134,6 +134,8 @@ def test_what_needs_gpus_is_refused_without(folder: Path, tmp_path: Path) -> Non
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="sync_batch_norm works on GPUs alone"):
         train(**OPTIONS, data=str(folder), out=str(tmp_path), sync_batch_norm=True)
+    with pytest.raises(ValueError, match="amp=fp16 works on GPUs alone"):
+        train(**OPTIONS, data=str(folder), out=str(tmp_path), amp="fp16")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from odconv import functional
 from odconv.checkpoints import load_checkpoint
 from odconv.convert import convert
+from odconv.detect import create_detector
 from odconv.layers import (
     CondConv1d,
     CondConv2d,
@@ -52,6 +53,7 @@ __all__ = [
     "ODConvTranspose3d",
     "conversion_report",
     "convert",
+    "create_detector",
     "create_model",
     "functional",
     "list_models",

@@ -122,7 +122,7 @@ class TrainConfig:
     save_every: int | None = None
     """Steps after which last.ckpt is written, besides the end of each epoch."""
     nan_steps: int = 20
-    """Stop after so many steps in a row whose gradient is not finite."""
+    """Stop after so many steps in a row without a finite loss or a readable image; on GPUs up to twice as many."""
     profile: bool = False
     """Write a trace of a few steps to the folder trace/, for chrome://tracing or Perfetto."""
     resume: str | None = None

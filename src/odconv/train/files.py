@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class CheckpointFiles(TorchCheckpointIO):
                 torch.save(checkpoint, partial)
             except RuntimeError as error:  # of PyTorch's own writer, on a full disk for example
                 raise OSError(f"the disk may be full ({error})") from error
-            if (last := Path(path)).name == LAST and last.exists():
+            if (last := Path(path)).name == LAST and zipfile.is_zipfile(last):  # whole, as far as can be seen quickly
                 _keep(last, last.with_name(PREVIOUS))
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:

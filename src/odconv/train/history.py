@@ -66,7 +66,7 @@ class History(pl.Callback):
                 "steps": trainer.global_step,
                 "lr": trainer.optimizers[0].param_groups[0]["lr"],
                 "temperature": float(pl_module.temperature),  # type: ignore[arg-type]
-                "train_loss": metrics["train_loss"],
+                "train_loss": metrics["train_loss"] / max(1, metrics["train_images"]),
                 "val_loss": metrics["val_loss"],
                 "top1": round(metrics["val_top1"], 4),
                 "top5": round(metrics["val_top5"], 4),

@@ -7,10 +7,12 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from odconv.train.files import BEST, LAST
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What tells a run to save and end: torchrun, systemd and clusters send the first, SLURM's users often the second."""
 
 ASK = 8
 """Steps after which several processes ask each other whether one of them shall stop."""
@@ -44,9 +46,7 @@ class Best(ModelCheckpoint):
 
 
 class Last(Checkpoint):
-    """The last state: after every epoch, after every so many steps, and when the run is told to end by SIGTERM.
-
-    Under SLURM, signals are left to Lightning, which puts the job back into the queue.
+    """The last state: after every epoch, after every so many steps, and when the run is told to end by one of SIGNALS.
 
     Args:
         out: folder of the run.
@@ -55,12 +55,12 @@ class Last(Checkpoint):
 
     def __init__(self, out: Path, every: int | None) -> None:
         self.path, self.every, self.stop = out / LAST, every, False
-        self.handler: Any = None
+        self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to SIGTERM in place of Lightning, which does not save, and whose processes may wait for each other."""
-        if not SLURMEnvironment.detect() and threading.current_thread() is threading.main_thread():
-            self.handler = signal.signal(signal.SIGTERM, self._note)
+        """Listen in place of Lightning, which does not save, or in mid-step, and whose processes may part ways."""
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,9 +83,8 @@ class Last(Checkpoint):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listen no longer."""
-        if self.handler is not None:
-            signal.signal(signal.SIGTERM, self.handler)
-            self.handler = None
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stop = True

@@ -1,5 +1,6 @@
 """Who gets which images, in which order, and how long training waits for them."""
 
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -82,4 +83,9 @@ def evaluation_loader(
 def _reading(workers: int | None, world_size: int) -> dict[str, Any]:
     if workers is None:
         workers = min(8, suggested_max_num_workers(world_size))
-    return {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    return {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": _leave_sigterm}
+
+
+def _leave_sigterm(_: int) -> None:
+    """Leave SIGTERM to the process that trains, which saves; torchrun and others send it to the whole group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

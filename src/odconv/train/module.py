@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics import MeanMetric, SumMetric
 
 from odconv.data import IGNORE, normalise
 from odconv.layers import set_temperature
@@ -19,6 +19,11 @@ from odconv.train.config import TrainConfig
 from odconv.train.schedule import learning_rate, temperature
 
 COMPRESSION = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
+
+SUMS = ("train_loss", "train_images", "train_corrupt")
+"""Metrics of a training epoch: the summed loss, the images that count, those that cannot be read."""
+
+ADVICE = "the checkpoints are from before. A lower lr, a higher temp_epoch or clip may help"
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) and labels (B); IGNORE marks what must not count."""
@@ -88,8 +93,11 @@ class Training(Evaluation):
         self.config, self.classes, self.temperature = config, classes, 1.0
         set_temperature(model, self.temperature)  # weights to start from may have brought another
         self.save_hyperparameters(asdict(config))
-        self.train_loss, self.train_corrupt = _mean(), SumMetric()
+        # sums, since a mean that does not hide NaN ignores weights (torchmetrics 1.9)
+        self.train_loss = SumMetric(nan_strategy="disable")
+        self.train_images, self.train_corrupt = SumMetric(), SumMetric()
         self.bad_steps = torch.zeros((), dtype=torch.int64)  # in a row, on the device of the gradients
+        self.blank_batches = 0  # in a row
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         if config.compile:
@@ -125,6 +133,9 @@ class Training(Evaluation):
         images, labels = batch
         readable = labels != IGNORE
         self.train_corrupt.update(int((~readable).sum()))
+        self.blank_batches = 0 if readable.any() else self.blank_batches + 1
+        if self.blank_batches >= self.config.nan_steps * self.config.accumulate:
+            raise OSError(f"none of the images of the last {self.blank_batches} batches can be read")
         if readable.all():
             return batch
         # batch norm needs two images, if need be blank ones, which do not count in the loss
@@ -140,10 +151,12 @@ class Training(Evaluation):
         """Return the mean loss of the images that count; 0 where none does."""
         images, labels = batch
         count = (labels != IGNORE).sum()
-        loss = F.cross_entropy(self.model(images), labels, ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
-        self.train_loss.update(loss.detach(), count)
+        total = F.cross_entropy(self.model(images), labels, ignore_index=IGNORE, reduction="sum")
+        loss = total / count.clamp(min=1)
+        self.train_loss.update(total.detach())
+        self.train_images.update(count)
         self.log("loss", loss, prog_bar=True)
-        metrics = {"train_loss": self.train_loss, "train_corrupt": self.train_corrupt}
+        metrics = {name: getattr(self, name) for name in SUMS}
         self.log_dict(metrics, on_step=False, on_epoch=True, logger=False)
         return loss * self._weight(batch_idx) if self.config.accumulate > 1 else loss
 
@@ -167,40 +180,43 @@ class Training(Evaluation):
         *_, last = self.model.parameters()
         if last.grad is not None:
             self.bad_steps = (self.bad_steps.to(last.grad.device) + 1) * ~last.grad.isfinite().all()
-        if (self.global_step + 1) % self.config.nan_steps == 0:  # to look at it is to wait for the GPU
-            self._check(self.config.nan_steps, self.global_step + 1)
+        step, most = self.global_step + 1, self.config.nan_steps
+        look = self.bad_steps.device.type == "cpu" or step % most == 0  # which is to wait for a GPU
+        if look and (bad := int(self.bad_steps)) >= most:
+            raise FloatingPointError(f"the loss is not a number, or infinite, since step {step - bad + 1}; {ADVICE}")
 
-    def _check(self, most: int, step: int) -> None:
-        if (bad := int(self.bad_steps)) >= most:
-            raise FloatingPointError(
-                f"the loss is not a number, or infinite, since step {step - bad + 1}; the checkpoints are from before. "
-                "A lower lr, a higher temp_epoch or clip may help"
-            )
+    def on_train_epoch_end(self) -> None:
+        """See that the epoch was not empty, before it is saved."""
+        if self.train_images.compute() == 0:
+            raise OSError("none of the images for training can be read")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the options do not say, and see that the weights are not lost."""
-        if self.config.amp != "fp16":  # whose scaler leaves out the steps that went wrong
-            self._check(1, self.global_step)
+        tensors = self.model.state_dict().values()
+        if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()):
+            since = f"step {self.global_step - max(0, int(self.bad_steps) - 1)}"
+            raise FloatingPointError(f"weights are not finite, since {since} or a little before; {ADVICE}")
         batch = 0 if self.trainer.is_last_batch else self.trainer.fit_loop.epoch_loop.batch_idx + 1
         checkpoint["odconv"] = {
             "classes": self.classes,
             "temperature": self.temperature,
             "batch": batch,  # of the epoch, that is next
-            "so_far": [self._total(metric) for metric in (self.train_loss, self.train_corrupt)] if batch else None,
+            "processes": self.trainer.world_size,
+            "so_far": {name: self._total(getattr(self, name)) for name in SUMS} if batch else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the means of an epoch that was broken off."""
         so_far = checkpoint["odconv"].get("so_far")
         if so_far and self.global_rank == 0:  # they are those of all processes
-            for metric, state in zip((self.train_loss, self.train_corrupt), so_far, strict=True):
-                for name, value in state.items():
-                    setattr(metric, name, value)
+            for name, total in so_far.items():
+                getattr(self, name).sum_value = total
 
     @staticmethod
-    def _total(metric: Metric) -> dict[str, Tensor]:
+    def _total(metric: SumMetric) -> Tensor:
+        """Return the sum over all processes."""
         with metric.sync_context():
-            return {name: torch.as_tensor(value).clone() for name, value in metric.metric_state.items()}
+            return metric.sum_value.clone()
 
 
 def _mean() -> MeanMetric:

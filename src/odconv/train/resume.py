@@ -27,12 +27,14 @@ class Resumed(NamedTuple):
         epoch: the epoch that is next, counted from 0.
         batch: its batch that is next, counted from 0.
         options: those the checkpoint was made with.
+        processes: how many trained together then; None for a new run.
     """
 
     path: Path | None = None
     epoch: int = 0
     batch: int = 0
     options: Mapping[str, Any] = MappingProxyType({})
+    processes: int | None = None
 
 
 def find_resumed(config: TrainConfig, classes: list[str]) -> Resumed:
@@ -89,4 +91,4 @@ def _check(path: Path, checkpoint: dict[str, Any], config: TrainConfig, classes:
     done = checkpoint["epoch"] + (batch == 0)  # epochs
     if done + (batch > 0) > config.epochs:
         raise ValueError(f"epochs must be at least {done + (batch > 0)} to resume {path}, got {config.epochs}")
-    return Resumed(path, done, batch, saved)
+    return Resumed(path, done, batch, saved, notes.get("processes"))

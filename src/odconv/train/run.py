@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ from odconv.train.resume import Resumed, find_resumed
 from odconv.train.schedule import temperature
 from odconv.train.trace import Trace
 from odconv.train.trainer import make_trainer
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -107,6 +110,12 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: History) -> dict[s
     in_a_batch = config.batch_size // config.accumulate
     train_loader = training_loader(train_images, in_a_batch, config.workers, seed=config.seed, **place)
     train_loader.go_to(resumed.epoch, resumed.batch)
+    if resumed.batch and resumed.processes != trainer.world_size and hasattr(train_images.sources, "sizes"):
+        logger.warning(
+            "%s processes had begun this epoch and %d go on: of images in shards, some are seen twice in it, some not",
+            resumed.processes,
+            trainer.world_size,
+        )
     val_loader = evaluation_loader(val_images, config.test_batch, config.workers, **place)
     with explained(trainer.world_size):
         trainer.fit(Training(model, config, splits.classes), train_loader, val_loader, ckpt_path=resumed.path)

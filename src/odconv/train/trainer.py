@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
@@ -46,7 +48,7 @@ def make_trainer(
         options: further arguments of the Trainer.
 
     Raises:
-        ValueError: the machine has no such devices.
+        ValueError: the machine has no such devices, or cannot do such precision.
     """
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
@@ -56,6 +58,10 @@ def make_trainer(
     terminal = sys.stdout.isatty()
     here = torch.cuda.device_count() if devices == "auto" else devices
     several = max(world, int(os.environ.get("SLURM_NTASKS", "1")), here) > 1
+    if amp == "fp16" and not torch.cuda.is_available():
+        raise ValueError("amp=fp16 works on GPUs alone, and there is none here; amp=bf16 works everywhere")
+    # Lightning would put a job back into the queue with a checkpoint of its own, made in the middle of a step
+    slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     strategy = DDPStrategy(timeout=timedelta(seconds=timeout), gradient_as_bucket_view=True) if several else "auto"
     try:
         return pl.Trainer(
@@ -64,7 +70,7 @@ def make_trainer(
             num_nodes=world // local if local else int(os.environ.get("SLURM_NNODES", "1")),
             precision=PRECISION[amp],
             callbacks=[*callbacks, *([TQDMProgressBar()] if terminal else [])],
-            plugins=[CheckpointFiles()],
+            plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if slurm else [])],
             benchmark=True,
             use_distributed_sampler=False,  # ours resume and evaluate exactly
             num_sanity_val_steps=0,

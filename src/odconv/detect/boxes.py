@@ -1,0 +1,24 @@
+"""Decoding boxes without rounding them to half precision."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
+
+
+class FineCoder(BoxCoder):
+    """torchvision's coder, in the finer dtype of boxes and deltas instead of that of the deltas.
+
+    Under autocast the deltas are in half precision, in which a box at pixel 1000 is rounded to half a pixel (float16)
+    or to four (bfloat16).
+    """
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """The boxes (B, 4 K) that the deltas `rel_codes` (B, 4 K) make of `boxes` (B, 4)."""
+        return super().decode_single(rel_codes.to(torch.promote_types(rel_codes.dtype, boxes.dtype)), boxes)
+
+
+def set_coder(detector: nn.Module, coder: type[BoxCoder]) -> None:
+    """Let every part of a detector that decodes boxes do so by `coder`, with the weights it has."""
+    for module in detector.modules():
+        if isinstance(old := getattr(module, "box_coder", None), BoxCoder):
+            module.box_coder = coder(old.weights)

@@ -1,0 +1,191 @@
+"""Detectors: torchvision's Faster R-CNN, Mask R-CNN and RetinaNet on any network of the zoo."""
+
+import difflib
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from odconv.checkpoints import read_state_dict, resolve
+from odconv.detect import mmdetection
+from odconv.detect.weights import load_backbone, load_detector
+from odconv.layers import set_temperature
+from odconv.models import create_model
+
+
+class Detector(NamedTuple):
+    """A detector: torchvision's class, the octaves of its anchors, and how the names of its thresholds begin."""
+
+    builder: str
+    octaves: tuple[float, ...]
+    prefix: str
+
+
+DETECTORS = {
+    "faster_rcnn": Detector("FasterRCNN", (1,), "box_"),
+    "mask_rcnn": Detector("MaskRCNN", (1,), "box_"),
+    "retinanet": Detector("RetinaNet", (1, 2 ** (1 / 3), 2 ** (2 / 3)), ""),
+}
+CONVENTIONS = ("torchvision", "mmdetection")
+
+
+def create_detector(
+    name: str,
+    backbone: str | nn.Module,
+    *,
+    kernel_num: int | None = None,
+    reduction: float | None = None,
+    num_classes: int = 81,
+    weights: str | Path | None = None,
+    weights_backbone: str | Path | None = None,
+    frozen_stages: int = 1,
+    norm_eval: bool = True,
+    temperature: float = 1.0,
+    min_size: int | Sequence[int] = 800,
+    max_size: int = 1333,
+    anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
+    score_threshold: float = 0.05,
+    nms_threshold: float = 0.5,
+    detections_per_image: int = 100,
+    conventions: str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Build a detector with a feature pyramid on a network of the zoo.
+
+    The detector takes a list of images, (3, H, W) in 0 .. 1, of any sizes. In training mode it takes a list of targets
+    besides, dicts of `boxes` (N, 4) in pixels (x1, y1, x2, y2), `labels` (N) and, for Mask R-CNN, `masks` (N, H, W),
+    and returns a dict of losses. In evaluation mode it returns for each image a dict of `boxes`, `labels`, `scores`
+    and, from Mask R-CNN, `masks` (N, 1, H, W) with probabilities.
+
+    Args:
+        name: "faster_rcnn", "mask_rcnn" or "retinanet".
+        backbone: a name of :func:`odconv.list_models`; or a ResNet or MobileNetV2 that is built already, after
+            :func:`odconv.convert` for example. It becomes part of the detector, without its classifier.
+        kernel_num: number of kernels n of a dynamic backbone that is given by name; see :func:`odconv.create_model`.
+        reduction: width of its attention's hidden layer as a share of the channels.
+        num_classes: classes with the background, at least 2, as torchvision counts them: label 0 is the background,
+            labels 1 .. num_classes - 1 are the objects. Default 81, for the 80 classes of COCO.
+        weights: a checkpoint of the whole detector, ours, torchvision's or mmdetection's: a path, or a name on the
+            Hugging Face Hub.
+        weights_backbone: a classification checkpoint for the backbone, whatever `create_model` can load; its classifier
+            is ignored.
+        frozen_stages: how many of the backbone's four stages are not trained, 0 .. 4. Default 1: the stem and the
+            first stage (`layer1` of a ResNet, `features` 0 to 3 of a MobileNetV2).
+        norm_eval: keep the backbone's batch norm, the attentions' included, in evaluation mode while training. Default
+            True; its weights and biases are trained where their stage is. That of frozen stages always stays there.
+        temperature: temperature of the attentions, above 0, whatever a checkpoint says. Default 1.
+        min_size: length in pixels to which the shorter side of an image is resized; of several one is drawn for each
+            image in training, and the last serves in evaluation. Default 800.
+        max_size: limit of the longer side in pixels, which goes before. Default 1333.
+        anchor_sizes: sides of the square anchors in pixels, for the five levels of the pyramid. Ratios are 0.5, 1 and
+            2; RetinaNet adds sizes of one and two thirds of an octave more.
+        score_threshold: detections with a score up to this are dropped. Default 0.05.
+        nms_threshold: overlap (IoU) above which the lesser of two detections of a class is dropped. Default 0.5.
+        detections_per_image: how many are kept at most. Default 100.
+        conventions: "torchvision" or "mmdetection": whose arithmetic of anchors, pooling, boxes, image sizes and masks
+            is used. Default None: mmdetection's where `weights` are, else torchvision's.
+        **options: further arguments of torchvision's class, `rpn_post_nms_top_n_test` for example.
+
+    Returns:
+        torchvision's `FasterRCNN`, `MaskRCNN` or `RetinaNet`, in training mode, with torchvision's names of parameters.
+
+    Raises:
+        ValueError: an unknown name (the nearest are listed), an argument out of range, weights that do not fit, or
+            mmdetection's conventions for a RetinaNet.
+        TypeError: an option that torchvision's class does not have.
+        FileNotFoundError, OSError: weights that cannot be read.
+        ImportError: torchvision is not installed.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"unknown detector {name!r}; {suggest(name, DETECTORS)}")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes must be an int of at least 2, the background and one class, got {num_classes!r}")
+    if frozen_stages not in range(5):
+        raise ValueError(f"frozen_stages must be 0, 1, 2, 3 or 4, got {frozen_stages!r}")
+    sizes = [min_size] if isinstance(min_size, int) else list(min_size)
+    if not sizes or not 1 <= min(sizes) <= max(sizes) <= max_size:
+        raise ValueError(f"min_size and max_size must be 1 <= min_size <= max_size, got {min_size} and {max_size}")
+    if len(anchor_sizes) != 5 or min(anchor_sizes) <= 0:
+        raise ValueError(f"anchor_sizes must be five positive numbers, one a level, got {anchor_sizes}")
+    if conventions not in (None, *CONVENTIONS):
+        raise ValueError(f"conventions must be one of {CONVENTIONS} or None, got {conventions!r}")
+    if conventions is None and weights is not None and mmdetection.is_checkpoint(read_state_dict(resolve(weights))):
+        conventions = "mmdetection"
+    if conventions == "mmdetection" and name == "retinanet":
+        raise ValueError(
+            "mmdetection's conventions and checkpoints are known for faster_rcnn and mask_rcnn, not retinanet"
+        )
+
+    network = build_network(backbone, kernel_num, reduction, weights_backbone)
+    set_temperature(network, temperature)
+
+    from torchvision.models import detection
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    from odconv.detect.backbone import Pyramid
+    from odconv.detect.boxes import FineCoder, set_coder
+
+    detector = DETECTORS[name]
+    builder = getattr(detection, detector.builder)
+    check_options(builder, options)
+    anchors = AnchorGenerator(
+        tuple(tuple(int(size * octave) for octave in detector.octaves) for size in anchor_sizes),
+        ((0.5, 1.0, 2.0),) * len(anchor_sizes),
+    )
+    single_stage = name == "retinanet"
+    chosen = {
+        "min_size": sizes,
+        "max_size": max_size,
+        "anchor_generator" if single_stage else "rpn_anchor_generator": anchors,
+        f"{detector.prefix}score_thresh": score_threshold,
+        f"{detector.prefix}nms_thresh": nms_threshold,
+        f"{detector.prefix}detections_per_img": detections_per_image,
+    }
+    model: nn.Module = builder(
+        Pyramid(network, single_stage, frozen_stages, norm_eval), num_classes=num_classes, **chosen | options
+    )
+    set_coder(model, FineCoder)
+    if conventions == "mmdetection":
+        from odconv.detect.conventions import adopt
+
+        adopt(model)
+    if weights is not None:
+        load_detector(model, weights)
+        set_temperature(model, temperature)
+    return model
+
+
+def build_network(
+    backbone: str | nn.Module, kernel_num: int | None, reduction: float | None, weights: str | Path | None
+) -> nn.Module:
+    """The network whose maps the pyramid reads, with its weights."""
+    if isinstance(backbone, str):
+        network = create_model(backbone, kernel_num=kernel_num, reduction=reduction)
+    elif kernel_num is None and reduction is None:
+        network = backbone
+    else:
+        raise ValueError(
+            "kernel_num and reduction must be None for a backbone that is built already, got "
+            f"{kernel_num} and {reduction}"
+        )
+    if weights is not None:
+        load_backbone(network, weights)
+    return network
+
+
+def check_options(builder: type, options: dict[str, Any]) -> None:
+    """Raise a TypeError for an option that torchvision's class does not name."""
+    known = [name for name in inspect.signature(builder).parameters if name not in ("backbone", "kwargs")]
+    for option in options:
+        if option not in known:
+            raise TypeError(
+                f"create_detector has no option {option!r}, nor has {builder.__name__}; {suggest(option, known)}"
+            )
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Name what may have been meant."""
+    near = difflib.get_close_matches(name, known) or known
+    return f"did you mean {' or '.join(near)}?" if near is not known else f"known are {', '.join(known)}"

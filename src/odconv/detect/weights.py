@@ -1,0 +1,70 @@
+"""Loading weights into detectors: a classifier's into the backbone, a detector's into the whole."""
+
+from pathlib import Path
+
+from torch import nn
+
+from odconv.checkpoints import load_checkpoint, read_state_dict, resolve
+from odconv.detect import mmdetection
+
+
+def load_backbone(network: nn.Module, weights: str | Path) -> None:
+    """Load a classification checkpoint into a network whose classifier is not needed.
+
+    The classifier of the file, of any number of classes, is ignored; it may be absent. All else must fit.
+
+    Args:
+        network: a network with one linear layer, its classifier, which is replaced.
+        weights: whatever `odconv.create_model` takes: a path, or a name on the Hugging Face Hub.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as :func:`odconv.load_checkpoint`, naming what does not fit.
+        ValueError: the network has no linear layer, or several.
+    """
+    path = resolve(weights)
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if len(names) != 1:
+        raise ValueError(f"the network must have one linear layer, its classifier, got {len(names)}")
+    name = names[0]
+    state = read_state_dict(path)
+    weight = state.get(f"{name}.weight")
+    if weight is None or weight.dim() != 2:
+        network.set_submodule(name, nn.Identity())
+    else:  # one that fits the file, so that the rest is loaded strictly
+        outputs, inputs = weight.shape
+        network.set_submodule(name, nn.Linear(inputs, outputs, bias=f"{name}.bias" in state))
+    load_checkpoint(network, path)
+
+
+def load_detector(detector: nn.Module, weights: str | Path) -> None:
+    """Load the checkpoint of a detector: one of ours, torchvision's or mmdetection's.
+
+    Args:
+        detector: what :func:`odconv.create_detector` builds; for mmdetection's files with its conventions.
+        weights: a path, or a name on the Hugging Face Hub.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as :func:`odconv.load_checkpoint`; the detector is left untouched.
+    """
+    path = resolve(weights)
+    state = read_state_dict(path)
+    if not mmdetection.is_checkpoint(state):
+        load_checkpoint(detector, path)
+        return
+    translated = mmdetection.translate(state)
+    own = detector.state_dict()
+    lines = [f"{key} is missing" for key in own if key not in translated and not key.endswith("num_batches_tracked")]
+    lines += [f"{key} is unknown" for key in translated if key not in own]
+    lines += [
+        f"{key} is {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in the detector"
+        for key, tensor in translated.items()
+        if key in own and own[key].shape != tensor.shape
+    ]
+    if lines:
+        more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
+        problems = "\n  ".join(lines[:8] + more)
+        raise ValueError(
+            f"the mmdetection checkpoint {path} does not fit the {type(detector).__name__}; another detector, "
+            f"backbone, kernel_num, reduction or num_classes?\n  {problems}"
+        )
+    detector.load_state_dict(translated, strict=False)
