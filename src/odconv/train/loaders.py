@@ -10,9 +10,25 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch.utils.data import DataLoader
 
 from odconv.data import EvaluationSampler, Images, TrainingSampler
+from odconv.train.keep import SIGNALS
 
 
-class TrainingLoader(DataLoader):
+class Loader(DataLoader):
+    """Batches; the processes that read them leave SIGTERM and SIGUSR1 to the one that trains, which saves.
+
+    torchrun and others send them to the whole group. They are blocked while the processes are started, since these
+    inherit that: a handler would come too late in some.
+    """
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class TrainingLoader(Loader):
     """Batches for training that can begin in the middle of an epoch; `waited` is the time it was waited for, in s.
 
     Its length is that of a whole epoch, wherever it begins.
@@ -77,15 +93,10 @@ def evaluation_loader(
 ) -> DataLoader:
     """Return batches of this process's share of the images, in order, each image once; arguments as above."""
     sampler = EvaluationSampler(len(images), rank, world_size)
-    return DataLoader(images, max(1, batch_size // world_size), sampler=sampler, **_reading(workers, world_size))
+    return Loader(images, max(1, batch_size // world_size), sampler=sampler, **_reading(workers, world_size))
 
 
 def _reading(workers: int | None, world_size: int) -> dict[str, Any]:
     if workers is None:
         workers = min(8, suggested_max_num_workers(world_size))
-    return {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": _leave_sigterm}
-
-
-def _leave_sigterm(_: int) -> None:
-    """Leave SIGTERM to the process that trains, which saves; torchrun and others send it to the whole group."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
