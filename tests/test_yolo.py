@@ -205,7 +205,7 @@ def test_half_precision_copies_counters_and_a_batch_of_one(ultralytics, n):
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=1.0)  # in pixels
     assert get_num_params(model) == sum(parameter.numel() for parameter in model.parameters())
-    assert get_flops(model, 64) != 0  # which it answers when counting fails; what it counts of dynamic layers is no sense
+    assert get_flops(model, 64) != 0  # its answer when counting fails; of dynamic layers its count makes no sense
     report = odconv.profile(model, (3, 64, 64))
     assert report.parameters == get_num_params(model)
     assert report.madds > 8.7e9 / 2 * (64 / 640) ** 2  # what the static network needs
