@@ -39,7 +39,68 @@ def check(options: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class RunConfig:
+    """Options of every training run, whatever is trained."""
+
+    out: str
+    """Folder for checkpoints, logs, the resolved options and the result."""
+    epochs: int
+    """Passes over the training images."""
+    batch_size: int
+    """Images in a step of the optimizer, over all processes."""
+    accumulate: int = 1
+    """Parts in which a process works through its share of a step, one after the other, to save memory."""
+    test_batch: int
+    """Images in an evaluation step, over all processes."""
+    workers: int | None = None
+    """Processes that read images, for each training process; default: by the number of CPU cores, at most 8."""
+    lr: float
+    """Learning rate at the start."""
+    schedule: Sequence[int]
+    """Epochs at which the learning rate drops."""
+    gamma: float = 0.1
+    """Factor of each drop."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    wd: float = 1e-4
+    """Weight decay, on every parameter."""
+    clip: float | None = None
+    """Largest norm of the gradient; longer ones are scaled down to it. Default: no limit."""
+    average: float | None = None
+    """Evaluate and keep a running average of the weights; this is the part of it that a step keeps, such as 0.9999."""
+
+    amp: Amp = "none"
+    """Mixed precision: none, bf16 or fp16."""
+    compress: Literal["none", "bf16", "fp16"] = "none"
+    """Number format in which processes exchange gradients; none: that of the weights."""
+    devices: int | Literal["auto"] = "auto"
+    """GPUs, or CPU processes, to train on; auto: all GPUs, else one process; torchrun decides by itself."""
+    timeout: float = 1800.0
+    """How long processes wait for each other before they give up, in seconds."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and dropout."""
+    save_every: int | None = None
+    """Steps after which last.ckpt is written, besides the end of each epoch."""
+    nan_steps: int = 20
+    """Stop after so many steps in a row without a finite loss or a readable image; on GPUs up to twice as many."""
+    profile: bool = False
+    """Write a trace of a few steps to the folder trace/, for chrome://tracing or Perfetto."""
+    resume: str | None = None
+    """Checkpoint to go on from; auto: the last one in out, if there is one."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", tuple(self.schedule))
+        check(vars(self))
+        if list(self.schedule) != sorted({epoch for epoch in self.schedule if isinstance(epoch, int) and epoch >= 1}):
+            raise ValueError(f"schedule must be ascending whole numbers of at least 1, got {[*self.schedule]}")
+        for field in fields(self):
+            choices, value = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
     """Options of `odconv train`; the defaults are those of the published ResNets."""
 
     arch: str
@@ -67,73 +128,24 @@ class TrainConfig:
     """Augmentation: imagenet (random crop of random size, flip), small (shift, flip) or none."""
     min_scale: float = 0.08
     """Smallest share of an image's area that augment imagenet cuts out."""
-    workers: int | None = None
-    """Processes that read images, for each training process; default: by the number of CPU cores, at most 8."""
 
-    out: str
-    """Folder for checkpoints, logs, the resolved options and the result."""
     epochs: int = 100
-    """Passes over the training images."""
     batch_size: int = 256
-    """Images in a step of the optimizer, over all processes."""
-    accumulate: int = 1
-    """Parts in which a process works through its share of a step, one after the other, to save memory."""
     test_batch: int = 100
-    """Images in an evaluation step, over all processes."""
     lr: float = 0.1
-    """Learning rate at the start."""
     lr_decay: Literal["schedule", "step", "cos"] = "schedule"
     """Times gamma at the epochs of schedule, times gamma every step epochs, or half a cosine down to 0."""
     schedule: Sequence[int] = (30, 60, 90)
-    """Epochs at which lr_decay schedule acts."""
     step: int = 30
     """Epochs between the drops of lr_decay step."""
-    gamma: float = 0.1
-    """Factor of each drop."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
-    wd: float = 1e-4
-    """Weight decay, on every parameter."""
-    clip: float | None = None
-    """Largest norm of the gradient; longer ones are scaled down to it. Default: no limit."""
-    average: float | None = None
-    """Evaluate and keep a running average of the weights; this is the part of it that a step keeps, such as 0.9999."""
     temp_epoch: int = 10
     """Epochs in which the temperature of dynamic layers falls to 1, with every step; 0: it is 1 from the start."""
     temp_init: float = 30.0
     """Temperature at the start."""
 
-    amp: Amp = "none"
-    """Mixed precision: none, bf16 or fp16."""
     channels_last: bool = False
     """Keep the channels of an image together in memory, which suits the matrix units of GPUs."""
     compile: bool = False
     """Compile the network with torch.compile."""
     sync_batch_norm: bool = False
     """Batch norm over the images of all processes; on GPUs alone."""
-    compress: Literal["none", "bf16", "fp16"] = "none"
-    """Number format in which processes exchange gradients; none: that of the weights."""
-    devices: int | Literal["auto"] = "auto"
-    """GPUs, or CPU processes, to train on; auto: all GPUs, else one process; torchrun decides by itself."""
-    timeout: float = 1800.0
-    """How long processes wait for each other before they give up, in seconds."""
-    seed: int = 0
-    """Seed of weights, order, augmentation and dropout."""
-    save_every: int | None = None
-    """Steps after which last.ckpt is written, besides the end of each epoch."""
-    nan_steps: int = 20
-    """Stop after so many steps in a row without a finite loss or a readable image; on GPUs up to twice as many."""
-    profile: bool = False
-    """Write a trace of a few steps to the folder trace/, for chrome://tracing or Perfetto."""
-    resume: str | None = None
-    """Checkpoint to go on from; auto: the last one in out, if there is one."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", tuple(self.schedule))
-        check(vars(self))
-        if list(self.schedule) != sorted({epoch for epoch in self.schedule if isinstance(epoch, int) and epoch >= 1}):
-            raise ValueError(f"schedule must be ascending whole numbers of at least 1, got {[*self.schedule]}")
-        for field in fields(self):
-            choices, value = get_args(field.type), getattr(self, field.name)
-            if get_origin(field.type) is Literal and value not in choices:
-                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")

@@ -2,6 +2,7 @@
 
 import csv
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import lightning.pytorch as pl
 from odconv.files import replacing
 
 Row = dict[str, float]
-"""An epoch: `epoch` counts from 1, top1 and top5 are in %, `temperature` is that of the last step."""
+"""An epoch: `epoch` counts from 1, `temperature` is that of the last step."""
 
 
-class History(pl.Callback):
+class Course(pl.Callback):
     """Prints a line an epoch and keeps metrics.csv, which has a row an epoch; a resumed run goes on with both.
+
+    Subclasses say what is measured in an epoch.
 
     Args:
         out: folder of the run.
@@ -67,9 +70,7 @@ class History(pl.Callback):
                 "lr": trainer.optimizers[0].param_groups[0]["lr"],
                 "temperature": float(pl_module.temperature),  # type: ignore[arg-type]
                 "train_loss": metrics["train_loss"] / max(1, metrics["train_images"]),
-                "val_loss": metrics["val_loss"],
-                "top1": round(metrics["val_top1"], 4),
-                "top5": round(metrics["val_top5"], 4),
+                **self.scores(metrics),
                 "train_corrupt": int(metrics["train_corrupt"]),
                 "val_corrupt": len(loader.dataset) - int(metrics["val_images"]),
                 "train_seconds": self.trained,
@@ -84,6 +85,14 @@ class History(pl.Callback):
             self._write()
             say = getattr(trainer.progress_bar_callback, "print", print)  # above a bar, not into it
             say(self._line(trainer.max_epochs or 0))
+
+    def scores(self, metrics: Mapping[str, float]) -> Row:
+        """Return an epoch's scores, by column, from what was logged."""
+        raise NotImplementedError
+
+    def describe(self, row: Row) -> str:
+        """Return the scores of a row in words."""
+        raise NotImplementedError
 
     def _start(self) -> None:
         self.start, self.loader.waited = time.perf_counter(), 0.0
@@ -109,7 +118,22 @@ class History(pl.Callback):
             if row[f"{split}_corrupt"]
         ]
         return (
-            f"epoch {row['epoch']:3}/{epochs}   loss {row['train_loss']:.4f}   val loss {row['val_loss']:.4f}   "
-            f"top-1 {row['top1']:6.2f} %   top-5 {row['top5']:6.2f} %   "
+            f"epoch {row['epoch']:3}/{epochs}   loss {row['train_loss']:.4f}   {self.describe(row)}   "
             f"{seconds:.1f} s, {100 * row['data_wait']:.0f} % waiting   {left} left" + "".join(corrupt)
         )
+
+
+class History(Course):
+    """The course of a classifier: top1 and top5 are in %."""
+
+    def scores(self, metrics: Mapping[str, float]) -> Row:
+        """Return an epoch's scores, by column, from what was logged."""
+        return {
+            "val_loss": metrics["val_loss"],
+            "top1": round(metrics["val_top1"], 4),
+            "top5": round(metrics["val_top5"], 4),
+        }
+
+    def describe(self, row: Row) -> str:
+        """Return the scores of a row in words."""
+        return f"val loss {row['val_loss']:.4f}   top-1 {row['top1']:6.2f} %   top-5 {row['top5']:6.2f} %"

@@ -19,14 +19,18 @@ ASK = 8
 
 
 class Best(ModelCheckpoint):
-    """The best by top-1; goes on with the best score so far in whatever folder the run now is.
+    """The best by a metric; goes on with the best score so far in whatever folder the run now is.
 
     Lightning goes on with it in the same folder alone.
+
+    Args:
+        out: folder of the run.
+        monitor: name of the metric; more is better.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, monitor: str) -> None:
         super().__init__(
-            out, Path(BEST).stem, monitor="val_top1", mode="max", enable_version_counter=False,
+            out, Path(BEST).stem, monitor=monitor, mode="max", enable_version_counter=False,
             save_on_train_epoch_end=True,
         )  # fmt: skip
 

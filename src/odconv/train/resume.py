@@ -1,20 +1,17 @@
 """Going on from a checkpoint: which one, where in the run, and whether it fits."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from odconv.checkpoints import read_state_dict
-from odconv.train.config import TrainConfig
+from odconv.train.config import RunConfig
 from odconv.train.files import LAST, PREVIOUS, CheckpointFiles
 
-FIXED = (
-    *("arch", "kernel_num", "reduction", "num_classes", "stem", "seed", "batch_size", "accumulate", "average"),
-    *("temp_epoch", "temp_init"),
-)
-"""Options that a resumed run must share with its checkpoint: the network, the order of the images, the temperature."""
+FIXED = ("arch", "kernel_num", "reduction", "seed", "batch_size", "accumulate", "average")
+"""Options that a resumed run of any kind must share with its checkpoint: the network, the order of the images."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +34,13 @@ class Resumed(NamedTuple):
     processes: int | None = None
 
 
-def find_resumed(config: TrainConfig, classes: list[str]) -> Resumed:
+def find_resumed(config: RunConfig, classes: list[str], fixed: Sequence[str]) -> Resumed:
     """Return where to begin.
 
     Args:
         config: the options of this run, resolved.
         classes: names of the classes of its data.
+        fixed: options that must be as they were, besides FIXED.
 
     Raises:
         ValueError: the checkpoint does not fit the run, or is none.
@@ -52,7 +50,7 @@ def find_resumed(config: TrainConfig, classes: list[str]) -> Resumed:
         return Resumed()
     if config.resume != "auto":
         path = Path(config.resume)
-        return _check(path, _read(path), config, classes)
+        return _check(path, _read(path), config, classes, fixed)
     last, previous = Path(config.out, LAST), Path(config.out, PREVIOUS)
     if not last.exists() and not previous.exists():
         return Resumed()
@@ -62,8 +60,8 @@ def find_resumed(config: TrainConfig, classes: list[str]) -> Resumed:
         if not previous.exists():
             raise
         logger.warning("%s; going on from %s instead", error, previous)
-        return _check(previous, _read(previous), config, classes)
-    return _check(last, checkpoint, config, classes)
+        return _check(previous, _read(previous), config, classes, fixed)
+    return _check(last, checkpoint, config, classes, fixed)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -74,9 +72,13 @@ def _read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _check(path: Path, checkpoint: dict[str, Any], config: TrainConfig, classes: list[str]) -> Resumed:
+def _check(
+    path: Path, checkpoint: dict[str, Any], config: RunConfig, classes: list[str], fixed: Sequence[str]
+) -> Resumed:
     saved, notes = checkpoint["hyper_parameters"], checkpoint["odconv"]
-    for name in FIXED:
+    if other := sorted({*fixed} - {*saved}):
+        raise ValueError(f"cannot resume {path}: it is of another kind of run, one without {', '.join(other)}")
+    for name in (*FIXED, *fixed):
         now = getattr(config, name)
         before = saved.get(name, now)  # an option that is younger than the checkpoint
         if before != now:

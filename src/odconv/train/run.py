@@ -1,41 +1,41 @@
 """A training run: everything is checked and put together first, then Lightning's Trainer works."""
 
 import inspect
-import json
 import logging
-import shutil
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import lightning.pytorch as pl
-import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from odconv.data import open_data
-from odconv.files import replacing
 from odconv.models import METHODS, create_model, split_name
-from odconv.report import write_machine
 from odconv.report.callback import AttentionStatistics
-from odconv.train.average import Average
-from odconv.train.claim import CONFIG, RESULT, claim
+from odconv.train.claim import claim
 from odconv.train.config import TrainConfig
 from odconv.train.faults import explained
 from odconv.train.files import BEST
 from odconv.train.history import History, Row
-from odconv.train.keep import Best, Last
+from odconv.train.launch import (
+    count_parameters,
+    describe_resumption,
+    is_finished,
+    make_run,
+    write_beginning,
+    write_result,
+)
 from odconv.train.loaders import evaluation_loader, training_loader
 from odconv.train.module import Training
 from odconv.train.reporting import report
-from odconv.train.resume import Resumed, find_resumed
+from odconv.train.resume import find_resumed
 from odconv.train.schedule import temperature
-from odconv.train.trace import Trace
-from odconv.train.trainer import make_trainer
+
+FIXED = ("num_classes", "stem", "temp_epoch", "temp_init")
+"""Options of classifiers that a resumed run must share with its checkpoint: the network, the temperature."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,30 +43,8 @@ logger = logging.getLogger(__name__)
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train a network; see :func:`odconv.train.train`."""
     out, history = Path(config.out), History(Path(config.out))
-    trainer = make_trainer(
-        config.devices,
-        config.amp,
-        callbacks=[
-            history,
-            AttentionStatistics(out),
-            *([Trace(out / "trace")] if config.profile else []),
-            *([Average(config.average)] if config.average else []),
-            Best(out),  # first: if the run is killed between the two, resuming repeats the epoch, and with it this one
-            Last(out, config.save_every),
-        ],
-        timeout=config.timeout,
-        logger=TensorBoardLogger(out / "tensorboard", name="", version="", default_hp_metric=False),
-        max_epochs=config.epochs,
-        accumulate_grad_batches=config.accumulate,
-        gradient_clip_val=config.clip,
-        sync_batchnorm=config.sync_batch_norm,
-    )
-    parts = trainer.world_size * config.accumulate
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size must be a multiple of the number of processes x accumulate = {trainer.world_size} x "
-            f"{config.accumulate}, got {config.batch_size}"
-        )
+    callbacks = [history, AttentionStatistics(out)]
+    trainer = make_run(config, "val_top1", callbacks, sync_batchnorm=config.sync_batch_norm)
     if config.sync_batch_norm and trainer.strategy.root_device.type != "cuda":
         raise ValueError("sync_batch_norm works on GPUs alone, and there is none here")
     with claim(out, config.resume) if trainer.is_global_zero else nullcontext():
@@ -74,7 +52,6 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, trainer: pl.Trainer, history: History) -> dict[str, Any]:
-    out = Path(config.out)
     splits = open_data(
         config.data,
         image_size=config.image_size,
@@ -85,8 +62,8 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: History) -> dict[s
     train_images, val_images = splits.train, splits.val
     assert train_images is not None  # since they were asked for
     config = _resolve(config, len(splits.classes))
-    resumed = find_resumed(config, splits.classes)
-    finished = resumed.epoch == config.epochs and (out / RESULT).exists()
+    resumed = find_resumed(config, splits.classes, FIXED)
+    finished = is_finished(config, resumed)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = create_model(
         config.arch,
@@ -98,13 +75,9 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: History) -> dict[s
         stem=config.stem,
     )
     if trainer.is_global_zero:
-        if not finished:
-            _write(out / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
-            write_machine(out, trainer.world_size)
-        if resumed.path and not (out / BEST).exists() and (best := resumed.path.with_name(BEST)).exists():
-            with replacing(out / BEST) as partial:
-                shutil.copyfile(best, partial)
-        print(_introduction(config, model, len(train_images), len(val_images)), *_news(config, resumed), sep="\n")
+        write_beginning(config, resumed, trainer.world_size)
+        introduction = _introduction(config, model, len(train_images), len(val_images))
+        print(introduction, *describe_resumption(config, resumed), sep="\n")
         sys.stdout.flush()
     place = {"rank": trainer.global_rank, "world_size": trainer.world_size}
     in_a_batch = config.batch_size // config.accumulate
@@ -121,12 +94,12 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: History) -> dict[s
         trainer.fit(Training(model, config, splits.classes), train_loader, val_loader, ckpt_path=resumed.path)
     result = _result(config, model, history.rows)
     if trainer.is_global_zero:
+        write_result(config, resumed, result)
         if not finished:
-            _write(out / RESULT, json.dumps(result, indent=2) + "\n")
             report([config.out])
         print(
             f"top-1 {result['top1']:.2f} %, best {result['best_top1']:.2f} % after epoch {result['best_epoch']}: "
-            f"{out / BEST}",
+            f"{Path(config.out) / BEST}",
             flush=True,
         )
     return result
@@ -155,28 +128,10 @@ def _resolve(config: TrainConfig, classes: int) -> TrainConfig:
 def _introduction(config: TrainConfig, model: nn.Module, train_images: int, val_images: int) -> str:
     last = temperature(config, config.epochs, 1)
     return (
-        f"{config.arch}: {_parameters(model) / 1e6:.2f}M parameters, {config.num_classes} classes, "
+        f"{config.arch}: {count_parameters(model) / 1e6:.2f}M parameters, {config.num_classes} classes, "
         f"{train_images} images to train on and {val_images} to evaluate on, results in {config.out}"
         + (f"; the temperature will end at {last:.4g}" if last > 1 and split_name(config.arch)[0] else "")
     )
-
-
-def _news(config: TrainConfig, resumed: Resumed) -> Iterator[str]:
-    """Say where a resumed run goes on, and with which other options."""
-    if resumed.path:
-        where = f", batch {resumed.batch + 1}" if resumed.batch else ""
-        yield f"going on from {resumed.path} with epoch {resumed.epoch + 1}{where}"
-    changes = [
-        f"{name} {resumed.options[name]} -> {value}"
-        for name, value in asdict(config).items()
-        if name != "resume" and value != resumed.options.get(name, value)
-    ]
-    if changes:
-        yield "changed: " + ", ".join(changes)
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _result(config: TrainConfig, model: nn.Module, rows: list[Row]) -> dict[str, Any]:
@@ -184,7 +139,7 @@ def _result(config: TrainConfig, model: nn.Module, rows: list[Row]) -> dict[str,
     return {
         "arch": config.arch,
         "kernel_num": config.kernel_num,
-        "parameters": _parameters(model),
+        "parameters": count_parameters(model),
         "epochs": len(rows),
         "top1": rows[-1]["top1"],
         "top5": rows[-1]["top5"],
@@ -193,8 +148,3 @@ def _result(config: TrainConfig, model: nn.Module, rows: list[Row]) -> dict[str,
         "train_seconds_per_epoch": mean(row["train_seconds"] for row in rows),
         "val_seconds_per_epoch": mean(row["val_seconds"] for row in rows),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text)

@@ -71,12 +71,11 @@ def make_trainer(
             precision=PRECISION[amp],
             callbacks=[*callbacks, *([TQDMProgressBar()] if terminal else [])],
             plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if slurm else [])],
-            benchmark=True,
             use_distributed_sampler=False,  # ours resume and evaluate exactly
             num_sanity_val_steps=0,
             enable_model_summary=False,
             enable_progress_bar=terminal,
-            **options,
+            **{"benchmark": True} | options,
         )
     except MisconfigurationException as error:
         raise ValueError(f"devices={devices} does not work here: {error}") from error
