@@ -74,13 +74,11 @@ def same_weights(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def start(options: dict, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Train in a process of its own, or in those of a launcher."""
+def start(options: dict, launcher: tuple[str, ...] = (), command: tuple[str, ...] = ("train",)) -> subprocess.Popen:
+    """Train in a process of its own, or in those of a launcher; or run another command."""
     flags = [f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, *(("-m", *launcher) if launcher else ()), "-m", "odconv", "train", *flags]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    words = [sys.executable, *(("-m", *launcher) if launcher else ()), "-m", "odconv", *command, *flags]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def wait_until(holds: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:

@@ -22,6 +22,7 @@ LEAVES = ("train", "detect", "profile", "visualize", "timm")
 BELOW |= {leaf: {*BELOW} for leaf in LEAVES}
 BELOW |= {"report": {"files", "layers", "models", "profile", "visualize"}}
 BELOW["train"].add("report")
+BELOW["detect"].add("train")
 BELOW |= {"hub": {"models", "checkpoints", "profile"}}
 BELOW |= {"cli": {*BELOW}, "__main__": {"cli"}, "__init__": {*BELOW, "functional"}}
 

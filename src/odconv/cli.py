@@ -15,20 +15,23 @@ from odconv import __version__
 
 
 class Command(NamedTuple):
-    """A command: "module:function", what it does, and whether it takes recipes."""
+    """A command: "module:function", what it does, and the package whose folder recipes has its recipes."""
 
     target: str
     purpose: str
-    recipes: bool = False
+    recipes: str = ""
 
 
 COMMANDS = {
-    "train": Command("odconv.train:train", "train a network on images", recipes=True),
+    "train": Command("odconv.train:train", "train a network on images", "odconv"),
     "evaluate": Command("odconv.train:evaluate", "measure the accuracy of a checkpoint"),
     "predict": Command("odconv.train:predict", "say what is on images"),
     "report": Command("odconv.train.reporting:report", "write report.html to the folders of runs"),
     "compare": Command("odconv.report:compare", "put runs side by side: a table and their curves"),
     "profile": Command("odconv.profile:main", "count parameters and multiply-adds, measure latency"),
+    "detect train": Command("odconv.detect:train", "train a detector on data in COCO's format", "odconv.detect"),
+    "detect evaluate": Command("odconv.detect:evaluate", "measure the average precision of a detector"),
+    "detect predict": Command("odconv.detect:predict", "find objects on images and draw them"),
     "sort-val": Command("odconv.data:sort_validation", "sort ImageNet's flat validation folder into classes"),
     "pack": Command("odconv.data.pack:pack", "pack a folder of images into shards"),
     "index": Command("odconv.data.scan:index_shards", "make the index of shards that another tool packed"),
@@ -79,8 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> None:
     name, *options = arguments or ["--help"]
-    if name in ("--help", "-h"):
-        print(USAGE.format(commands="\n".join(f"  {name:10} {command.purpose}" for name, command in COMMANDS.items())))
+    if name == "detect" and options[:1] not in ([], ["--help"], ["-h"]):
+        name, *options = f"{name} {options[0]}", *options[1:]
+    if name in ("--help", "-h", "detect"):
+        shown = {other: command for other, command in COMMANDS.items() if name != "detect" or other.startswith(name)}
+        print(USAGE.format(commands="\n".join(f"  {name:15} {command.purpose}" for name, command in shown.items())))
     elif name == "--version":
         print(f"odconv {__version__}")
     elif name not in COMMANDS:
@@ -98,7 +104,7 @@ def parse_options(name: str, function: Callable[..., Any], arguments: list[str])
 
     class Recipe(jsonargparse.ActionConfigFile):  # type: ignore[name-defined]
         def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-            super().__call__(parser, cfg, _find_recipe(values), option_string)
+            super().__call__(parser, cfg, _find_recipe(values, COMMANDS[name].recipes), option_string)
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     docs = docstring_parser.parse(function.__doc__ or "")
@@ -119,7 +125,7 @@ def parse_options(name: str, function: Callable[..., Any], arguments: list[str])
         action.nargs = "?"  # in the help; _arrange adds the value
     switch_names = {name for action in switches for name in action.option_strings}
     try:
-        options = parser.parse_args(_arrange(arguments, switch_names, COMMANDS[name].recipes)).as_dict()
+        options = parser.parse_args(_arrange(arguments, switch_names, bool(COMMANDS[name].recipes))).as_dict()
     except jsonargparse.ArgumentError as error:
         raise UsageError(_clear(str(error), [action.dest for action in parser._actions])) from error
     options.pop("config", None)
@@ -145,8 +151,8 @@ def _arrange(arguments: Iterable[str], switches: Collection[str], recipes: bool)
     return first + rest
 
 
-def _find_recipe(name: str) -> str:
-    """Return the path of a recipe: a file, or else one that comes with odconv."""
+def _find_recipe(name: str, package: str) -> str:
+    """Return the path of a recipe: a file, or else one that comes with a package of odconv."""
     import yaml
 
     if Path(name).is_file():
@@ -157,7 +163,7 @@ def _find_recipe(name: str) -> str:
         if not options or not isinstance(options, dict):
             raise ValueError(f"the recipe {name} holds no options, such as lr: 0.1")
         return name
-    recipes = {Path(file.name).stem: str(file) for file in (resources.files("odconv") / "recipes").iterdir()}
+    recipes = {Path(file.name).stem: str(file) for file in (resources.files(package) / "recipes").iterdir()}
     if name not in recipes:
         raise FileNotFoundError(f"there is neither a file nor a recipe {name!r}{_nearest(Path(name).stem, recipes)}")
     return recipes[name]

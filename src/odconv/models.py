@@ -61,6 +61,7 @@ def create_model(
     dropout: float = 0.0,
     weights: str | Path | None = None,
     stem: str = "standard",
+    warm_start: bool = False,
 ) -> nn.Module:
     """Build a network of the zoo.
 
@@ -73,6 +74,8 @@ def create_model(
         weights: a checkpoint to load: a path, or owner/name or hf://owner/name/file for the Hugging Face Hub; see
             :func:`odconv.load_checkpoint`.
         stem: "standard", or "small" for images of about 32 pixels: a stem that keeps their size.
+        warm_start: `weights` are those of the static network of the same name; the dynamic one starts from them, see
+            :func:`odconv.convert`.
 
     Returns:
         The network, in training mode; its state dict has the keys and shapes of the published checkpoints.
@@ -92,11 +95,26 @@ def create_model(
         raise ValueError(f"num_classes must be an int of at least 1, got {num_classes!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
-    method_name, backbone = split_name(name)
-    static = BACKBONES[backbone]
+    static = BACKBONES[split_name(name)[1]]
     model = build_static(static, num_classes, dropout)
     if stem == "small":
         make_stem_small(model, static)
+    if warm_start and weights is None:
+        raise ValueError("warm_start needs the weights of the static network, got weights=None")
+    if weights is not None and warm_start:
+        load_checkpoint(model, resolve(weights))
+    make_dynamic(model, name, kernel_num, reduction, warm_start)
+    if weights is not None and not warm_start:
+        load_checkpoint(model, resolve(weights))
+    return model
+
+
+def make_dynamic(
+    model: nn.Module, name: str, kernel_num: int | None = None, reduction: float | None = None, warm_start: bool = False
+) -> None:
+    """Replace the convolutions of a static network of the zoo, in place, to make that of a name; see create_model."""
+    method_name, backbone = split_name(name)
+    static = BACKBONES[backbone]
     if method_name is not None:
         method = METHODS[method_name]
         given = {"kernel_num": kernel_num, "reduction": reduction}
@@ -107,12 +125,11 @@ def create_model(
         def chosen(path: str, conv: nn.Module) -> bool:
             return path != static.stem and (method.shortcuts or ".downsample." not in path)
 
-        convert(model, method.layer, include=chosen, warm_start=False, **options)
+        convert(model, method.layer, include=chosen, warm_start=warm_start, **options)
     elif kernel_num not in (None, 1) or reduction is not None:
         raise ValueError(f"{name} is static: kernel_num and reduction must be None, got {kernel_num} and {reduction}")
-    if weights is not None:
-        load_checkpoint(model, resolve(weights))
-    return model
+    elif warm_start:
+        raise ValueError(f"{name} is static: warm_start is for dynamic networks")
 
 
 def split_name(name: str) -> tuple[str | None, str]:

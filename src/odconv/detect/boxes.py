@@ -1,8 +1,13 @@
-"""Decoding boxes without rounding them to half precision."""
+"""What torchvision's detectors do with boxes, where it would depend on half precision or on the first batch."""
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
+
+STRIDES = (4, 8, 16, 32)
+"""Pixels of the image for one of each level of the pyramid that boxes are pooled from."""
 
 
 class FineCoder(BoxCoder):
@@ -22,3 +27,14 @@ def set_coder(detector: nn.Module, coder: type[BoxCoder]) -> None:
     for module in detector.modules():
         if isinstance(old := getattr(module, "box_coder", None), BoxCoder):
             module.box_coder = coder(old.weights)
+
+
+def fix_strides(detector: nn.Module) -> None:
+    """Let boxes be pooled by the strides of the pyramid.
+
+    torchvision infers them from the maps of the first batch, and wrongly if these are a few pixels wide.
+    """
+    for module in detector.modules():
+        if isinstance(module, MultiScaleRoIAlign):
+            module.scales = [1 / stride for stride in STRIDES]
+            module.map_levels = initLevelMapper(2, 5, module.canonical_scale, module.canonical_level)

@@ -4,7 +4,7 @@ import difflib
 import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from odconv.checkpoints import read_state_dict, resolve
 from odconv.detect import mmdetection
 from odconv.detect.weights import load_backbone, load_detector
 from odconv.layers import set_temperature
-from odconv.models import create_model
+from odconv.models import create_model, make_dynamic, split_name
 
 
 class Detector(NamedTuple):
@@ -40,6 +40,8 @@ def create_detector(
     num_classes: int = 81,
     weights: str | Path | None = None,
     weights_backbone: str | Path | None = None,
+    warm_start: bool = False,
+    new_predictor: bool = False,
     frozen_stages: int = 1,
     norm_eval: bool = True,
     temperature: float = 1.0,
@@ -71,6 +73,9 @@ def create_detector(
             Hugging Face Hub.
         weights_backbone: a classification checkpoint for the backbone, whatever `create_model` can load; its classifier
             is ignored.
+        warm_start: `weights_backbone` are those of the static network of the same name; the dynamic one starts from
+            them, see :func:`odconv.convert`.
+        new_predictor: leave the last layers, which tell the classes, out of `weights`: for other classes.
         frozen_stages: how many of the backbone's four stages are not trained, 0 .. 4. Default 1: the stem and the
             first stage (`layer1` of a ResNet, `features` 0 to 3 of a MobileNetV2).
         norm_eval: keep the backbone's batch norm, the attentions' included, in evaluation mode while training. Default
@@ -111,21 +116,20 @@ def create_detector(
         raise ValueError(f"anchor_sizes must be five positive numbers, one a level, got {anchor_sizes}")
     if conventions not in (None, *CONVENTIONS):
         raise ValueError(f"conventions must be one of {CONVENTIONS} or None, got {conventions!r}")
-    if conventions is None and weights is not None and mmdetection.is_checkpoint(read_state_dict(resolve(weights))):
-        conventions = "mmdetection"
+    conventions = conventions or find_conventions(weights)
     if conventions == "mmdetection" and name == "retinanet":
         raise ValueError(
             "mmdetection's conventions and checkpoints are known for faster_rcnn and mask_rcnn, not retinanet"
         )
 
-    network = build_network(backbone, kernel_num, reduction, weights_backbone)
+    network = build_network(backbone, kernel_num, reduction, weights_backbone, warm_start)
     set_temperature(network, temperature)
 
     from torchvision.models import detection
     from torchvision.models.detection.anchor_utils import AnchorGenerator
 
     from odconv.detect.backbone import Pyramid
-    from odconv.detect.boxes import FineCoder, set_coder
+    from odconv.detect.boxes import FineCoder, fix_strides, set_coder
 
     detector = DETECTORS[name]
     builder = getattr(detection, detector.builder)
@@ -147,31 +151,48 @@ def create_detector(
         Pyramid(network, single_stage, frozen_stages, norm_eval), num_classes=num_classes, **chosen | options
     )
     set_coder(model, FineCoder)
+    fix_strides(model)
     if conventions == "mmdetection":
         from odconv.detect.conventions import adopt
 
         adopt(model)
     if weights is not None:
-        load_detector(model, weights)
+        load_detector(model, weights, new_predictor)
         set_temperature(model, temperature)
     return model
 
 
+def find_conventions(weights: str | Path | None) -> Literal["torchvision", "mmdetection"]:
+    """Say with whose arithmetic a checkpoint was trained."""
+    published = weights is not None and mmdetection.is_checkpoint(read_state_dict(resolve(weights)))
+    return "mmdetection" if published else "torchvision"
+
+
 def build_network(
-    backbone: str | nn.Module, kernel_num: int | None, reduction: float | None, weights: str | Path | None
+    backbone: str | nn.Module,
+    kernel_num: int | None,
+    reduction: float | None,
+    weights: str | Path | None,
+    warm_start: bool,
 ) -> nn.Module:
     """The network whose maps the pyramid reads, with its weights."""
-    if isinstance(backbone, str):
-        network = create_model(backbone, kernel_num=kernel_num, reduction=reduction)
-    elif kernel_num is None and reduction is None:
+    if warm_start and (weights is None or not isinstance(backbone, str)):
+        raise ValueError("warm_start needs a backbone given by name and weights_backbone, those of its static network")
+    if not isinstance(backbone, str):
+        if kernel_num is not None or reduction is not None:
+            raise ValueError(
+                "kernel_num and reduction must be None for a backbone that is built already, got "
+                f"{kernel_num} and {reduction}"
+            )
         network = backbone
+    elif warm_start:
+        network = create_model(split_name(backbone)[1])
     else:
-        raise ValueError(
-            "kernel_num and reduction must be None for a backbone that is built already, got "
-            f"{kernel_num} and {reduction}"
-        )
+        network = create_model(backbone, kernel_num=kernel_num, reduction=reduction)
     if weights is not None:
         load_backbone(network, weights)
+    if warm_start:
+        make_dynamic(network, str(backbone), kernel_num, reduction, warm_start)
     return network
 
 

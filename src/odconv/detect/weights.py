@@ -1,11 +1,18 @@
 """Loading weights into detectors: a classifier's into the backbone, a detector's into the whole."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve
 from odconv.detect import mmdetection
+
+PREDICTOR = re.compile(
+    r"roi_heads\.(box_predictor|mask_predictor\.mask_fcn_logits)\.|classification_head\.cls_logits\."
+)
+"""Tensors whose shape depends on the number of classes."""
 
 
 def load_backbone(network: nn.Module, weights: str | Path) -> None:
@@ -36,35 +43,52 @@ def load_backbone(network: nn.Module, weights: str | Path) -> None:
     load_checkpoint(network, path)
 
 
-def load_detector(detector: nn.Module, weights: str | Path) -> None:
+def load_detector(detector: nn.Module, weights: str | Path, new_predictor: bool = False) -> None:
     """Load the checkpoint of a detector: one of ours, torchvision's or mmdetection's.
 
     Args:
         detector: what :func:`odconv.create_detector` builds; for mmdetection's files with its conventions.
         weights: a path, or a name on the Hugging Face Hub.
+        new_predictor: leave the detector's last layers, which tell the classes, as they are: for other classes than
+            those of the file. All else must fit.
 
     Raises:
         FileNotFoundError, ValueError, OSError: as :func:`odconv.load_checkpoint`; the detector is left untouched.
     """
     path = resolve(weights)
     state = read_state_dict(path)
-    if not mmdetection.is_checkpoint(state):
+    published = mmdetection.is_checkpoint(state)
+    translated = mmdetection.translate(state) if published else dict(state)
+    own = detector.state_dict()
+    if new_predictor:
+        kept = {key: tensor.clone() for key, tensor in own.items() if PREDICTOR.search(key)}
+        translated = {key: tensor for key, tensor in translated.items() if not PREDICTOR.search(key)}
+    elif not published:
         load_checkpoint(detector, path)
         return
-    translated = mmdetection.translate(state)
-    own = detector.state_dict()
-    lines = [f"{key} is missing" for key in own if key not in translated and not key.endswith("num_batches_tracked")]
-    lines += [f"{key} is unknown" for key in translated if key not in own]
+    else:
+        kept = {}
+    _check(translated, {key: tensor for key, tensor in own.items() if key not in kept}, type(detector).__name__, path)
+    if published:
+        detector.load_state_dict(translated, strict=False)
+    else:  # with what is recorded beside the tensors
+        load_checkpoint(detector, path, strict=False)
+        detector.load_state_dict(kept, strict=False)
+
+
+def _check(state: Mapping[str, Tensor], own: Mapping[str, Tensor], detector: str, path: Path) -> None:
+    """See that the tensors fit those of a detector."""
+    lines = [f"{key} is missing" for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    lines += [f"{key} is unknown" for key in state if key not in own]
     lines += [
         f"{key} is {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in the detector"
-        for key, tensor in translated.items()
+        for key, tensor in state.items()
         if key in own and own[key].shape != tensor.shape
     ]
     if lines:
         more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
         problems = "\n  ".join(lines[:8] + more)
         raise ValueError(
-            f"the mmdetection checkpoint {path} does not fit the {type(detector).__name__}; another detector, "
-            f"backbone, kernel_num, reduction or num_classes?\n  {problems}"
+            f"the checkpoint {path} does not fit the {detector}; another detector, backbone, kernel_num, reduction or "
+            f"num_classes?\n  {problems}"
         )
-    detector.load_state_dict(translated, strict=False)

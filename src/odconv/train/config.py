@@ -11,13 +11,18 @@ Stem: TypeAlias = Literal["standard", "small"]
 # what a value must be, and the fields this holds for
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("at least 1", lambda value: 1 <= value < inf, "kernel_num num_classes image_size resize_size epochs batch_size"),
-    ("at least 1", lambda value: 1 <= value < inf, "test_batch step temp_init devices top accumulate nan_steps"),
-    ("at least 1", lambda value: 1 <= value < inf, "save_every"),
-    ("at least 0", lambda value: 0 <= value < inf, "workers wd temp_epoch"),
+    (
+        "at least 1",
+        lambda value: 1 <= value < inf,
+        "test_batch step temp_init devices top accumulate nan_steps",
+    ),
+    ("at least 1", lambda value: 1 <= value < inf, "save_every detections_per_image max_size"),
+    ("at least 0", lambda value: 0 <= value < inf, "workers wd temp_epoch warmup_steps"),
     ("at least 0 and at most 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
     ("above 0", lambda value: 0 < value < inf, "lr temperature clip timeout"),
     ("above 0 and below 1", lambda value: 0 < value < 1, "average"),
-    ("above 0 and at most 1", lambda value: 0 < value <= 1, "reduction min_scale gamma"),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, "reduction min_scale gamma warmup_factor"),
+    ("at least 0 and at most 1", lambda value: 0 <= value <= 1, "score_threshold nms_threshold threshold"),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, "dropout momentum"),
 )
 
@@ -89,7 +94,9 @@ class RunConfig:
     """Checkpoint to go on from; auto: the last one in out, if there is one."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", tuple(self.schedule))
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
         check(vars(self))
         if list(self.schedule) != sorted({epoch for epoch in self.schedule if isinstance(epoch, int) and epoch >= 1}):
             raise ValueError(f"schedule must be ascending whole numbers of at least 1, got {[*self.schedule]}")
@@ -117,6 +124,8 @@ class TrainConfig(RunConfig):
     """First layers: standard, or small for images well below 100 pixels."""
     weights: str | None = None
     """File of weights to start from."""
+    warm_start: bool = False
+    """weights are those of the static network of the same name, from which the dynamic one starts."""
 
     data: str
     """Folder with train/ and val/ (or archives of them), folder of CIFAR-10, or the word digits."""

@@ -1,5 +1,6 @@
 """The beginning and the end of every run, whatever is trained: its Trainer, its folder, what it says of itself."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from odconv.files import replacing
+from odconv.models import METHODS, split_name
 from odconv.report import write_machine
 from odconv.train.average import Average
 from odconv.train.claim import CONFIG, RESULT
@@ -63,6 +65,17 @@ def make_run(config: RunConfig, monitor: str, callbacks: Sequence[Callback], **o
             f"{config.accumulate}, got {config.batch_size}"
         )
     return trainer
+
+
+def resolve_layers(arch: str, kernel_num: int | None, reduction: float | None) -> dict[str, Any]:
+    """Return the options of a network's dynamic layers by name, with what is None filled in by the defaults."""
+    given = {"kernel_num": kernel_num, "reduction": reduction}
+    method_name, _ = split_name(arch)
+    if method_name is None:
+        return given
+    method = METHODS[method_name]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(method.layer).parameters.items()}
+    return {name: (defaults | method.options).get(name) if value is None else value for name, value in given.items()}
 
 
 def is_finished(config: RunConfig, resumed: Resumed) -> bool:

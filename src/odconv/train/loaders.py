@@ -84,7 +84,7 @@ def training_loader(
         share,
         sampler=sampler,
         drop_last=len(sampler) > share > 1 and len(sampler) % share == 1,
-        **_reading(workers, world_size),
+        **reading(workers, world_size),
     )
 
 
@@ -93,10 +93,11 @@ def evaluation_loader(
 ) -> DataLoader:
     """Return batches of this process's share of the images, in order, each image once; arguments as above."""
     sampler = EvaluationSampler(len(images), rank, world_size)
-    return Loader(images, max(1, batch_size // world_size), sampler=sampler, **_reading(workers, world_size))
+    return Loader(images, max(1, batch_size // world_size), sampler=sampler, **reading(workers, world_size))
 
 
-def _reading(workers: int | None, world_size: int) -> dict[str, Any]:
+def reading(workers: int | None, world_size: int) -> dict[str, Any]:
+    """Return how a loader reads: arguments of PyTorch's DataLoader; see :func:`training_loader`."""
     if workers is None:
         workers = min(8, suggested_max_num_workers(world_size))
     return {"num_workers": workers, "pin_memory": torch.cuda.is_available()}

@@ -36,7 +36,7 @@ def predict(images: list[str], *, weights: str, top: int = 5, **network: Any) ->
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = restored.model.to(device)
     found: dict[str, dict[str, float]] = {}
-    for path, image in _readable(images):
+    for path, image in readable(images):
         with torch.inference_mode():
             probabilities = model(normalise(transform(image)[None].to(device)))[0].float().softmax(dim=0)
         best = probabilities.topk(min(top, len(names)))
@@ -47,7 +47,7 @@ def predict(images: list[str], *, weights: str, top: int = 5, **network: Any) ->
     return found
 
 
-def _readable(images: Iterable[str]) -> Iterator[tuple[Path, Any]]:
+def readable(images: Iterable[str]) -> Iterator[tuple[Path, Any]]:
     """Yield the images, and name those that cannot be read."""
     from odconv.data import find_images, read_image
 

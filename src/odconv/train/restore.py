@@ -67,7 +67,7 @@ def restore(
     check({**numbers, "temperature": temperature})
     path = resolve(weights)
     state = read_state_dict(path)
-    options, notes = _saved_by_training(path)
+    options, notes = saved_by_training(path)
     given = {"arch": arch, "stem": stem, **numbers}
     options |= {name: value for name, value in given.items() if value is not None}
     if "arch" not in options:
@@ -96,7 +96,7 @@ def restore(
     )
 
 
-def _saved_by_training(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def saved_by_training(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the run and what else `odconv train` noted beside the weights."""
     if path.suffix == ".safetensors":
         return {}, {}

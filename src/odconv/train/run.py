@@ -1,6 +1,5 @@
 """A training run: everything is checked and put together first, then Lightning's Trainer works."""
 
-import inspect
 import logging
 import sys
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from odconv.data import open_data
-from odconv.models import METHODS, create_model, split_name
+from odconv.models import create_model, split_name
 from odconv.report.callback import AttentionStatistics
 from odconv.train.claim import claim
 from odconv.train.config import TrainConfig
@@ -25,6 +24,7 @@ from odconv.train.launch import (
     describe_resumption,
     is_finished,
     make_run,
+    resolve_layers,
     write_beginning,
     write_result,
 )
@@ -73,6 +73,7 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: History) -> dict[s
         dropout=config.dropout,
         weights=None if resumed.path else config.weights,
         stem=config.stem,
+        warm_start=config.warm_start and not resumed.path,
     )
     if trainer.is_global_zero:
         write_beginning(config, resumed, trainer.world_size)
@@ -109,20 +110,8 @@ def _resolve(config: TrainConfig, classes: int) -> TrainConfig:
     """Return the options with what was left to the network and the data filled in."""
     if config.num_classes is not None and config.num_classes < classes:
         raise ValueError(f"num_classes must be at least {classes}, the classes in the data, got {config.num_classes}")
-    config = replace(config, num_classes=config.num_classes or classes)
-    method_name, _ = split_name(config.arch)
-    if method_name is None:
-        return config
-    method = METHODS[method_name]
-    defaults = {name: parameter.default for name, parameter in inspect.signature(method.layer).parameters.items()}
-    given = {"kernel_num": config.kernel_num, "reduction": config.reduction}
-    return replace(
-        config,
-        **{
-            name: (defaults | method.options).get(name) if value is None else value  # type: ignore[arg-type]
-            for name, value in given.items()
-        },
-    )
+    chosen = resolve_layers(config.arch, config.kernel_num, config.reduction)
+    return replace(config, num_classes=config.num_classes or classes, **chosen)
 
 
 def _introduction(config: TrainConfig, model: nn.Module, train_images: int, val_images: int) -> str:

@@ -26,6 +26,7 @@ NOISE = (
     "The '.*_dataloader' does not have many workers",
     "The number of training batches .* is smaller than the logging interval",
     "This DataLoader will create .* worker processes in total",
+    "Found .* module\\(s\\) in eval mode at the start of training",
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
 )
 """Warnings that tell a user nothing to act on."""

@@ -1,0 +1,219 @@
+"""COCO's annotation files: read, checked, and cleaned of what cannot be learned."""
+
+import difflib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PARTS = ("images", "annotations", "categories")
+
+
+@dataclass
+class Annotations:
+    """What is on a set of images.
+
+    Attributes:
+        path: the file.
+        images: COCO's entries of the images: `id`, `file_name`, `width` and `height` in pixels.
+        objects: of each image its entries of objects, crowds included; each has a proper `bbox`, `area`, `iscrowd`.
+        categories: COCO's entries of the classes, by ascending `id`. The label of one is its place here + 1.
+        dropped: the ids of the annotations that were left out, by what is wrong with them.
+    """
+
+    path: Path
+    images: list[dict[str, Any]]
+    objects: list[list[dict[str, Any]]]
+    categories: list[dict[str, Any]]
+    dropped: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, label 1 first."""
+        return [category["name"] for category in self.categories]
+
+    @property
+    def labels(self) -> dict[int, int]:
+        """The label of each category id."""
+        return {category["id"]: label for label, category in enumerate(self.categories, 1)}
+
+    def describe_dropped(self) -> str:
+        """Say what was left out; nothing if nothing was."""
+        if not self.dropped:
+            return ""
+        reasons = [f"{len(ids)} {reason} (ids {_some(ids)})" for reason, ids in self.dropped.items()]
+        return f"left out of {self.path}: {'; '.join(reasons)}"
+
+    def without_empty(self) -> "Annotations":
+        """Return those images alone that have an object to learn."""
+        kept = [i for i, objects in enumerate(self.objects) if any(not item["iscrowd"] for item in objects)]
+        if not kept:
+            raise ValueError(f"{self.path} has no image with an object to learn")
+        return Annotations(
+            self.path, [self.images[i] for i in kept], [self.objects[i] for i in kept], self.categories, self.dropped
+        )
+
+
+def read_annotations(path: str | Path, classes: Sequence[str] | None = None, masks: bool = False) -> Annotations:
+    """Read an annotation file.
+
+    Objects that nothing can be learned from are left out and noted by their ids: of images or categories that are not
+    listed; without a box, with one that is not finite, of zero or negative size or outside of the image; and, if masks
+    are asked for, without one, or with one of another size than the image. Images without any object are kept, and
+    polygons of fewer than three points are taken out of masks.
+
+    Args:
+        path: the file, such as annotations/instances_train2017.json.
+        classes: names of the classes to keep; default all.
+        masks: whether every object must have a mask.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is no annotation file, or lacks `images`, `annotations` or `categories`, or an entry lacks what
+            nothing can be done without, or has no mask at all where masks are asked for, or no such class.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    images, annotations, all_categories = _parts(path)
+    sizes = _sizes(path, images)
+    categories = _choose(path, all_categories, classes)
+    known, listed = ({category["id"] for category in some} for some in (categories, all_categories))
+    if masks and annotations and not any(item.get("segmentation") for item in annotations):
+        raise ValueError(f"Mask R-CNN needs masks, and {path} has none; faster_rcnn needs boxes alone")
+    by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    dropped: dict[str, list[Any]] = defaultdict(list)
+    for number, item in enumerate(annotations):
+        fault, mask = _fault(item, sizes, listed), item.get("segmentation")
+        if masks and not fault:
+            fault, mask = _check_mask(mask, *sizes[item["image_id"]])
+        if fault:
+            dropped[fault].append(item.get("id", f"entry {number}"))
+        elif item["category_id"] in known:
+            x, y, width, height = map(float, item["bbox"])
+            defaults = {"area": width * height, "iscrowd": 0}
+            cleaned = {"bbox": [x, y, width, height], "segmentation": mask}
+            by_image[item["image_id"]].append(defaults | item | cleaned)
+    return Annotations(path, images, [by_image[image["id"]] for image in images], categories, dict(dropped))
+
+
+def check_files(annotations: Annotations, folder: str | Path) -> None:
+    """See that the listed images are there.
+
+    Raises:
+        FileNotFoundError: the folder, or some images, are not.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the folder of images {folder} does not exist")
+    names = [image["file_name"] for image in annotations.images]
+    here = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    if absent := [name for name in names if str(Path(name)) not in here]:
+        raise FileNotFoundError(
+            f"{len(absent)} of the {len(names)} images listed in {annotations.path} are not in {folder}: "
+            f"{_some(absent)}"
+        )
+
+
+def _parts(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.json")], n=1)
+        raise FileNotFoundError(
+            f"the annotation file {path} does not exist" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"the annotation file {path} is no JSON: {error}") from error
+    missing = [part for part in PARTS if not isinstance(content, dict) or not isinstance(content.get(part), list)]
+    if missing:
+        has = ", ".join(map(str, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(
+            f"the annotation file {path} has no list of {' and no list of '.join(missing)}; it holds {has[:200] or 0}"
+        )
+    for part in PARTS:
+        if not all(isinstance(item, dict) for item in content[part]):
+            raise ValueError(f"{part} in the annotation file {path} must be a list of objects {{...}}")
+    if not content["images"]:
+        raise ValueError(f"the annotation file {path} lists no images")
+    return content["images"], content["annotations"], content["categories"]
+
+
+def _sizes(path: Path, images: Sequence[Mapping[str, Any]]) -> dict[Any, tuple[int, int]]:
+    """Return width and height of each image, by id."""
+    sizes: dict[Any, tuple[int, int]] = {}
+    for number, image in enumerate(images):
+        if missing := [key for key in ("id", "file_name", "width", "height") if key not in image]:
+            raise ValueError(f"image {number} in {path} has no {' and no '.join(missing)}: {_some([dict(image)])}")
+        if image["id"] in sizes:
+            raise ValueError(f"two images in {path} have the id {image['id']}")
+        width, height = image["width"], image["height"]
+        if not (_is_number(width) and _is_number(height) and min(width, height) >= 1):
+            raise ValueError(f"the image {image['file_name']} in {path} is {width} x {height} pixels")
+        sizes[image["id"]] = (width, height)
+    return sizes
+
+
+def _choose(path: Path, categories: list[dict[str, Any]], classes: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Return the categories, by ascending id, or those of certain names."""
+    for category in categories:
+        if not isinstance(category.get("id"), int) or not isinstance(category.get("name"), str):
+            raise ValueError(f"a category in {path} has no id, a whole number, or no name: {category}")
+    for key in ("id", "name"):
+        values = [category[key] for category in categories]
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"two categories in {path} have the {key} {twice[0]!r}")
+    chosen = sorted(categories, key=lambda category: category["id"])
+    names = [category["name"] for category in chosen]
+    for name in classes or ():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise ValueError(
+                f"classes: {path} has no {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; it has {_some(names)}")
+            )
+    if not chosen:
+        raise ValueError(f"the annotation file {path} lists no categories")
+    return [category for category in chosen if classes is None or category["name"] in classes]
+
+
+def _fault(item: Mapping[str, Any], sizes: Mapping[Any, tuple[int, int]], listed: set[int]) -> str:
+    """Say why nothing can be learned from an object's box; nothing if something can."""
+    if item.get("image_id") not in sizes:
+        return "of images that are not listed"
+    if item.get("category_id") not in listed:
+        return "of categories that are not listed"
+    box = item.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        return "without a box [x, y, width, height]"
+    if not all(map(math.isfinite, box)):
+        return "with a box that is not finite"
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        return "with a box of zero or negative size"
+    image_width, image_height = sizes[item["image_id"]]
+    outside = x >= image_width or y >= image_height or x + width <= 0 or y + height <= 0
+    return "with a box outside of the image" if outside else ""
+
+
+def _check_mask(mask: Any, width: int, height: int) -> tuple[str, Any]:
+    """Say why nothing can be learned from a mask, nothing if something can; and return its proper part."""
+    if not mask:
+        return "without a mask", None
+    if isinstance(mask, dict) and {"counts", "size"} <= {*mask}:
+        fits = [*mask["size"]] == [height, width]
+        return "" if fits else "with a mask of another size than the image", mask
+    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
+        return "with a mask that is neither polygons nor RLE", None
+    proper = [p for p in mask if len(p) >= 6 and len(p) % 2 == 0 and all(_is_number(x) and math.isfinite(x) for x in p)]
+    return "" if proper else "with a mask without a polygon of three points or more", proper
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _some(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")

@@ -1,0 +1,107 @@
+"""Finding objects on images: pictures with boxes, labels and masks, and a file of all that was found."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from odconv.files import check_writable, replacing
+from odconv.train.config import check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLOURS = ("#e41a1c", "#377eb8", "#2f9e44", "#984ea3", "#e8590c", "#0b7285", "#a65628", "#d6336c", "#5c7cfa", "#868e96")
+"""Of boxes and masks, by class; the label is white on them."""
+
+
+def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5, **detector: Any) -> dict[str, Any]:
+    """Find objects on images: draw them, and write them to a file.
+
+    Args:
+        images: Files, folders, or patterns such as 'photos/*.jpg'.
+        weights: A checkpoint of odconv detect train, which says what detector it is, or another file of a detector.
+        out: Folder for the pictures, and for detections.json, in COCO's format.
+        threshold: Score above which an object is drawn and written, from 0 to 1.
+        **detector: What the checkpoint does not say; see :func:`odconv.detect.restore.restore`.
+
+    Returns:
+        What is in detections.json: `images` with their files, `annotations` with the objects found, `categories`.
+        Files that cannot be read are named and left out.
+
+    Raises:
+        ValueError: an option or weights that do not fit, or no image at all can be read.
+        OSError: the weights cannot be read, or `out` cannot be written.
+    """
+    import torch
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    from odconv.detect.restore import restore
+    from odconv.detect.scores import describe_detections
+    from odconv.train.prediction import readable
+
+    check({"threshold": threshold})
+    check_writable(Path(out))
+    restored = restore(weights, **detector)
+    names = dict(zip(restored.categories, restored.classes, strict=True))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = restored.model.to(device)
+    found: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": number, "name": name} for number, name in names.items()],
+    }
+    for number, (path, image) in enumerate(readable(images), 1):
+        pixels = pil_to_tensor(image)
+        with torch.inference_mode():
+            (detections,) = model([pixels.to(device) / 255])
+        detections = {name: values[detections["scores"] > threshold].cpu() for name, values in detections.items()}
+        objects = describe_detections(detections, number, restored.categories)
+        picture = Path(out) / f"{number:04}_{path.stem}.png"
+        entry = {"id": number, "file_name": str(path), "width": image.width, "height": image.height}
+        found["images"].append(entry | {"picture": picture.name})
+        found["annotations"] += objects
+        _save(draw(pixels, detections, restored.classes), picture)
+        print(path, *(f"{100 * item['score']:6.1f} %  {names[item['category_id']]}" for item in objects), sep="\n  ")
+    if not found["images"]:
+        raise ValueError("none of the images can be read")
+    for i, item in enumerate(found["annotations"], 1):
+        _, _, width, height = item["bbox"]
+        item |= {"id": i, "iscrowd": 0, "area": width * height}
+    with replacing(Path(out) / "detections.json") as partial:
+        partial.write_text(json.dumps(found) + "\n")
+    print(f"{len(found['annotations'])} objects on {len(found['images'])} images: {out}", flush=True)
+    return found
+
+
+def draw(image: "Tensor", detections: dict[str, "Tensor"], classes: list[str]) -> "Tensor":
+    """Draw what was found on an image, with labels and scores.
+
+    Args:
+        image: bytes (3, H, W).
+        detections: `boxes` (N, 4), `labels` (N), `scores` (N) and perhaps `masks` (N, 1, H, W) of probabilities.
+        classes: names of the classes, that of label 1 first.
+
+    Returns:
+        Bytes (3, H, W).
+    """
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    labels = detections["labels"].tolist()
+    if not labels:
+        return image
+    colours = [COLOURS[(label - 1) % len(COLOURS)] for label in labels]
+    if "masks" in detections:
+        image = draw_segmentation_masks(image, detections["masks"][:, 0] > 0.5, alpha=0.45, colors=colours)
+    scores = detections["scores"].tolist()
+    texts = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    width = max(2, round(max(image.shape) / 320))
+    return draw_bounding_boxes(
+        image, detections["boxes"], texts, colours, width=width, label_colors="white", fill_labels=True
+    )
+
+
+def _save(pixels: "Tensor", path: Path) -> None:
+    from torchvision.io import encode_png
+
+    with replacing(path) as partial:
+        partial.write_bytes(encode_png(pixels).numpy().tobytes())

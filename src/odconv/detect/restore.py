@@ -1,0 +1,148 @@
+"""A trained detector: from a checkpoint of ours alone, from others' with a description of the detector."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from odconv.checkpoints import read_state_dict, resolve
+from odconv.detect.builder import create_detector
+from odconv.detect.config import DetectConfig
+from odconv.train.config import check
+from odconv.train.restore import saved_by_training
+
+DESCRIPTION = (
+    *("detector", "arch", "kernel_num", "reduction", "conventions", "temperature", "anchor_sizes", "min_size"),
+    *("max_size", "score_threshold", "nms_threshold", "detections_per_image"),
+)
+"""Options of a run that describe its detector."""
+
+OUTPUTS = {
+    "roi_heads.box_predictor.cls_score.bias": 1,
+    "roi_head.bbox_head.fc_cls.bias": 1,  # mmdetection
+    "head.classification_head.cls_logits.bias": 9,
+}
+"""Tensors whose length is the number of classes, and how many times that: the anchors of a place."""
+
+
+class RestoredDetector(NamedTuple):
+    """A trained detector.
+
+    Attributes:
+        model: the detector, in evaluation mode.
+        name: what it is.
+        classes: names of its classes, that of label 1 first.
+        categories: the id of each class in COCO's format.
+    """
+
+    model: nn.Module
+    name: str
+    classes: list[str]
+    categories: list[int]
+
+
+def build(config: DetectConfig, classes: int) -> nn.Module:
+    """Build the detector of a run, with the weights to start from.
+
+    Args:
+        config: the options of the run.
+        classes: how many classes there are, without the background.
+    """
+    return create_detector(
+        config.detector,
+        config.arch,
+        num_classes=classes + 1,
+        weights=config.weights,
+        new_predictor=config.new_predictor,
+        weights_backbone=config.weights_backbone,
+        warm_start=config.warm_start,
+        frozen_stages=config.frozen_stages,
+        norm_eval=config.norm_eval,
+        **{name: getattr(config, name) for name in DESCRIPTION if name not in ("detector", "arch")},
+        **config.options or {},
+    )
+
+
+def restore(
+    weights: str,
+    *,
+    detector: str | None = None,
+    arch: str | None = None,
+    kernel_num: int | None = None,
+    reduction: float | None = None,
+    conventions: str | None = None,
+    temperature: float | None = None,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    score_threshold: float | None = None,
+    nms_threshold: float | None = None,
+    detections_per_image: int | None = None,
+) -> RestoredDetector:
+    """Build the detector of a checkpoint and load it.
+
+    Args:
+        weights: A checkpoint of odconv detect train, which says all of the rest, or another file of a detector.
+        detector: faster_rcnn, mask_rcnn or retinanet; default: what the checkpoint says.
+        arch: Network of its backbone, such as od_resnet50; default: what the checkpoint says.
+        kernel_num: Kernels of its dynamic layers; default: what the checkpoint says, else that of the network.
+        reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
+        conventions: torchvision or mmdetection; default: what the checkpoint says or is.
+        temperature: Temperature of the attentions; default: what the checkpoint says, else 1.
+        min_size: Pixels of the shorter side; default: what the checkpoint says, else 800.
+        max_size: Limit of the longer side in pixels; default: what the checkpoint says, else 1333.
+        score_threshold: Detections with a score up to this are dropped; default: what the checkpoint says, else 0.05.
+        nms_threshold: Overlap above which the lesser of two detections of a class is dropped; default: what the
+            checkpoint says, else 0.5.
+        detections_per_image: Detections that are kept at most; default: what the checkpoint says, else 100.
+
+    Returns:
+        The detector and what its classes are. A file that does not name them has those of COCO.
+
+    Raises:
+        ValueError: `detector` or `arch` is needed, or a number is out of range, or the weights do not fit.
+        OSError: the file cannot be read.
+    """
+    given = {name: value for name, value in locals().items() if name in DESCRIPTION and value is not None}
+    check(given)
+    path = resolve(weights)
+    options, notes = saved_by_training(path)
+    if options and "detector" not in options:
+        raise ValueError(f"{path} is no checkpoint of a detector, but of the classifier {options.get('arch')}")
+    options |= given
+    if missing := [name for name in ("detector", "arch") if name not in options]:
+        raise ValueError(f"{' and '.join(missing)} must be given, since {path} holds weights alone")
+    outputs = _outputs(path)
+    names, categories = (notes["classes"], notes["categories"]) if notes else coco_classes(outputs)
+    model = create_detector(
+        options["detector"],
+        options["arch"],
+        num_classes=outputs,
+        weights=path,
+        **{name: options[name] for name in DESCRIPTION[2:] if name in options},
+        **options.get("options") or {},
+    )
+    return RestoredDetector(model.eval(), f"{options['detector']} on {options['arch']}", names, categories)
+
+
+def coco_classes(outputs: int) -> tuple[list[str], list[int]]:
+    """Return the names and the category ids of COCO's classes, for a detector of so many outputs.
+
+    With the background, 81 outputs are the 80 classes in order, 91 are category ids, as torchvision has them.
+    """
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    listed = list(enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))[1:]
+    if outputs == 81:
+        listed = [(number, name) for number, name in listed if name != "N/A"]
+    elif outputs != 91:
+        listed = [(number, f"class {number}") for number in range(1, outputs)]
+    return [name for _, name in listed], [number for number, _ in listed]
+
+
+def _outputs(path: Path) -> int:
+    """Return the number of classes, with the background, in the checkpoint of a detector."""
+    state = read_state_dict(path)
+    for key, anchors in OUTPUTS.items():
+        if key in state:
+            return len(state[key]) // anchors
+    raise ValueError(f"{path} holds no detector of those known, which have one of {', '.join(OUTPUTS)}")

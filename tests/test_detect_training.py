@@ -1,0 +1,434 @@
+"""Detectors trained, measured and used from the command line, on small data, in real processes."""
+
+import csv
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from small_runs import checkpoint, same_weights, start, wait_until, weights
+
+import odconv
+from odconv.cli import main, parse_options
+from odconv.detect import DetectConfig, evaluate, predict, train
+from odconv.detect.images import UNREADABLE
+from odconv.detect.module import DetectorTraining
+from odconv.detect.restore import build, coco_classes
+from odconv.detect.schedule import learning_rate
+
+OPTIONS = {
+    "detector": "mask_rcnn",
+    "arch": "od_mobilenetv2_050",
+    "kernel_num": 2,
+    "min_size": [32],
+    "max_size": 48,
+    "anchor_sizes": [8, 12, 16, 24, 32],
+    "options": {
+        "rpn_post_nms_top_n_train": 40,
+        "rpn_post_nms_top_n_test": 40,
+        "box_batch_size_per_image": 16,
+    },
+    "batch_size": 2,
+    "test_batch": 4,
+    "epochs": 1,
+    "lr": 0.002,
+    "warmup_steps": 4,
+    "clip": 5.0,
+    "workers": 0,
+}
+PUBLISHED = {
+    "faster_rcnn_resnet50": 43.80,
+    "faster_rcnn_od_resnet50_4x": 108.91,
+    "faster_rcnn_mobilenetv2_100": 21.13,
+    "faster_rcnn_od_mobilenetv2_100_4x": 29.14,
+    "mask_rcnn_resnet50": 46.45,
+    "mask_rcnn_od_resnet50_4x": 111.56,
+    "mask_rcnn_mobilenetv2_100": 23.78,
+    "mask_rcnn_od_mobilenetv2_100_4x": 31.80,
+}
+
+
+def make_coco(root: Path, counts: dict[str, int], masks: bool = True) -> Path:
+    """Images of 44 x 32 or 32 x 44 with a coloured rectangle on most."""
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        content: dict[str, list] = {"images": [], "annotations": [], "categories": []}
+        content["categories"] = [{"id": 4, "name": "red"}, {"id": 9, "name": "blue"}]
+        (root / f"{split}2017").mkdir(parents=True)
+        for i in range(count):
+            height, width = (32, 44) if i % 3 else (44, 32)
+            pixels = random.integers(0, 90, (height, width, 3), dtype=np.uint8)
+            content["images"].append({"id": 100 + i, "file_name": f"{i}.png", "width": width, "height": height})
+            if i != 1:
+                x, y, label = int(random.integers(1, 12)), int(random.integers(1, 12)), i % 2
+                pixels[y : y + 14, x : x + 18, 2 * label] = 255
+                corners = [x, y, x + 18, y, x + 18, y + 14, x, y + 14]
+                item = {"id": i, "image_id": 100 + i, "category_id": (4, 9)[label], "bbox": [x, y, 18, 14]}
+                item |= {"area": 252, "iscrowd": 0} | ({"segmentation": [corners]} if masks else {})
+                content["annotations"].append(item)
+            Image.fromarray(pixels).save(root / f"{split}2017" / f"{i}.png")
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_coco(tmp_path_factory.mktemp("coco"), {"train": 9, "val": 5})
+
+
+@pytest.fixture(scope="module")
+def run(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(**OPTIONS | {"epochs": 2}, data=str(coco), out=str(out))
+    return out
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    with (out / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def flags(options: dict) -> dict[str, str]:
+    return {name: json.dumps(value) if isinstance(value, (list, dict)) else value for name, value in options.items()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes(name: str) -> None:
+    given = parse_options("detect train", train, ["--config", name, "--data", "coco", "--out", "run"])
+    config = DetectConfig(**given)
+    assert name == f"{config.detector}_{config.arch}" + ("_4x" if config.kernel_num == 4 else "")
+    assert (config.kernel_num == 4) == config.arch.startswith("od_")
+    with torch.device("meta"):
+        model = build(config, 80)
+    classifier = 2.049 if "resnet" in name else 1.281
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6 + classifier
+    assert abs(millions - PUBLISHED[name]) <= 0.02
+    assert (model.transform.min_size, model.transform.max_size) == ([800], 1333)
+    assert (model.roi_heads.score_thresh, model.roi_heads.nms_thresh, model.roi_heads.detections_per_img) == (
+        0.05,
+        0.5,
+        100,
+    )
+    assert (config.epochs, config.batch_size, config.momentum, config.wd) == (12, 16, 0.9, 1e-4)
+    assert (config.frozen_stages, config.norm_eval, config.temperature, config.augment) == (1, True, 1.0, "flip")
+    steps = 7330  # in an epoch of 117,266 images
+    for step in (0, 1, 250, 499):
+        assert learning_rate(config, 0, step) == pytest.approx(0.02 * (1 - (1 - step / 500) * (1 - 0.001)))
+    for epoch in range(12):
+        expected = 0.02 * (1 if epoch < 8 else 0.1 if epoch < 11 else 0.01)
+        assert learning_rate(config, epoch, max(500, epoch * steps)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["small_mask_rcnn_mobilenetv2_100", "small_mask_rcnn_od_mobilenetv2_100_4x"])
+def test_small_recipes(name: str) -> None:
+    options = parse_options("detect train", train, ["--config", name, "--data", "coco", "--out", "run"])
+    config = DetectConfig(**options)
+    assert config.warm_start == config.arch.startswith("od_")
+    static = DetectConfig(**options | {"arch": "mobilenetv2_100", "kernel_num": None, "warm_start": False})
+    with torch.device("meta"):
+        assert len(build(static, 3).transform.min_size) == 1
+
+
+def test_what_a_run_leaves(run: Path, coco: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "best.ckpt",
+        "last.ckpt",
+        "metrics.csv",
+        "config.yaml",
+        "machine.json",
+        "result.json",
+        "tensorboard",
+    }
+    table, result = rows(run), json.loads((run / "result.json").read_text())
+    assert [row["epoch"] for row in table] == [1, 2]
+    assert table[0]["steps"] == 5  # 3 high and 6 wide images in batches of 2, each of one kind
+    assert table[1]["train_loss"] < table[0]["train_loss"]
+    assert result["epochs"] == 2
+    assert result["best_ap"] == max(row["ap"] for row in table)
+    config = DetectConfig(**yaml.safe_load((run / "config.yaml").read_text()))
+    assert config.conventions == "torchvision"
+    notes = checkpoint(run / "best.ckpt")["odconv"]
+    assert (notes["classes"], notes["categories"], notes["temperature"]) == (["red", "blue"], [4, 9], 1.0)
+
+
+def test_evaluation_is_that_of_the_run(run: Path, coco: Path, tmp_path: Path, capsys) -> None:
+    result = evaluate(weights=str(run / "last.ckpt"), data=str(coco), workers=0, out=str(tmp_path))
+    row = rows(run)[-1]
+    for name in ("ap", "ap50", "mask_ap", "ap_small"):
+        assert result[name] == pytest.approx(row[name], abs=1e-3)
+    assert result["images"] == 5
+    assert {*result["classes"]} == {"red", "blue"}
+    assert "masks" in capsys.readouterr().out
+    boxes, masks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("bbox", "segm"))
+    assert len(boxes) == len(masks) > 0
+    assert {*boxes[0]} == {"image_id", "category_id", "score", "bbox"}
+    assert {*masks[0]} == {"image_id", "category_id", "score", "segmentation"}
+    assert {item["category_id"] for item in boxes} <= {4, 9}
+    assert json.loads((tmp_path / "scores.json").read_text())["ap"] == result["ap"]
+
+
+def test_two_processes_score_the_same(run: Path, coco: Path, tmp_path: Path) -> None:
+    options = {"weights": run / "last.ckpt", "data": coco, "workers": 0, "score_threshold": 0.0}
+    one = evaluate(
+        **{name: value if isinstance(value, (int, float)) else str(value) for name, value in options.items()}
+    )
+    two = start({**options, "devices": 2, "out": tmp_path}, command=("detect", "evaluate"))
+    assert two.wait() == 0, two.stdout.read()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["images"] == 5
+    assert {name: scores[name] for name in ("ap", "ap50", "mask_ap", "classes")} == {
+        name: one[name] for name in ("ap", "ap50", "mask_ap", "classes")
+    }
+
+
+def test_two_processes_train(coco: Path, tmp_path: Path) -> None:
+    options = OPTIONS | {"data": coco, "out": tmp_path / "run", "devices": 2}
+    process = start(flags(options), command=("detect", "train"))
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert rows(tmp_path / "run")[0]["steps"] == 5
+    assert output.count("epoch   1/1") == 1
+    assert {*checkpoint(tmp_path / "run" / "last.ckpt")["odconv"]} >= {"categories"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_ended_in_mid_epoch_ends_with_the_same_weights(
+    run: Path, coco: Path, tmp_path: Path, number: int
+) -> None:
+    out = tmp_path / "run"
+    options = flags(OPTIONS | {"epochs": 2, "data": coco, "out": out, "save_every": 1})
+    process = start(options, command=("detect", "train"))
+    wait_until((out / "last.ckpt").exists, process)
+    os.kill(process.pid, number)
+    process.wait()
+    left = checkpoint(out / "last.ckpt")["odconv"]
+    assert left["batch"] > 0
+    again = start({**options, "resume": "auto"}, command=("detect", "train"))
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    assert f"going on from {out / 'last.ckpt'}" in output
+    assert same_weights(out / "last.ckpt", run / "last.ckpt")
+    assert rows(out)[-1]["ap"] == rows(run)[-1]["ap"]
+    assert rows(out)[0]["train_loss"] == pytest.approx(rows(run)[0]["train_loss"], rel=1e-6)
+
+
+def test_accumulating_is_the_same_step(coco: Path, tmp_path: Path) -> None:
+    common = OPTIONS | {"data": str(coco), "group": False, "augment": "none", "detector": "retinanet", "options": None}
+    for name, accumulate in (("one", 1), ("two", 2)):
+        train(**common | {"batch_size": 4, "accumulate": accumulate}, out=str(tmp_path / name))
+    one, two = (rows(tmp_path / name)[0] for name in ("one", "two"))
+    assert one["steps"] == two["steps"] == 3
+    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=0.1)  # the average over images is within batches
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "retinanet"])
+def test_other_detectors_need_no_masks(tmp_path: Path, detector: str) -> None:
+    data = make_coco(tmp_path / "data", {"train": 4, "val": 2}, masks=False)
+    options = None if detector == "retinanet" else OPTIONS["options"]
+    changed = OPTIONS | {"detector": detector, "options": options, "amp": "bf16", "average": 0.9, "augment": "strong"}
+    # oneDNN's bf16 weight gradient of a strided convolution of one pixel reads memory that was never written
+    changed |= {"min_size": [96], "max_size": 144} if detector == "retinanet" else {}
+    result = train(**changed, data=str(data), out=str(tmp_path / "run"))
+    assert "mask_ap" not in result
+    assert math.isfinite(rows(tmp_path / "run")[0]["train_loss"])
+    scores = evaluate(weights=str(tmp_path / "run" / "best.ckpt"), data=str(data), workers=0, amp="bf16")
+    assert "mask_ap" not in scores
+    with pytest.raises(ValueError, match=r"Mask R-CNN needs masks, and .* has none"):
+        train(**OPTIONS, data=str(data), out=str(tmp_path / "masks"))
+
+
+def test_predicting(run: Path, coco: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "broken.png").write_text("no image")
+    files = [str(coco / "val2017"), str(tmp_path / "broken.png")]
+    threshold = 0.05
+    found = predict(files, weights=str(run / "best.ckpt"), out=str(tmp_path / "out"), threshold=threshold)
+    written = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert written == found
+    assert len(found["images"]) == 5
+    assert found["categories"] == [{"id": 4, "name": "red"}, {"id": 9, "name": "blue"}]
+    captured = capsys.readouterr()
+    assert "broken.png" in captured.err
+    assert "5 images" in captured.out
+    assert found["annotations"]
+    for item in found["annotations"]:
+        assert item["score"] > threshold
+        assert item["category_id"] in (4, 9)
+        assert item["segmentation"]["size"]
+    for entry in found["images"]:
+        with Image.open(tmp_path / "out" / entry["picture"]) as picture, Image.open(entry["file_name"]) as original:
+            assert picture.size == original.size
+            objects = [item for item in found["annotations"] if item["image_id"] == entry["id"]]
+            same = np.array_equal(np.asarray(picture), np.asarray(original))
+            assert same == (not objects)
+    with pytest.raises(ValueError, match="none of the images can be read"):
+        predict([str(tmp_path / "broken.png")], weights=str(run / "best.ckpt"), out=str(tmp_path / "none"))
+
+
+def test_a_new_predictor(run: Path, tmp_path: Path) -> None:
+    data = make_coco(tmp_path / "data", {"train": 2, "val": 1})
+    for split in ("train", "val"):
+        path = data / f"annotations/instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        content["categories"].append({"id": 11, "name": "green"})
+        path.write_text(json.dumps(content))
+    start_from = OPTIONS | {"weights": str(run / "best.ckpt"), "data": str(data), "lr": 1e-9}
+    with pytest.raises(ValueError, match="does not fit"):
+        train(**start_from, out=str(tmp_path / "refused"))
+    train(**start_from | {"new_predictor": True}, out=str(tmp_path / "run"))
+    before, after = weights(run / "best.ckpt"), weights(tmp_path / "run" / "last.ckpt")
+    for key, tensor in after.items():
+        if "box_predictor" in key or "mask_fcn_logits" in key:
+            assert tensor.shape != before[key].shape
+        else:
+            torch.testing.assert_close(tensor, before[key])
+
+
+def test_a_warm_start(coco: Path, tmp_path: Path) -> None:
+    static = odconv.create_model("mobilenetv2_050", num_classes=3)
+    torch.save(static.state_dict(), tmp_path / "static.pth")
+    options = OPTIONS | {"weights_backbone": str(tmp_path / "static.pth"), "data": str(coco), "lr": 1e-9}
+    with pytest.raises(ValueError, match="does not fit"):
+        train(**options, out=str(tmp_path / "cold"))
+    train(**options | {"warm_start": True}, out=str(tmp_path / "run"))
+    restored = odconv.detect.restore.restore(str(tmp_path / "run" / "last.ckpt")).model
+    body, features = restored.backbone.body, static.eval().features
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        maps, expected = body(x)["3"], features(x)
+    torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_unreadable_images_are_counted(tmp_path: Path, caplog) -> None:
+    data = make_coco(tmp_path / "data", {"train": 5, "val": 3})
+    for path in ("train2017/2.png", "train2017/1.png", "val2017/0.png"):
+        (data / path).write_text("no image")
+    options = OPTIONS | {"batch_size": 1, "data": str(data)}
+    train(**options, out=str(tmp_path / "run"))
+    (row,) = rows(tmp_path / "run")
+    assert (row["train_corrupt"], row["val_corrupt"]) == (2, 1)
+    assert math.isfinite(row["train_loss"])
+    assert "2.png" in caplog.text
+    best = str(tmp_path / "run" / "best.ckpt")
+    with pytest.raises(ValueError, match="1 of 3 images cannot be read"):
+        evaluate(weights=best, data=str(data), workers=0)
+    assert evaluate(weights=best, data=str(data), workers=0, skip_corrupt=True)["corrupt"] == 1
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(coco: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = OPTIONS | {"lr": 1e9, "clip": None, "warmup_steps": 0, "nan_steps": 2, "epochs": 5}
+    with pytest.raises(FloatingPointError, match=r"the loss is not a number, or infinite, since step|not finite"):
+        train(**options, data=str(coco), out=str(out))
+    assert not (out / "last.ckpt").exists() or all(
+        tensor.isfinite().all() for tensor in weights(out / "last.ckpt").values() if tensor.is_floating_point()
+    )
+
+
+def test_all_losses_reach_what_is_watched(coco: Path) -> None:
+    from odconv.detect.run import make_loaders, read_data
+
+    for detector in ("mask_rcnn", "retinanet"):
+        options = OPTIONS | {"detector": detector, "options": None if detector == "retinanet" else OPTIONS["options"]}
+        config = DetectConfig(**options, data=str(coco), out="")
+        data = read_data(config)
+        module = DetectorTraining(build(config, 2), config, data[1])
+        images, targets = next(iter(make_loaders(config, *data)[0]))
+        assert all(target["index"] != UNREADABLE for target in targets)
+        losses = module.model([image.float() / 255 for image in images], targets)
+        assert len(losses) == {"mask_rcnn": 5, "retinanet": 2}[detector]
+        for name, loss in losses.items():
+            (gradient,) = torch.autograd.grad(loss, module.watched[0], retain_graph=True, allow_unused=True)
+            assert gradient is not None, name
+            assert gradient.abs().sum() > 0, name
+
+
+def test_classes_of_files_that_do_not_name_them() -> None:
+    names, numbers = coco_classes(81)
+    assert (len(names), names[0], numbers[0], names[-1], numbers[-1]) == (80, "person", 1, "toothbrush", 90)
+    names, numbers = coco_classes(91)
+    assert (names[0], names[-1], numbers[-1]) == ("person", "toothbrush", 90)
+    assert coco_classes(4) == (["class 1", "class 2", "class 3"], [1, 2, 3])
+
+
+def test_a_plain_file_needs_a_description(run: Path, coco: Path, tmp_path: Path) -> None:
+    state = {key.removeprefix("model."): tensor for key, tensor in weights(run / "last.ckpt").items()}
+    torch.save(state, tmp_path / "plain.pth")
+    plain = {"weights": str(tmp_path / "plain.pth"), "data": str(coco), "workers": 0}
+    with pytest.raises(ValueError, match="detector and arch must be given"):
+        evaluate(**plain)
+    described = {name: OPTIONS[name] for name in ("detector", "arch", "kernel_num", "max_size")} | {"min_size": 32}
+    with pytest.raises(ValueError, match="the data has classes that the detector does not know: blue, red"):
+        evaluate(**plain, **described)
+    with pytest.raises(ValueError, match="does not fit"):
+        evaluate(**plain, **described | {"arch": "mobilenetv2_050", "kernel_num": None})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--config", "faster_rcn_resnet50"], "did you mean faster_rcnn_resnet50?"),
+        (["train", "--config", "resnet50"], "there is neither a file nor a recipe 'resnet50'"),
+        (["train", "--detector", "yolo", "--arch", "resnet18", "--data", "d", "--out", "o"], "yolo"),
+        (["trian"], "unknown command 'detect trian'; did you mean detect train?"),
+        (
+            ["train", "--detector", "mask_rcnn", "--arch", "resnet18", "--data", "absent", "--out", "OUT"],
+            "does not exist",
+        ),
+        (["evaluate", "--weights", "absent.ckpt", "--data", "d"], "absent.ckpt"),
+        (["predict", "a.png", "--weights", "absent.ckpt", "--out", "OUT"], "absent.ckpt"),
+        (
+            ["predict", "a.png", "--weights", "w", "--out", "OUT", "--threshold", "2"],
+            "threshold must be at least 0 and at",
+        ),
+    ],
+)
+def test_mistakes(words: list[str], message: str, tmp_path: Path, capsys) -> None:
+    assert main(["detect", *(str(tmp_path / "out") if word == "OUT" else word for word in words)]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("odconv: error: ")
+    assert error.count("\n") == 1 or "does not fit" in error
+
+
+def test_help(capsys) -> None:
+    assert main(["detect"]) == 0
+    assert main(["detect", "--help"]) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("detect train") == 2
+    assert "sort-val" not in listed
+
+
+def test_other_files_are_refused(run: Path, trained: Path, coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no checkpoint of a detector, but of the classifier od_mobilenetv2_050"):
+        evaluate(weights=str(trained / "best.ckpt"), data=str(coco), workers=0)
+    with pytest.raises(ValueError, match="it is of another kind of run"):
+        train(**OPTIONS, data=str(coco), out=str(tmp_path / "run"), resume=str(trained / "last.ckpt"))
+    changed = OPTIONS | {"anchor_sizes": [8, 12, 16, 24, 48]}
+    with pytest.raises(ValueError, match=r"its anchor_sizes is \(8, 12, 16, 24, 32\), that of this run"):
+        train(**changed, data=str(coco), out=str(tmp_path / "other"), resume=str(run / "last.ckpt"))
+
+
+def test_categories_that_differ(coco: Path, tmp_path: Path) -> None:
+    data = make_coco(tmp_path / "data", {"train": 2, "val": 1})
+    path = data / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"][0]["name"] = "pink"
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"have different categories; only in the first: red; only in the second: pink"
+    ):
+        train(**OPTIONS, data=str(data), out=str(tmp_path / "run"))
+    (data / "val2017" / "0.png").unlink()
+    content["categories"][0]["name"] = "red"
+    path.write_text(json.dumps(content))
+    with pytest.raises(FileNotFoundError, match=r"1 of the 1 images listed in .*: 0\.png"):
+        train(**OPTIONS, data=str(data), out=str(tmp_path / "run"))
