@@ -1,7 +1,9 @@
 """What every benchmark shares: the published form, alternating timings, and rows that say where they come from."""
 
 import csv
+import ctypes
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ from odconv.layers import conv as layer_room
 from odconv.ops.contract import Attentions, Geometry
 
 RESULTS = Path(__file__).parent / "results"
+PROCESS = Path("/proc/self")
 MODELS = ("od_resnet18", "od_resnet50", "od_mobilenetv2_100")
 
 
@@ -92,6 +95,22 @@ def percentiles(times: list[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile, in milliseconds."""
     p10, p50, p90 = torch.tensor(times).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     return {"median_ms": round(p50, 3), "p10_ms": round(p10, 3), "p90_ms": round(p90, 3), "runs": len(times)}
+
+
+def give_back_memory() -> ctypes.CDLL:
+    """Let this process give every larger block back to the system when it is freed; return the C library."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD
+    return libc
+
+
+def resident_mb(entry: str) -> float:
+    """VmRSS, the resident memory of this process, or VmHWM, its highest since `forget_peak`, in MB."""
+    return int(re.search(rf"{entry}:\s+(\d+) kB", (PROCESS / "status").read_text())[1]) * 1024 / 1e6
+
+
+def forget_peak() -> None:
+    (PROCESS / "clear_refs").write_text("5")
 
 
 def origin() -> dict[str, Any]:

@@ -15,9 +15,7 @@ kernel's buffers). Gradients are allocated before and added to, and freed memory
 """
 
 import argparse
-import ctypes
 import multiprocessing
-import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -25,7 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MODELS, RESULTS, Sheet, alternate, origin, percentiles, published_form
+from common import (
+    MODELS,
+    PROCESS,
+    RESULTS,
+    Sheet,
+    alternate,
+    forget_peak,
+    give_back_memory,
+    origin,
+    percentiles,
+    published_form,
+    resident_mb,
+)
 from plot import draw_networks, table_of_targets
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -37,7 +47,6 @@ from odconv.ops import cpu
 
 KEYS = ("model", "kernel_num", "batch", "size", "mode", "form", "compiled")
 MEMORY_FORMS = ("static", "ours", "published")
-PROCESS = Path("/proc/self")
 
 
 def network(name: str, n: int | None) -> nn.Module:
@@ -78,19 +87,9 @@ def time_network(
     return rows
 
 
-def resident_mb(entry: str) -> float:
-    """VmRSS, the resident memory of this process, or VmHWM, its highest since `forget_peak`, in MB."""
-    return int(re.search(rf"{entry}:\s+(\d+) kB", (PROCESS / "status").read_text())[1]) * 1024 / 1e6
-
-
-def forget_peak() -> None:
-    (PROCESS / "clear_refs").write_text("5")
-
-
 def step_memory(name: str, n: int | None, form: str, batch: int, size: int) -> dict[str, float]:
     """Megabytes of one training step; for a process of its own, which has computed nothing yet."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD: larger blocks are given back to the system when they are freed
+    libc = give_back_memory()
     model = network(name, n)
     cpu.available()
     static = network(name, None)

@@ -14,8 +14,8 @@ BELOW = {  # the rooms that a room may import from
     "data": {"files"},
     "layers": {"ops"},
     "convert": {"layers", "ops"},
-    "fuse": {"layers"},
-    "yolo": {"convert", "fuse", "layers"},
+    "fusion": {"layers"},
+    "yolo": {"convert", "fusion", "layers"},
     "models": {"convert", "layers", "ops", "checkpoints", "files"},
 }
 LEAVES = ("train", "detect", "profile", "visualize", "timm")
@@ -23,6 +23,7 @@ BELOW |= {leaf: {*BELOW} for leaf in LEAVES}
 BELOW |= {"report": {"files", "layers", "models", "profile", "visualize"}}
 BELOW["train"].add("report")
 BELOW["detect"].add("train")
+BELOW |= {"reporting": {*BELOW, "report"}}
 BELOW |= {"hub": {"models", "checkpoints", "profile"}}
 BELOW |= {"cli": {*BELOW}, "__main__": {"cli"}, "__init__": {*BELOW, "functional"}}
 

@@ -272,7 +272,7 @@ def test_files_that_are_missing(write, tmp_path: Path) -> None:
 
 
 def test_nothing_to_learn(write) -> None:
-    with pytest.raises(ValueError, match="has no image with an object to learn"):
+    with pytest.raises(ValueError, match="has no image with an object to find"):
         read_annotations(write({**content(), "annotations": []})).without_empty()
 
 

@@ -177,14 +177,17 @@ def test_evaluation_is_that_of_the_run(run: Path, coco: Path, tmp_path: Path, ca
 
 
 def test_two_processes_score_the_same(run: Path, coco: Path, tmp_path: Path) -> None:
-    options = {"weights": run / "last.ckpt", "data": coco, "workers": 0, "score_threshold": 0.0}
-    one = evaluate(
-        **{name: value if isinstance(value, (int, float)) else str(value) for name, value in options.items()}
-    )
-    two = start({**options, "devices": 2, "out": tmp_path}, command=("detect", "evaluate"))
+    options = {"weights": str(run / "last.ckpt"), "data": str(coco), "workers": 0, "score_threshold": 0.0}
+    one = evaluate(**options, test_batch=1, out=str(tmp_path / "one"))  # an image a batch in both: nothing is padded
+    two = start({**options, "devices": 2, "test_batch": 2, "out": tmp_path / "two"}, command=("detect", "evaluate"))
     assert two.wait() == 0, two.stdout.read()
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    scores = json.loads((tmp_path / "two" / "scores.json").read_text())
     assert scores["images"] == 5
+    for name in ("bbox", "segm"):
+        results = [json.loads((tmp_path / place / f"{name}.json").read_text()) for place in ("one", "two")]
+        first, second = (sorted(json.dumps(item) for item in result) for result in results)
+        assert first == second
+        assert len(first) > 100
     assert {name: scores[name] for name in ("ap", "ap50", "mask_ap", "classes")} == {
         name: one[name] for name in ("ap", "ap50", "mask_ap", "classes")
     }

@@ -151,3 +151,23 @@ def test_a_file_of_another_method_is_told(file, model, tmp_path):
 def test_what_the_zoo_refuses(name, options, message):
     with pytest.raises(ValueError, match=message):
         odconv.create_model(name, **options)
+
+
+def test_a_warm_start_computes_what_the_static_network_does(tmp_path):
+    static = odconv.create_model("mobilenetv2_050", num_classes=3).eval()
+    torch.save(static.state_dict(), tmp_path / "static.pth")
+    options = {"kernel_num": 4, "num_classes": 3, "weights": tmp_path / "static.pth"}
+    warm = odconv.create_model("od_mobilenetv2_050", warm_start=True, **options).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(warm(x), static(x), rtol=1e-4, atol=1e-5)
+    torch.save(warm.state_dict(), tmp_path / "warm.pth")
+    again = odconv.create_model("od_mobilenetv2_050", kernel_num=4, num_classes=3, weights=tmp_path / "warm.pth").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), warm(x))
+    with pytest.raises(ValueError, match="does not fit"):
+        odconv.create_model("od_mobilenetv2_050", **options)
+    with pytest.raises(ValueError, match="warm_start needs the weights of the static network"):
+        odconv.create_model("od_mobilenetv2_050", warm_start=True)
+    with pytest.raises(ValueError, match="mobilenetv2_050 is static: warm_start is for dynamic networks"):
+        odconv.create_model("mobilenetv2_050", **options | {"kernel_num": None}, warm_start=True)

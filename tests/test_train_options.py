@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_runs import OPTIONS, checkpoint, fit_tiny, rows
+from small_runs import OPTIONS, checkpoint, fit_tiny, rows, weights
 from torch.distributed.run import main as torchrun
 from torchvision.transforms import v2
 
+from odconv import create_model
 from odconv.data import Images, evaluation_transform
 from odconv.train import TrainConfig, evaluate, train
 from odconv.train.loaders import training_loader
@@ -169,3 +170,15 @@ def in_one_of_several_processes(path: str, compress: str) -> None:
 
 if __name__ == "__main__":
     in_one_of_several_processes(*sys.argv[1:])
+
+
+def test_a_warm_start(folder: Path, tmp_path: Path) -> None:
+    static = create_model("mobilenetv2_050", num_classes=3, stem="small")
+    torch.save(static.state_dict(), tmp_path / "static.pth")
+    options = OPTIONS | {"weights": str(tmp_path / "static.pth"), "data": str(folder), "lr": 1e-9, "kernel_num": 2}
+    train(**options, warm_start=True, out=str(tmp_path / "run"))
+    after = weights(tmp_path / "run" / "last.ckpt")
+    kernels = after["model.features.2.conv.0.0.weight"].mean(0)  # the mixture at the start
+    torch.testing.assert_close(kernels, static.state_dict()["features.2.conv.0.0.weight"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="does not fit"):
+        train(**options, out=str(tmp_path / "cold"))

@@ -4,6 +4,7 @@ from odconv import functional
 from odconv.checkpoints import load_checkpoint
 from odconv.convert import convert
 from odconv.detect import create_detector
+from odconv.fusion import fuse
 from odconv.layers import (
     CondConv1d,
     CondConv2d,
@@ -56,6 +57,7 @@ __all__ = [
     "create_detector",
     "create_model",
     "functional",
+    "fuse",
     "list_models",
     "load_checkpoint",
     "profile",

@@ -26,7 +26,7 @@ COMMANDS = {
     "train": Command("odconv.train:train", "train a network on images", "odconv"),
     "evaluate": Command("odconv.train:evaluate", "measure the accuracy of a checkpoint"),
     "predict": Command("odconv.train:predict", "say what is on images"),
-    "report": Command("odconv.train.reporting:report", "write report.html to the folders of runs"),
+    "report": Command("odconv.reporting:report", "write report.html to the folders of runs"),
     "compare": Command("odconv.report:compare", "put runs side by side: a table and their curves"),
     "profile": Command("odconv.profile:main", "count parameters and multiply-adds, measure latency"),
     "detect train": Command("odconv.detect:train", "train a detector on data in COCO's format", "odconv.detect"),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 INK, FAINT, GRID = "#222222", "#888888", "#E5E5E5"
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")  # Paul Tol's, for every eye
 MARKERS = "os^D"
+SCORES = {"top1": "top-1 accuracy", "ap": "average precision"}
+"""What a run is judged by, by its column of metrics.csv."""
 GATES = "viridis"
 LEAST_RANGE = 0.1  # of a colour scale: what varies less shall look alike
 EXPLANATION = (
@@ -242,18 +244,22 @@ def draw_history(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
 
     figure = Figure((13, 4.2), facecolor="white", layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[3, 3, 2])
+    scores: dict[str, None] = {}
     for index, (name, rows) in enumerate(runs.items()):
-        columns = ("epoch", "train_loss", "val_loss", "top1", "temperature")
-        epochs, train, val, top1, temperatures = ([row.get(column, nan) for row in rows] for column in columns)
+        score = next((column for column in SCORES if any(column in row for row in rows)), "top1")
+        scores[SCORES[score]] = None
+        columns = ("epoch", "train_loss", "val_loss", score, "temperature")
+        epochs, train, val, values, temperatures = ([row.get(column, nan) for row in rows] for column in columns)
         marker = MARKERS[index // len(COLOURS) % len(MARKERS)]
         line = {"color": COLOURS[index % len(COLOURS)], "linewidth": 2, "marker": marker, "markersize": 4}
-        best = max((value for value in top1 if isfinite(value)), default=nan)
+        best = max((value for value in values if isfinite(value)), default=nan)
         label = name.replace("$", r"\$")  # no formulas
         panels[0].plot(epochs, train, label=label, **line)
         panels[0].plot(epochs, val, **line | {"linestyle": "--", "marker": ""})
-        panels[1].plot(epochs, top1, label=f"{label}, best {best:.1f} %", **line)
+        panels[1].plot(epochs, values, label=f"{label}, best {best:.1f} %", **line)
         panels[2].plot(epochs, temperatures, **line)
-    titles = ("loss (training; dashed: validation)", "top-1 accuracy in validation, %", "temperature after the epoch")
+    measured = f"{' or '.join(scores)} in validation, %"
+    titles = ("loss (training; dashed: validation)", measured, "temperature after the epoch")
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, loc="left", size=11, weight="bold", color=INK)
         prepare_epochs(axes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from odconv.convert import Chosen, dynamic_like, find_convolutions, matcher
 from odconv.convert import convert as convert_convolutions
-from odconv.fuse import BatchNorm, fold_batch_norm
+from odconv.fusion import BatchNorm, fold_batch_norm
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 
 Size = int | list[int] | tuple[int, int]

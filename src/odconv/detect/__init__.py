@@ -15,7 +15,7 @@ def train(**options: Any) -> dict[str, Any]:
     """Train a detector on data in COCO's format.
 
     Writes to the folder `out`: best.ckpt (by the AP of boxes), last.ckpt and previous.ckpt, metrics.csv (a row an
-    epoch), tensorboard/, config.yaml (the options, resolved; it is a recipe), machine.json and result.json.
+    epoch), tensorboard/, config.yaml (the options, resolved; it is a recipe), machine.json, result.json, report.html.
 
     Args:
         **options: the fields of :class:`DetectConfig`.

@@ -48,10 +48,10 @@ class Annotations:
         return f"left out of {self.path}: {'; '.join(reasons)}"
 
     def without_empty(self) -> "Annotations":
-        """Return those images alone that have an object to learn."""
+        """Return those images alone that have an object to find, crowds aside; ValueError if there is none."""
         kept = [i for i, objects in enumerate(self.objects) if any(not item["iscrowd"] for item in objects)]
         if not kept:
-            raise ValueError(f"{self.path} has no image with an object to learn")
+            raise ValueError(f"{self.path} has no image with an object to find")
         return Annotations(
             self.path, [self.images[i] for i in kept], [self.objects[i] for i in kept], self.categories, self.dropped
         )

@@ -97,8 +97,8 @@ def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:
     """
     root, masks = Path(config.data), config.detector == "mask_rcnn"
     training = read_annotations(root / config.train_annotations, config.classes, masks)
-    learnable = training.without_empty()  # which there must be
     evaluation = read_annotations(root / config.val_annotations, config.classes, masks)
+    learnable, _ = training.without_empty(), evaluation.without_empty()  # objects there must be
     if training.labels.keys() != evaluation.labels.keys() or training.classes != evaluation.classes:
         only = (sorted({*a.classes} - {*b.classes}) for a, b in ((training, evaluation), (evaluation, training)))
         first, second = (", ".join(names[:8]) or "none, but other ids" for names in only)

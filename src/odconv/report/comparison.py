@@ -71,7 +71,8 @@ def check_format(out: Path) -> str:
 def tabulate(runs: Mapping[str, Run]) -> Table:
     """The numbers of runs, a column a run."""
     columns = [describe(run) for run in runs.values()]
-    return Table(["", *runs], [[line, *(column[line] for column in columns)] for line in columns[0]], left=1)
+    lines = dict.fromkeys(line for column in columns for line in column)
+    return Table(["", *runs], [[line, *(column.get(line, UNKNOWN) for column in columns)] for line in lines], left=1)
 
 
 def describe(run: Run) -> dict[str, str]:
@@ -82,11 +83,8 @@ def describe(run: Run) -> dict[str, str]:
         "kernels": words(run.config.get("kernel_num") or UNKNOWN),
         "parameters": number(run.result.get("parameters"), 0),
         "epochs": run.progress,
-        "top-1": number(run.last("top1"), 2, " %"),
-        "best top-1": number(run.best.get("top1"), 2, " %"),
+        **run.scores,
         "best epoch": number(run.best.get("epoch"), 0),
-        "top-5": number(run.last("top5"), 2, " %"),
-        "validation loss": number(run.last("val_loss"), 4),
         "training loss": number(run.last("train_loss"), 4),
         "training an epoch": duration(run.median("train_seconds")),
         "evaluation an epoch": duration(run.median("val_seconds")),

@@ -17,9 +17,10 @@ MACHINE = {
 
 
 def title(run: Run) -> str:
-    """The network: "od_resnet18, 4 kernels"."""
+    """The network: "od_resnet18, 4 kernels", or "faster_rcnn on od_resnet18, 4 kernels"."""
     kernels = run.config.get("kernel_num")
-    return str(run.config.get("arch", run.name)) + (f", {count(kernels, 'kernel')}" if isinstance(kernels, int) else "")
+    network = [str(run.config[name]) for name in ("detector", "arch") if name in run.config]
+    return (" on ".join(network) or run.name) + (f", {count(kernels, 'kernel')}" if isinstance(kernels, int) else "")
 
 
 def sentence(run: Run) -> str:
@@ -29,19 +30,17 @@ def sentence(run: Run) -> str:
     data = f" on {Path(str(run.config['data'])).name}" if "data" in run.config else ""
     state, best = "" if run.finished else "Unfinished: ", ""
     if run.best and run.best is not run.epochs[-1]:
-        best = f"; the best was {number(run.best['top1'], 2, ' %')} after epoch {int(run.best['epoch'])}"
-    top1 = number(run.last("top1"), 2, " %")
-    return f"{state}{top1} top-1 accuracy in validation after epoch {run.progress}{data}{best}."
+        best = f"; the best was {number(run.best[run.score], 2, ' %')} after epoch {int(run.best['epoch'])}"
+    name = {"top1": "top-1 accuracy", "ap": "average precision of boxes"}[run.score]
+    last = number(run.last(run.score), 2, " %")
+    return f"{state}{last} {name} in validation after epoch {run.progress}{data}{best}."
 
 
 def numbers(run: Run) -> dict[str, str]:
     """The final numbers, by what they are."""
     seconds = sum(run.values("train_seconds")) + sum(run.values("val_seconds"))
     return {
-        "top-1": number(run.last("top1"), 2, " %"),
-        "best top-1": number(run.best.get("top1"), 2, " %"),
-        "top-5": number(run.last("top5"), 2, " %"),
-        "validation loss": number(run.last("val_loss"), 4),
+        **run.scores,
         "training loss": number(run.last("train_loss"), 4),
         "parameters": number(run.result.get("parameters"), 0),
         "epochs": run.progress,

@@ -39,6 +39,7 @@ class Curve(NamedTuple):
 CURVES = (
     Curve("Loss", {"train_loss": "training", "val_loss": "validation"}, from_zero=False),
     Curve("Accuracy in validation, %", {"top1": "top-1", "top5": "top-5"}, from_zero=False),
+    Curve("Average precision in validation, %", {"ap": "boxes", "mask_ap": "masks"}),
     Curve("Learning rate", {"lr": ""}),
     Curve("Temperature after the epoch", {"temperature": ""}),
     Curve("Images a second in training", {"images_per_second": ""}),

@@ -14,6 +14,7 @@ import yaml
 
 from odconv.models import split_name
 from odconv.report.statistics import COLUMNS
+from odconv.report.words import number
 
 Row = dict[str, Any]
 
@@ -69,11 +70,33 @@ class Run:
         """Whether the run came to its end; one that was taken up again for more epochs has to come there again."""
         return bool(self.result and self.epochs) and self.last("epoch") >= (self.planned or 0)
 
+    @property
+    def score(self) -> str:
+        """The column of what is best: top-1 accuracy, or the average precision of a detector."""
+        return "ap" if "detector" in self.config or self.values("ap") else "top1"
+
     @cached_property
     def best(self) -> Row:
-        """The first epoch with the greatest top-1 accuracy; an empty row where there is none."""
-        measured = [row for row in self.epochs if isfinite(row.get("top1", nan))]
-        return max(measured, key=lambda row: row["top1"], default={})
+        """The first epoch with the greatest score; an empty row where there is none."""
+        measured = [row for row in self.epochs if isfinite(row.get(self.score, nan))]
+        return max(measured, key=lambda row: row[self.score], default={})
+
+    @property
+    def scores(self) -> dict[str, str]:
+        """The scores after the last epoch, and the best one, by what they are."""
+        name = {"ap": "AP", "top1": "top-1"}[self.score]
+        scores = {
+            name: number(self.last(self.score), 2, " %"),
+            f"best {name}": number(self.best.get(self.score), 2, " %"),
+        }
+        if self.score == "top1":
+            scores |= {"top-5": number(self.last("top5"), 2, " %"), "validation loss": number(self.last("val_loss"), 4)}
+        else:
+            others = {"ap50": "AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"}
+            scores |= {
+                title: number(self.last(column), 2, " %") for column, title in others.items() if self.values(column)
+            }
+        return scores
 
     def values(self, column: str) -> list[float]:
         """The finite numbers of a column of metrics.csv; none for a column that is missing."""

@@ -1,7 +1,7 @@
 """What a training run is told: one typed, documented field an option."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from math import inf
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
@@ -104,6 +104,11 @@ class RunConfig:
             choices, value = get_args(field.type), getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def defaults(config: type[RunConfig]) -> dict[str, Any]:
+    """Return the options of a kind of run that have a default, and the default."""
+    return {field.name: field.default for field in fields(config) if field.default is not MISSING}
 
 
 @dataclass(frozen=True, kw_only=True)

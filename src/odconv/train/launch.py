@@ -16,10 +16,10 @@ from torch import nn
 
 from odconv.files import replacing
 from odconv.models import METHODS, split_name
-from odconv.report import write_machine
+from odconv.report import write_machine, write_report
 from odconv.train.average import Average
 from odconv.train.claim import CONFIG, RESULT
-from odconv.train.config import RunConfig
+from odconv.train.config import RunConfig, defaults
 from odconv.train.files import BEST
 from odconv.train.keep import Best, Last
 from odconv.train.resume import Resumed
@@ -95,9 +95,10 @@ def write_beginning(config: RunConfig, resumed: Resumed, processes: int) -> None
 
 
 def write_result(config: RunConfig, resumed: Resumed, result: Mapping[str, Any]) -> None:
-    """Write what came out, unless it was there before."""
+    """Write what came out, and the report, unless they were there before."""
     if not is_finished(config, resumed):
         _write(Path(config.out) / RESULT, json.dumps(result, indent=2) + "\n")
+        print(write_report(config.out, defaults(type(config))))
 
 
 def describe_resumption(config: RunConfig, resumed: Resumed) -> Iterator[str]:

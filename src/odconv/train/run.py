@@ -22,7 +22,6 @@ from odconv.train.history import History, Row
 from odconv.train.launch import (
     count_parameters,
     describe_resumption,
-    is_finished,
     make_run,
     resolve_layers,
     write_beginning,
@@ -30,7 +29,6 @@ from odconv.train.launch import (
 )
 from odconv.train.loaders import evaluation_loader, training_loader
 from odconv.train.module import Training
-from odconv.train.reporting import report
 from odconv.train.resume import find_resumed
 from odconv.train.schedule import temperature
 
@@ -63,7 +61,6 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: History) -> dict[s
     assert train_images is not None  # since they were asked for
     config = _resolve(config, len(splits.classes))
     resumed = find_resumed(config, splits.classes, FIXED)
-    finished = is_finished(config, resumed)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = create_model(
         config.arch,
@@ -96,8 +93,6 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: History) -> dict[s
     result = _result(config, model, history.rows)
     if trainer.is_global_zero:
         write_result(config, resumed, result)
-        if not finished:
-            report([config.out])
         print(
             f"top-1 {result['top1']:.2f} %, best {result['best_top1']:.2f} % after epoch {result['best_epoch']}: "
             f"{Path(config.out) / BEST}",

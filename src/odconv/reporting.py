@@ -1,9 +1,6 @@
 """The command `odconv report`."""
 
-from dataclasses import MISSING, fields
 from pathlib import Path
-
-from odconv.train.config import TrainConfig
 
 
 def report(runs: list[str]) -> list[Path]:
@@ -19,9 +16,12 @@ def report(runs: list[str]) -> list[Path]:
         FileNotFoundError: a folder that is missing or holds no run.
         OSError: a report cannot be written.
     """
-    from odconv.report import write_report
+    from odconv.detect import DetectConfig
+    from odconv.report import read_run, write_report
+    from odconv.train import TrainConfig
+    from odconv.train.config import defaults
 
-    defaults = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
-    reports = [write_report(folder, defaults) for folder in runs]
+    kinds = [DetectConfig if "detector" in read_run(folder).config else TrainConfig for folder in runs]
+    reports = [write_report(folder, defaults(kind)) for folder, kind in zip(runs, kinds, strict=True)]
     print(*reports, sep="\n", flush=True)
     return reports

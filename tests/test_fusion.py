@@ -1,4 +1,4 @@
-"""Batch norm folded into dynamic layers: nothing changes but the rounding."""
+"""Batch norm folded into convolutions: nothing changes but the rounding."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import odconv
-from odconv.fuse import fold_batch_norm
+from odconv.fusion import fold_batch_norm
 
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -87,3 +87,87 @@ def test_a_fusing_made_for_static_convolutions_is_found_out():
     )  # takes the kernels for the filters
     with pytest.raises(ValueError, match=r"weight must have 1 kernels .* got shape \(6, 6, 4, 3, 3\).*fold_batch_norm"):
         layer(torch.randn(1, 4, 5, 5))
+
+
+def batch_norms(model):
+    """Names of batch norms outside of attentions."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return [name for name, part in model.named_modules() if isinstance(part, kinds) and "attention" not in name]
+
+
+@pytest.mark.parametrize(
+    "name", ["od_resnet18", "dy_resnet18", "cond_mobilenetv2_050", "od_mobilenetv2_050", "resnet50"]
+)
+def test_whole_networks(name):
+    torch.manual_seed(0)
+    options = {} if name.startswith("resnet") else {"kernel_num": 2}
+    model = odconv.create_model(name, num_classes=5, **options).double().eval()
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.normal_(part.bias)
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        assert odconv.fuse(model) is model
+        assert batch_norms(model) == []
+        assert (model(x) - expected).norm() <= 1e-12 * expected.norm()
+        odconv.fuse(model)  # once more: nothing is left to do
+        assert (model(x) - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_the_backbone_of_a_detector():
+    detector = odconv.create_detector("faster_rcnn", "od_resnet18", num_classes=3, min_size=64, max_size=64).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = detector.backbone(x)
+        odconv.fuse(detector.backbone)
+        assert batch_norms(detector) == []
+        for name, level in detector.backbone(x).items():
+            torch.testing.assert_close(level, expected[name], rtol=1e-4, atol=1e-5)
+
+
+class Shared(nn.Module):
+    """One convolution whose output is used twice, one that is called twice, and a pair that can be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.first_norm = odconv.ODConv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.again, self.again_norm = odconv.ODConv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.last, self.last_norm = nn.ConvTranspose2d(4, 6, 2), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        y = self.first(x)
+        y = y + self.first_norm(y)
+        y = self.again_norm(self.again(self.again(y)))
+        return self.last_norm(self.last(y))
+
+
+def test_what_cannot_be_folded_stays():
+    model = stirred(Shared())
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        odconv.fuse(model)
+        assert batch_norms(model) == ["first_norm", "again_norm"]
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = odconv.ODConv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) if x.sum() > 0 else x
+
+
+def test_what_fuse_refuses():
+    model = Branching()
+    with pytest.raises(ValueError, match="model must be in evaluation mode, got batch norm in training mode: conv"):
+        odconv.fuse(model)
+    with pytest.raises(ValueError, match=r"the Branching cannot be traced \(.*\); odconv\.fusion\.fold_batch_norm"):
+        odconv.fuse(model.eval())
+    assert batch_norms(model) == ["bn"]
