@@ -4,6 +4,7 @@ from odconv import functional
 from odconv.checkpoints import load_checkpoint
 from odconv.convert import convert
 from odconv.detect import create_detector
+from odconv.freeze import to_static
 from odconv.fusion import fuse
 from odconv.layers import (
     CondConv1d,
@@ -62,4 +63,5 @@ __all__ = [
     "load_checkpoint",
     "profile",
     "set_temperature",
+    "to_static",
 ]
