@@ -19,11 +19,12 @@ BELOW = {  # the rooms that a room may import from
     "yolo": {"convert", "fusion", "layers"},
     "models": {"convert", "layers", "ops", "checkpoints", "files"},
 }
-LEAVES = ("train", "detect", "profile", "visualize", "timm")
+LEAVES = ("train", "detect", "export", "profile", "visualize", "timm")
 BELOW |= {leaf: {*BELOW} for leaf in LEAVES}
 BELOW |= {"report": {"files", "layers", "models", "profile", "visualize"}}
 BELOW["train"].add("report")
 BELOW["detect"].add("train")
+BELOW["export"].add("train")
 BELOW |= {"reporting": {*BELOW, "report"}}
 BELOW |= {"hub": {"models", "checkpoints", "profile"}}
 BELOW |= {"cli": {*BELOW}, "__main__": {"cli"}, "__init__": {*BELOW, "functional"}}
@@ -44,7 +45,7 @@ def test_imports_point_downward():
 def test_import_odconv_is_light():
     heavy = (
         "torchvision lightning pytorch_lightning torchmetrics jsonargparse matplotlib rich yaml sklearn PIL "
-        "safetensors timm huggingface_hub"
+        "safetensors timm huggingface_hub onnx onnxscript onnxruntime"
     )
     code = f"import sys, odconv; print(*[name for name in {heavy.split()!r} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

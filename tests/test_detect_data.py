@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from odconv.detect.coco import Annotations, check_files, read_annotations
-from odconv.detect.images import UNREADABLE, CocoImages, collate, decode_masks
+from odconv.detect.images import UNREADABLE, CocoImages, collate
+from odconv.detect.masks import decode_masks
 from odconv.detect.sampler import GroupedSampler
 from odconv.detect.scores import METRICS, describe_detections, score
 
@@ -201,12 +202,21 @@ NAN = float("nan")
         ({"segmentation": []}, "without a mask"),
         ({"segmentation": [[1, 1, 2, 2]]}, "without a polygon of three points"),
         ({"segmentation": "mask"}, "neither polygons nor RLE"),
+        ({"segmentation": [[500, 500, 510, 500, 510, 510]]}, "without a polygon of three points or more in the image"),
+        ({"segmentation": {"size": [40, 60], "counts": [5, 5]}}, "with an RLE that cannot be decoded"),
+        ({"segmentation": {"size": [40, 60], "counts": None}}, "with an RLE that cannot be decoded"),
+        ({"segmentation": {"size": [40, 60], "counts": "zzzzzzzz"}}, "with an RLE that cannot be decoded"),
+        ({"segmentation": {"size": [40, 60], "counts": [2400]}}, "without a mask"),
+        ({"segmentation": {"size": 5, "counts": [2400]}}, "of another size than the image"),
+        ({"iscrowd": "yes"}, "whose iscrowd is neither 0 nor 1"),
+        ({"image_id": [7]}, "of images that are not listed"),
+        ({"category_id": [5]}, "of categories that are not listed"),
         ({"segmentation": {"size": [60, 40], "counts": [2400]}}, "of another size than the image"),
     ],
 )
 def test_what_cannot_be_learned_is_left_out_counted_and_named(write, annotation: dict, reason: str) -> None:
     annotations = read_annotations(write(changed(**annotation)), masks=True)
-    assert [item["id"] for item in annotations.objects[0]] == [1]
+    assert [item["category_id"] for item in annotations.objects[0]] == [5]
     assert len(annotations.images) == 2
     assert re.fullmatch(rf"left out of .*: 1 .*{reason}.* \(ids 2\)", annotations.describe_dropped())
     if "segmentation" in annotation:
@@ -227,6 +237,12 @@ def without(part: str, place: str | None = None) -> Content:
     return what
 
 
+def with_image(**entry: object) -> Content:
+    what = content()
+    what["images"][0] |= entry
+    return what
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -240,6 +256,11 @@ def without(part: str, place: str | None = None) -> Content:
         ({**content(), "categories": [], "annotations": []}, "lists no categories"),
         (without("images", "file_name"), "image 0 in .* has no file_name"),
         (without("images", "width"), "image 0 in .* has no width"),
+        (with_image(width=60.5), r"the image a\.png in .* is 60\.5 x 40 pixels"),
+        (with_image(height=NAN), r"the image a\.png in .* is 60 x nan pixels"),
+        (with_image(width=math.inf), r"the image a\.png in .* is inf x 40 pixels"),
+        (with_image(file_name=7), "the file_name of image 0 in .* must be a string, got 7"),
+        (with_image(id=[7]), "the id of image 0 in .* must be a number or a string"),
         ({**content(), "images": content()["images"] * 2}, "two images in .* have the id 7"),
         ({**content(), "categories": content()["categories"] * 2}, "two categories in .* have the id 90"),
         ({**content(), "categories": [{"id": 1}]}, "a category in .* has no id, a whole number, or no name"),
@@ -269,6 +290,46 @@ def test_files_that_are_missing(write, tmp_path: Path) -> None:
     (images.folder / "sub" / "b.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of the 2 images listed in .* are not in .*: sub/b\.png"):
         check_files(annotations, images.folder)
+
+
+def test_a_folder_that_is_a_link(write, tmp_path: Path) -> None:
+    images = make_images(read_annotations(write(content()), masks=True), write)
+    (images.folder / "sub").rename(tmp_path / "elsewhere")
+    (images.folder / "sub").symlink_to(tmp_path / "elsewhere")
+    check_files(images.annotations, images.folder)
+
+
+@pytest.mark.parametrize("ids", [("a", "b"), (2**60, 2**60 + 1), (0, "0"), (0.5, -3), (0, -1)])
+def test_ids_of_images_may_be_anything(write, ids: tuple) -> None:
+    what = changed(image_id=ids[1], iscrowd=None, area=None)
+    what["annotations"][0]["image_id"] = ids[0]
+    for entry, number in zip(what["images"], ids, strict=True):
+        entry |= {"id": number, "width": 60.0, "height": 40}
+    annotations = read_annotations(write(what), masks=True)
+    results = found((5, [10, 10, 20, 20], 0.9), image=ids[0]) + found((90, [10, 10, 20, 20], 0.9), image=ids[1])
+    assert score(annotations, results, ids, masks=True)["mask_ap"] == 100.0
+    assert score(annotations, results, ids[:1])["classes"] == {"cat": {"ap": 100.0}, "dog": {"ap": None}}
+    assert decode_masks([annotations.objects[0][0]["segmentation"]], 40, annotations.images[0]["width"]).sum() == 400
+
+
+def test_label_0_stands_for_nothing() -> None:
+    detections = {"boxes": torch.ones(3, 4), "labels": torch.tensor([0, 1, 2]), "scores": torch.ones(3)}
+    assert [item["category_id"] for item in describe_detections(detections, 7, [5, 90])] == [5, 90]
+    assert [item["category_id"] for item in describe_detections(detections, 7, [5, None])] == [5]
+
+
+@pytest.mark.parametrize("classes", [(), "cat"])
+def test_classes_are_names(write, classes: object) -> None:
+    with pytest.raises(ValueError, match="classes must be names of categories"):
+        read_annotations(write(content()), classes)
+
+
+def test_everything_was_left_out_and_why(write) -> None:
+    what = content()
+    for item in what["annotations"]:
+        item["image_id"] = str(item["image_id"])
+    with pytest.raises(ValueError, match=r"no image with an object to find; left out of .*: 2 of images that are not"):
+        read_annotations(write(what)).without_empty()
 
 
 def test_nothing_to_learn(write) -> None:

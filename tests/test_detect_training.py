@@ -17,9 +17,10 @@ from small_runs import checkpoint, same_weights, start, wait_until, weights
 import odconv
 from odconv.cli import main, parse_options
 from odconv.detect import DetectConfig, evaluate, predict, train
-from odconv.detect.images import UNREADABLE
+from odconv.detect.coco import read_annotations
+from odconv.detect.images import UNREADABLE, CocoImages
 from odconv.detect.module import DetectorTraining
-from odconv.detect.restore import build, coco_classes
+from odconv.detect.restore import RestoredDetector, build, coco_classes
 from odconv.detect.schedule import learning_rate
 
 OPTIONS = {
@@ -54,15 +55,15 @@ PUBLISHED = {
 }
 
 
-def make_coco(root: Path, counts: dict[str, int], masks: bool = True) -> Path:
-    """Images of 44 x 32 or 32 x 44 with a coloured rectangle on most."""
+def make_coco(root: Path, counts: dict[str, int], masks: bool = True, size: tuple[int, int] | None = None) -> Path:
+    """Images of 44 x 32 or 32 x 44, or of one size, with a coloured rectangle on most."""
     random = np.random.default_rng(0)
     for split, count in counts.items():
         content: dict[str, list] = {"images": [], "annotations": [], "categories": []}
         content["categories"] = [{"id": 4, "name": "red"}, {"id": 9, "name": "blue"}]
         (root / f"{split}2017").mkdir(parents=True)
         for i in range(count):
-            height, width = (32, 44) if i % 3 else (44, 32)
+            height, width = size or ((32, 44) if i % 3 else (44, 32))
             pixels = random.integers(0, 90, (height, width, 3), dtype=np.uint8)
             content["images"].append({"id": 100 + i, "file_name": f"{i}.png", "width": width, "height": height})
             if i != 1:
@@ -119,6 +120,11 @@ def test_published_recipes(name: str) -> None:
     )
     assert (config.epochs, config.batch_size, config.momentum, config.wd) == (12, 16, 0.9, 1e-4)
     assert (config.frozen_stages, config.norm_eval, config.temperature, config.augment) == (1, True, 1.0, "flip")
+    assert (config.conventions, config.negatives, config.options) == (
+        "mmdetection",
+        False,
+        {"rpn_post_nms_top_n_train": 1000},
+    )
     steps = 7330  # in an epoch of 117,266 images
     for step in (0, 1, 250, 499):
         assert learning_rate(config, 0, step) == pytest.approx(0.02 * (1 - (1 - step / 500) * (1 - 0.001)))
@@ -193,16 +199,6 @@ def test_two_processes_score_the_same(run: Path, coco: Path, tmp_path: Path) -> 
     }
 
 
-def test_two_processes_train(coco: Path, tmp_path: Path) -> None:
-    options = OPTIONS | {"data": coco, "out": tmp_path / "run", "devices": 2}
-    process = start(flags(options), command=("detect", "train"))
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert rows(tmp_path / "run")[0]["steps"] == 5
-    assert output.count("epoch   1/1") == 1
-    assert {*checkpoint(tmp_path / "run" / "last.ckpt")["odconv"]} >= {"categories"}
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_ended_in_mid_epoch_ends_with_the_same_weights(
     run: Path, coco: Path, tmp_path: Path, number: int
@@ -224,13 +220,106 @@ def test_a_run_that_is_ended_in_mid_epoch_ends_with_the_same_weights(
     assert rows(out)[0]["train_loss"] == pytest.approx(rows(run)[0]["train_loss"], rel=1e-6)
 
 
-def test_accumulating_is_the_same_step(coco: Path, tmp_path: Path) -> None:
-    common = OPTIONS | {"data": str(coco), "group": False, "augment": "none", "detector": "retinanet", "options": None}
-    for name, accumulate in (("one", 1), ("two", 2)):
-        train(**common | {"batch_size": 4, "accumulate": accumulate}, out=str(tmp_path / name))
-    one, two = (rows(tmp_path / name)[0] for name in ("one", "two"))
-    assert one["steps"] == two["steps"] == 3
-    assert two["train_loss"] == pytest.approx(one["train_loss"], rel=0.1)  # the average over images is within batches
+STATIC = {"detector": "retinanet", "arch": "mobilenetv2_050", "kernel_num": None, "options": None, "augment": "none"}
+"""A detector without randomness, whose losses are means over images: parts of a batch add up to the whole."""
+
+
+@pytest.fixture(scope="module")
+def whole_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """Options of a run on images of one size in steps of four, and that run in one process and whole steps."""
+    data = make_coco(tmp_path_factory.mktemp("coco"), {"train": 8, "val": 2}, size=(44, 44))
+    options = OPTIONS | STATIC | {"batch_size": 4, "lr": 0.01, "clip": None, "warmup_steps": 0, "data": str(data)}
+    train(**options, out=str(data / "whole"))
+    return options, data / "whole"
+
+
+def distance(one: Path, other: Path) -> float:
+    pairs = zip(weights(one / "last.ckpt").values(), weights(other / "last.ckpt").values(), strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_step_in_parts_is_the_same_step(whole_steps, tmp_path: Path, accumulate: int) -> None:
+    options, whole = whole_steps
+    train(**options, accumulate=accumulate, out=str(tmp_path / "run"))
+    assert rows(tmp_path / "run")[0]["steps"] == 2
+    assert distance(tmp_path / "run", whole) <= 1e-7
+
+
+def test_two_processes_make_the_same_step(whole_steps, tmp_path: Path) -> None:
+    options, whole = whole_steps
+    process = start(
+        flags({k: v for k, v in options.items() if v is not None} | {"devices": 2, "out": tmp_path / "run"}),
+        command=("detect", "train"),
+    )
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert distance(tmp_path / "run", whole) <= 1e-7
+    assert rows(tmp_path / "run")[0]["train_loss"] == pytest.approx(rows(whole)[0]["train_loss"])
+
+
+class Oracle(torch.nn.Module):
+    """A detector that knows what is on the images, in an order of classes of its own, with one class more."""
+
+    def __init__(self, truth: CocoImages) -> None:
+        super().__init__()
+        self.truth, self.asked = truth, 0
+        self.classes = [*reversed(truth.annotations.classes), "unicorn"]
+        self.roi_heads = torch.nn.Identity()
+        self.roi_heads.has_mask = lambda: True
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        answers = []
+        for image in images:
+            _, target = self.truth[self.asked]
+            self.asked += 1
+            assert image.shape[1:] == target["masks"].shape[1:]
+            labels = torch.tensor([len(self.classes) - label for label in target["labels"].tolist()], dtype=torch.int64)
+            found = {"boxes": target["boxes"], "labels": labels, "scores": torch.ones(len(labels))}
+            answers.append(found | {"masks": target["masks"][:, None].float()})
+        return answers
+
+
+def test_a_detector_that_knows_scores_100(coco: Path, monkeypatch) -> None:
+    annotations = read_annotations(coco / "annotations/instances_val2017.json", masks=True)
+    oracle = Oracle(CocoImages(annotations, coco / "val2017", "none", masks=True))
+    restored = RestoredDetector(oracle, "oracle", oracle.classes, [7, 8, 9])
+    monkeypatch.setattr("odconv.detect.restore.restore", lambda *_, **__: restored)
+    scores = evaluate(weights="", data=str(coco), workers=0)
+    assert (scores["ap"], scores["mask_ap"]) == (100.0, 100.0)
+    assert [*scores["classes"].values()] == 2 * [{"ap": 100.0, "mask_ap": 100.0}]
+
+
+def test_some_classes_alone(coco: Path, tmp_path: Path) -> None:
+    result = train(**OPTIONS | STATIC, data=str(coco), out=str(tmp_path / "run"), classes="blue")
+    scores = evaluate(weights=str(tmp_path / "run" / "best.ckpt"), data=str(coco), workers=0)
+    assert {*scores["classes"]} == {"blue"}
+    assert scores["ap"] == pytest.approx(result["best_ap"], abs=1e-3)
+
+
+def test_conventions_stay_with_the_weights(coco: Path, tmp_path: Path, caplog) -> None:
+    one, two, three = (str(tmp_path / name) for name in ("one", "two", "three"))
+    options = OPTIONS | {"data": str(coco)}
+    train(**options, conventions="mmdetection", temperature=10.0, out=one)
+    (tmp_path / "one" / "best.ckpt").rename(tmp_path / "moved.ckpt")
+    train(**options, weights=str(tmp_path / "moved.ckpt"), out=two)
+    assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["conventions"] == "mmdetection"
+    assert "moved.ckpt was trained with temperature 10.0, and goes on with 1.0" in caplog.text
+    (tmp_path / "moved.ckpt").unlink()
+    train(
+        **options | {"weights": str(tmp_path / "moved.ckpt"), "epochs": 2}, out=two, resume="auto"
+    )  # needs it no more
+    with pytest.raises(ValueError, match="its conventions are mmdetection, those of this run torchvision"):
+        train(**options | {"epochs": 3}, out=two, resume="auto", conventions="torchvision")
+    for given, message in (
+        ({"new_predictor": True}, "new_predictor needs weights"),
+        (
+            {"weights": two + "/best.ckpt", "weights_backbone": "x"},
+            "weights and weights_backbone must not both be given",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(**options | given, out=three)
 
 
 @pytest.mark.parametrize("detector", ["faster_rcnn", "retinanet"])
@@ -371,6 +460,13 @@ def test_a_plain_file_needs_a_description(run: Path, coco: Path, tmp_path: Path)
     described = {name: OPTIONS[name] for name in ("detector", "arch", "kernel_num", "max_size")} | {"min_size": 32}
     with pytest.raises(ValueError, match="the data has classes that the detector does not know: blue, red"):
         evaluate(**plain, **described)
+    with pytest.raises(ValueError, match=r"classes must be 2 names, as many as .* has, got 1"):
+        evaluate(**plain, **described, classes="red")
+    described |= {name: OPTIONS[name] for name in ("anchor_sizes", "options")}
+    named = evaluate(**plain, **described, classes="red,blue", out=str(tmp_path / "plain"))
+    known = evaluate(weights=str(run / "last.ckpt"), data=str(coco), workers=0, out=str(tmp_path / "known"))
+    assert named["classes"] == known["classes"]
+    assert (tmp_path / "plain/bbox.json").read_text() == (tmp_path / "known/bbox.json").read_text()
     with pytest.raises(ValueError, match="does not fit"):
         evaluate(**plain, **described | {"arch": "mobilenetv2_050", "kernel_num": None})
 

@@ -4,6 +4,7 @@ from odconv import functional
 from odconv.checkpoints import load_checkpoint
 from odconv.convert import convert
 from odconv.detect import create_detector
+from odconv.export import export_onnx
 from odconv.freeze import to_static
 from odconv.fusion import fuse
 from odconv.layers import (
@@ -57,6 +58,7 @@ __all__ = [
     "convert",
     "create_detector",
     "create_model",
+    "export_onnx",
     "functional",
     "fuse",
     "list_models",

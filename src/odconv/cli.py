@@ -28,6 +28,7 @@ COMMANDS = {
     "predict": Command("odconv.train:predict", "say what is on images"),
     "report": Command("odconv.reporting:report", "write report.html to the folders of runs"),
     "compare": Command("odconv.report:compare", "put runs side by side: a table and their curves"),
+    "export": Command("odconv.export:export", "write a network as ONNX, torch.export or AOTInductor"),
     "profile": Command("odconv.profile:main", "count parameters and multiply-adds, measure latency"),
     "detect train": Command("odconv.detect:train", "train a detector on data in COCO's format", "odconv.detect"),
     "detect evaluate": Command("odconv.detect:evaluate", "measure the average precision of a detector"),

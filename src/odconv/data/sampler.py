@@ -62,7 +62,7 @@ class TrainingSampler(Sampler[Draw]):
 
     def _whole_order(self) -> list[int]:
         order = torch.randperm(self.length, generator=self._generator())
-        return _fill(order, len(self) * self.world_size)[self.rank :: self.world_size].tolist()
+        return fill(order, len(self) * self.world_size)[self.rank :: self.world_size].tolist()
 
     def _order_of_shards(self, shards: Sequence[int]) -> list[int]:
         generator = self._generator()
@@ -70,7 +70,7 @@ class TrainingSampler(Sampler[Draw]):
         order = torch.cat(
             [torch.arange(stops[i] - shards[i], stops[i]) for i in torch.randperm(len(shards), generator=generator)]
         )
-        share = _fill(order, len(self) * self.world_size)[self.rank * len(self) : (self.rank + 1) * len(self)]
+        share = fill(order, len(self) * self.world_size)[self.rank * len(self) : (self.rank + 1) * len(self)]
         return [
             index
             for buffer in share.split(BUFFER)
@@ -116,6 +116,6 @@ def _check_rank(rank: int, world_size: int) -> None:
         raise ValueError(f"rank must be in 0 .. world_size - 1 = {world_size - 1}, got {rank}")
 
 
-def _fill(order: torch.Tensor, length: int) -> torch.Tensor:
+def fill(order: torch.Tensor, length: int) -> torch.Tensor:
     """Repeat an order from its start until it has so many entries."""
     return order.repeat(math.ceil(length / len(order)))[:length]

@@ -109,6 +109,10 @@ def create_detector(
         raise ValueError(f"num_classes must be an int of at least 2, the background and one class, got {num_classes!r}")
     if frozen_stages not in range(5):
         raise ValueError(f"frozen_stages must be 0, 1, 2, 3 or 4, got {frozen_stages!r}")
+    if new_predictor and weights is None:
+        raise ValueError("new_predictor needs weights, those of a detector for other classes")
+    if weights is not None and weights_backbone is not None:
+        raise ValueError("weights and weights_backbone must not both be given: weights has a backbone")
     sizes = [min_size] if isinstance(min_size, int) else list(min_size)
     if not sizes or not 1 <= min(sizes) <= max(sizes) <= max_size:
         raise ValueError(f"min_size and max_size must be 1 <= min_size <= max_size, got {min_size} and {max_size}")

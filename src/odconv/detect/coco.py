@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from odconv.detect.masks import decode_masks
+
 PARTS = ("images", "annotations", "categories")
 
 
@@ -51,7 +53,7 @@ class Annotations:
         """Return those images alone that have an object to find, crowds aside; ValueError if there is none."""
         kept = [i for i, objects in enumerate(self.objects) if any(not item["iscrowd"] for item in objects)]
         if not kept:
-            raise ValueError(f"{self.path} has no image with an object to find")
+            raise ValueError(f"{self.path} has no image with an object to find; {self.describe_dropped()}".rstrip("; "))
         return Annotations(
             self.path, [self.images[i] for i in kept], [self.objects[i] for i in kept], self.categories, self.dropped
         )
@@ -86,16 +88,23 @@ def read_annotations(path: str | Path, classes: Sequence[str] | None = None, mas
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     dropped: dict[str, list[Any]] = defaultdict(list)
     for number, item in enumerate(annotations):
-        fault, mask = _fault(item, sizes, listed), item.get("segmentation")
+        fault, mask = _fault(item, sizes, listed), None
         if masks and not fault:
-            fault, mask = _check_mask(mask, *sizes[item["image_id"]])
+            fault, mask = _check_mask(item.get("segmentation"), *sizes[item["image_id"]])
         if fault:
             dropped[fault].append(item.get("id", f"entry {number}"))
         elif item["category_id"] in known:
             x, y, width, height = map(float, item["bbox"])
-            defaults = {"area": width * height, "iscrowd": 0}
-            cleaned = {"bbox": [x, y, width, height], "segmentation": mask}
-            by_image[item["image_id"]].append(defaults | item | cleaned)
+            area = item.get("area")
+            by_image[item["image_id"]].append(
+                {
+                    "category_id": item["category_id"],
+                    "bbox": [x, y, width, height],
+                    "area": area if _is_number(area) else width * height,
+                    "iscrowd": int(item.get("iscrowd") or 0),
+                }
+                | ({"segmentation": mask} if masks else {})
+            )
     return Annotations(path, images, [by_image[image["id"]] for image in images], categories, dict(dropped))
 
 
@@ -109,8 +118,7 @@ def check_files(annotations: Annotations, folder: str | Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder of images {folder} does not exist")
     names = [image["file_name"] for image in annotations.images]
-    here = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    if absent := [name for name in names if str(Path(name)) not in here]:
+    if absent := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(
             f"{len(absent)} of the {len(names)} images listed in {annotations.path} are not in {folder}: "
             f"{_some(absent)}"
@@ -141,18 +149,23 @@ def _parts(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list
     return content["images"], content["annotations"], content["categories"]
 
 
-def _sizes(path: Path, images: Sequence[Mapping[str, Any]]) -> dict[Any, tuple[int, int]]:
-    """Return width and height of each image, by id."""
+def _sizes(path: Path, images: Sequence[dict[str, Any]]) -> dict[Any, tuple[int, int]]:
+    """Return width and height of each image, by id, and make them whole numbers in its entry."""
     sizes: dict[Any, tuple[int, int]] = {}
     for number, image in enumerate(images):
         if missing := [key for key in ("id", "file_name", "width", "height") if key not in image]:
             raise ValueError(f"image {number} in {path} has no {' and no '.join(missing)}: {_some([dict(image)])}")
+        if not isinstance(image["id"], int | str | float):
+            raise ValueError(f"the id of image {number} in {path} must be a number or a string, got {image['id']}")
         if image["id"] in sizes:
             raise ValueError(f"two images in {path} have the id {image['id']}")
         width, height = image["width"], image["height"]
-        if not (_is_number(width) and _is_number(height) and min(width, height) >= 1):
+        if not all(_is_number(side) and math.isfinite(side) and side == int(side) >= 1 for side in (width, height)):
             raise ValueError(f"the image {image['file_name']} in {path} is {width} x {height} pixels")
-        sizes[image["id"]] = (width, height)
+        if not isinstance(image["file_name"], str):
+            raise ValueError(f"the file_name of image {number} in {path} must be a string, got {image['file_name']}")
+        image |= {"width": int(width), "height": int(height)}
+        sizes[image["id"]] = (int(width), int(height))
     return sizes
 
 
@@ -167,6 +180,8 @@ def _choose(path: Path, categories: list[dict[str, Any]], classes: Sequence[str]
             raise ValueError(f"two categories in {path} have the {key} {twice[0]!r}")
     chosen = sorted(categories, key=lambda category: category["id"])
     names = [category["name"] for category in chosen]
+    if classes is not None and (isinstance(classes, str) or not classes):
+        raise ValueError(f"classes must be names of categories, got {classes!r}")
     for name in classes or ():
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
@@ -180,12 +195,17 @@ def _choose(path: Path, categories: list[dict[str, Any]], classes: Sequence[str]
 
 
 def _fault(item: Mapping[str, Any], sizes: Mapping[Any, tuple[int, int]], listed: set[int]) -> str:
-    """Say why nothing can be learned from an object's box; nothing if something can."""
-    if item.get("image_id") not in sizes:
+    """Say why nothing can be learned from an object, its mask aside; nothing if something can."""
+    if not isinstance(item.get("image_id"), int | str | float) or item["image_id"] not in sizes:
         return "of images that are not listed"
-    if item.get("category_id") not in listed:
+    if not isinstance(item.get("category_id"), int) or item["category_id"] not in listed:
         return "of categories that are not listed"
-    box = item.get("bbox")
+    if (item.get("iscrowd") or 0) not in (0, 1):
+        return "whose iscrowd is neither 0 nor 1"
+    return _box_fault(item.get("bbox"), *sizes[item["image_id"]])
+
+
+def _box_fault(box: Any, image_width: int, image_height: int) -> str:
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return "without a box [x, y, width, height]"
     if not all(map(math.isfinite, box)):
@@ -193,7 +213,6 @@ def _fault(item: Mapping[str, Any], sizes: Mapping[Any, tuple[int, int]], listed
     x, y, width, height = box
     if width <= 0 or height <= 0:
         return "with a box of zero or negative size"
-    image_width, image_height = sizes[item["image_id"]]
     outside = x >= image_width or y >= image_height or x + width <= 0 or y + height <= 0
     return "with a box outside of the image" if outside else ""
 
@@ -203,12 +222,18 @@ def _check_mask(mask: Any, width: int, height: int) -> tuple[str, Any]:
     if not mask:
         return "without a mask", None
     if isinstance(mask, dict) and {"counts", "size"} <= {*mask}:
-        fits = [*mask["size"]] == [height, width]
-        return "" if fits else "with a mask of another size than the image", mask
+        if not isinstance(mask["size"], list) or mask["size"] != [height, width]:
+            return "with a mask of another size than the image", None
+        try:
+            empty = not decode_masks([mask], height, width).any()
+        except (ValueError, RuntimeError, TypeError):  # faster-coco-eval's, for counts of all kinds
+            return "with an RLE that cannot be decoded", None
+        return ("without a mask", None) if empty else ("", mask)
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
         return "with a mask that is neither polygons nor RLE", None
     proper = [p for p in mask if len(p) >= 6 and len(p) % 2 == 0 and all(_is_number(x) and math.isfinite(x) for x in p)]
-    return "" if proper else "with a mask without a polygon of three points or more", proper
+    inside = [p for p in proper if min(p[::2]) < width and min(p[1::2]) < height and max(p[::2]) > 0 < max(p[1::2])]
+    return "" if inside else "with a mask without a polygon of three points or more in the image", inside
 
 
 def _is_number(value: Any) -> bool:

@@ -41,7 +41,7 @@ class DetectConfig(RunConfig):
     """Arithmetic of boxes and masks: torchvision or mmdetection; default: that of weights, else torchvision."""
     anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512)
     """Sides of the anchors in pixels, for the five levels of the pyramid."""
-    min_size: Sequence[int] = (800,)
+    min_size: int | Sequence[int] = 800
     """Pixels to which the shorter side is resized; of several one is drawn in training, the last is for evaluation."""
     max_size: int = 1333
     """Limit of the longer side in pixels."""
@@ -64,8 +64,8 @@ class DetectConfig(RunConfig):
     """Folder of the images for evaluation."""
     val_annotations: str = "annotations/instances_val2017.json"
     """Annotations of the images for evaluation."""
-    classes: Sequence[str] | None = None
-    """Names of the classes to detect; default: all of the training annotations."""
+    classes: str | Sequence[str] | None = None
+    """Names of the classes to detect, such as cat,dog; default: all of the training annotations."""
     negatives: bool = True
     """Train on images without an object, too."""
     group: bool = True
@@ -82,3 +82,12 @@ class DetectConfig(RunConfig):
     """Steps over which the learning rate rises in a straight line."""
     warmup_factor: float = 0.001
     """Share of the learning rate at the first of them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", names(self.classes))
+        super().__post_init__()
+
+
+def names(classes: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return names that may be in one word, with commas between."""
+    return tuple(classes.split(",")) if isinstance(classes, str) else None if classes is None else tuple(classes)

@@ -15,9 +15,10 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
+from odconv.detect import boxes
 from odconv.detect.boxes import FineCoder, set_coder
 
-STRIDES = (4, 8, 16, 32, 64)
+STRIDES = (*boxes.STRIDES, 64)
 """Pixels of the image for one of each level of the pyramid."""
 
 FINEST_SCALE = 56
@@ -85,7 +86,7 @@ class Transform(GeneralizedRCNNTransform):
         old = tuple(image.shape[-2:])
         short = self.torch_choice(list(self.min_size)) if self.training else self.min_size[-1]
         scale = min(short / min(old), self.max_size / max(old))
-        new = [int(side * scale + 0.5) for side in old]
+        new = [max(1, int(side * scale + 0.5)) for side in old]
         image = F.interpolate(image[None], size=new, mode="bilinear", align_corners=False)[0]
         if target is not None:
             target["boxes"] = resize_boxes(target["boxes"], list(old), new)
@@ -117,8 +118,8 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     for mask, box, image in zip(masks, boxes, pasted, strict=True):  # one by one: a grid is larger than its picture
         x1, y1, x2, y2 = box
         rows, columns = torch.meshgrid((y - y1) / (y2 - y1) * 2 - 1, (x - x1) / (x2 - x1) * 2 - 1, indexing="ij")
-        grid = torch.stack([columns, rows], dim=-1).to(mask.dtype)
-        image.copy_(F.grid_sample(mask[None], grid[None], align_corners=False)[0])
+        grid = torch.stack([columns, rows], dim=-1)  # in the boxes' dtype: half precision is too coarse for pixels
+        image.copy_(F.grid_sample(mask[None].to(grid.dtype), grid[None], align_corners=False)[0])
     return pasted
 
 

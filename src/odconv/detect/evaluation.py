@@ -58,7 +58,7 @@ def evaluate(
         check_writable(Path(out))
     restored = restore(weights, **detector)
     evaluation = DetectorEvaluation(restored.model)
-    truth = read_annotations(Path(data, annotations), masks=evaluation.masks)
+    truth = read_annotations(Path(data, annotations), restored.chosen, evaluation.masks)
     check_files(truth, Path(data, images))
     ids = {category["name"]: category["id"] for category in truth.categories}
     if unknown := sorted({*ids} - {*restored.classes}):

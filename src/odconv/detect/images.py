@@ -5,9 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from faster_coco_eval.core import mask as coco_masks
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -17,6 +15,7 @@ from odconv.data import read_pixels
 from odconv.data.sampler import Draw
 from odconv.detect.coco import Annotations
 from odconv.detect.config import Augment
+from odconv.detect.masks import decode_masks
 
 Target: TypeAlias = dict[str, Tensor]
 """What is on an image: `index` of the image, UNREADABLE where it does not count; `boxes` (N, 4) in pixels (x1, y1, x2,
@@ -120,14 +119,6 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
     def shapes(self) -> list[int]:
         """Return 1 for every image that is wider than high, 0 for the others."""
         return [int(image["width"] > image["height"]) for image in self.annotations.images]
-
-
-def decode_masks(masks: Sequence[Any], height: int, width: int) -> Tensor:
-    """Return masks, polygons or RLE, as bytes of 0 and 1 (N, height, width)."""
-    decoded = np.zeros((len(masks), height, width), dtype=np.uint8)
-    for place, mask in zip(decoded, masks, strict=True):
-        place[:] = coco_masks.decode(coco_masks.segmToRle(mask, width, height))
-    return torch.from_numpy(decoded)
 
 
 def collate(items: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

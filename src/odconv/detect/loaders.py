@@ -16,12 +16,11 @@ def make_loaders(
     """Return batches to train on, shuffled, and to evaluate on, of this process's share of the images."""
     root, masks = Path(config.data), config.detector == "mask_rcnn"
     images = CocoImages(training, root / config.train_images, config.augment, masks)
-    share = config.batch_size // config.accumulate // world_size
+    share = config.batch_size // world_size  # of a step
     groups = images.shapes() if config.group else [0] * len(images)
     sampler = GroupedSampler(groups, share, config.seed, rank, world_size)
-    train_loader = TrainingLoader(
-        images, share, sampler=sampler, collate_fn=collate, **reading(config.workers, world_size)
-    )
+    how = reading(config.workers, world_size)
+    train_loader = TrainingLoader(images, share // config.accumulate, sampler=sampler, collate_fn=collate, **how)
     val_images = CocoImages(evaluation, root / config.val_images)
     return train_loader, evaluation_loader(val_images, config.test_batch, config.workers, rank, world_size)
 

@@ -81,6 +81,8 @@ class DetectorEvaluation(pl.LightningModule):
         self.results = [result for _, results in shares for result in results]
         scores = score(self.annotations, self.results, looked_at, self.masks) if self.trainer.is_global_zero else {}
         self.scores = self.trainer.strategy.broadcast(scores)
+        if self.scores["ap"] is None:
+            raise ValueError("none of the images for evaluation that can be read has an object to find")
         values = {f"val_{name}": value for name, value in self.scores.items() if isinstance(value, float)}
         self.log_dict(values, logger=False)
         self.seconds = time.perf_counter() - self.start

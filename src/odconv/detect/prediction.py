@@ -41,6 +41,7 @@ def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5
 
     check({"threshold": threshold})
     check_writable(Path(out))
+    detector.setdefault("score_threshold", min(threshold, 0.05))
     restored = restore(weights, **detector)
     names = dict(zip(restored.categories, restored.classes, strict=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,23 +55,31 @@ def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5
         pixels = pil_to_tensor(image)
         with torch.inference_mode():
             (detections,) = model([pixels.to(device) / 255])
-        detections = {name: values[detections["scores"] > threshold].cpu() for name, values in detections.items()}
+        wanted = (detections["scores"] > threshold) & (detections["labels"] > 0)  # 0 stands for nothing
+        detections = {name: values[wanted].cpu() for name, values in detections.items()}
         objects = describe_detections(detections, number, restored.categories)
         picture = Path(out) / f"{number:04}_{path.stem}.png"
         entry = {"id": number, "file_name": str(path), "width": image.width, "height": image.height}
         found["images"].append(entry | {"picture": picture.name})
-        found["annotations"] += objects
+        found["annotations"] += [item | {"area": area} for item, area in zip(objects, _areas(detections), strict=True)]
         _save(draw(pixels, detections, restored.classes), picture)
         print(path, *(f"{100 * item['score']:6.1f} %  {names[item['category_id']]}" for item in objects), sep="\n  ")
     if not found["images"]:
         raise ValueError("none of the images can be read")
     for i, item in enumerate(found["annotations"], 1):
-        _, _, width, height = item["bbox"]
-        item |= {"id": i, "iscrowd": 0, "area": width * height}
+        item |= {"id": i, "iscrowd": 0}
     with replacing(Path(out) / "detections.json") as partial:
         partial.write_text(json.dumps(found) + "\n")
     print(f"{len(found['annotations'])} objects on {len(found['images'])} images: {out}", flush=True)
     return found
+
+
+def _areas(detections: dict[str, "Tensor"]) -> list[float]:
+    """Return the area of each object in pixels, of its mask if it has one, else of its box."""
+    if "masks" in detections:
+        return (detections["masks"] > 0.5).sum((1, 2, 3)).tolist()
+    x1, y1, x2, y2 = detections["boxes"].unbind(1)
+    return ((x2 - x1) * (y2 - y1)).tolist()
 
 
 def draw(image: "Tensor", detections: dict[str, "Tensor"], classes: list[str]) -> "Tensor":

@@ -1,21 +1,22 @@
 """A trained detector: from a checkpoint of ours alone, from others' with a description of the detector."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from odconv.checkpoints import read_state_dict, resolve
 from odconv.detect.builder import create_detector
-from odconv.detect.config import DetectConfig
+from odconv.detect.config import DetectConfig, names
 from odconv.train.config import check
 from odconv.train.restore import saved_by_training
 
 DESCRIPTION = (
-    *("detector", "arch", "kernel_num", "reduction", "conventions", "temperature", "anchor_sizes", "min_size"),
-    *("max_size", "score_threshold", "nms_threshold", "detections_per_image"),
+    *("kernel_num", "reduction", "conventions", "temperature", "anchor_sizes", "min_size", "max_size"),
+    *("score_threshold", "nms_threshold", "detections_per_image"),
 )
-"""Options of a run that describe its detector."""
+"""Options of a run that describe its detector, besides its kind and its backbone."""
 
 OUTPUTS = {
     "roi_heads.box_predictor.cls_score.bias": 1,
@@ -33,12 +34,14 @@ class RestoredDetector(NamedTuple):
         name: what it is.
         classes: names of its classes, that of label 1 first.
         categories: the id of each class in COCO's format.
+        chosen: the classes that the training took of those in its annotations; None for all.
     """
 
     model: nn.Module
     name: str
     classes: list[str]
     categories: list[int]
+    chosen: Sequence[str] | None = None
 
 
 def build(config: DetectConfig, classes: int) -> nn.Module:
@@ -58,7 +61,7 @@ def build(config: DetectConfig, classes: int) -> nn.Module:
         warm_start=config.warm_start,
         frozen_stages=config.frozen_stages,
         norm_eval=config.norm_eval,
-        **{name: getattr(config, name) for name in DESCRIPTION if name not in ("detector", "arch")},
+        **{name: getattr(config, name) for name in DESCRIPTION},
         **config.options or {},
     )
 
@@ -72,11 +75,14 @@ def restore(
     reduction: float | None = None,
     conventions: str | None = None,
     temperature: float | None = None,
+    classes: str | Sequence[str] | None = None,
+    anchor_sizes: Sequence[int] | None = None,
     min_size: int | None = None,
     max_size: int | None = None,
     score_threshold: float | None = None,
     nms_threshold: float | None = None,
     detections_per_image: int | None = None,
+    options: dict[str, Any] | None = None,
 ) -> RestoredDetector:
     """Build the detector of a checkpoint and load it.
 
@@ -88,40 +94,51 @@ def restore(
         reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
         conventions: torchvision or mmdetection; default: what the checkpoint says or is.
         temperature: Temperature of the attentions; default: what the checkpoint says, else 1.
+        classes: Names of its classes in their order, such as cat,dog; default: what the checkpoint says, else those of
+            COCO for 80 or, by category id, for 90, else class 1 and so on.
+        anchor_sizes: Sides of its anchors in pixels, for the five levels; default: what the checkpoint says, else 32 to
+            512.
         min_size: Pixels of the shorter side; default: what the checkpoint says, else 800.
         max_size: Limit of the longer side in pixels; default: what the checkpoint says, else 1333.
         score_threshold: Detections with a score up to this are dropped; default: what the checkpoint says, else 0.05.
         nms_threshold: Overlap above which the lesser of two detections of a class is dropped; default: what the
             checkpoint says, else 0.5.
         detections_per_image: Detections that are kept at most; default: what the checkpoint says, else 100.
+        options: Further arguments of torchvision's class; default: what the checkpoint says.
 
     Returns:
-        The detector and what its classes are. A file that does not name them has those of COCO.
+        The detector and what its classes are.
 
     Raises:
         ValueError: `detector` or `arch` is needed, or a number is out of range, or the weights do not fit.
         OSError: the file cannot be read.
     """
-    given = {name: value for name, value in locals().items() if name in DESCRIPTION and value is not None}
+    known = ("detector", "arch", "options", *DESCRIPTION)
+    given = {name: value for name, value in locals().items() if name in known and value is not None}
     check(given)
     path = resolve(weights)
-    options, notes = saved_by_training(path)
-    if options and "detector" not in options:
-        raise ValueError(f"{path} is no checkpoint of a detector, but of the classifier {options.get('arch')}")
-    options |= given
-    if missing := [name for name in ("detector", "arch") if name not in options]:
+    described, notes = saved_by_training(path)
+    if described and "detector" not in described:
+        raise ValueError(f"{path} is no checkpoint of a detector, but of the classifier {described.get('arch')}")
+    described |= given
+    if missing := [name for name in ("detector", "arch") if name not in described]:
         raise ValueError(f"{' and '.join(missing)} must be given, since {path} holds weights alone")
     outputs = _outputs(path)
-    names, categories = (notes["classes"], notes["categories"]) if notes else coco_classes(outputs)
+    titles, categories = (notes["classes"], notes["categories"]) if notes else coco_classes(outputs)
+    if named := names(classes):
+        if len(named) != outputs - 1:
+            raise ValueError(f"classes must be {outputs - 1} names, as many as {path} has, got {len(named)}")
+        titles = list(named)
     model = create_detector(
-        options["detector"],
-        options["arch"],
+        described["detector"],
+        described["arch"],
         num_classes=outputs,
         weights=path,
-        **{name: options[name] for name in DESCRIPTION[2:] if name in options},
-        **options.get("options") or {},
+        **{name: described[name] for name in DESCRIPTION if name in described},
+        **described.get("options") or {},
     )
-    return RestoredDetector(model.eval(), f"{options['detector']} on {options['arch']}", names, categories)
+    title = f"{described['detector']} on {described['arch']}"
+    return RestoredDetector(model.eval(), title, titles, categories, described.get("classes"))
 
 
 def coco_classes(outputs: int) -> tuple[list[str], list[int]]:

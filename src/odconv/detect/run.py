@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from odconv.checkpoints import resolve
 from odconv.detect.builder import find_conventions
 from odconv.detect.coco import Annotations, check_files, read_annotations
 from odconv.detect.config import DetectConfig
@@ -27,9 +28,10 @@ from odconv.train.launch import (
     write_beginning,
     write_result,
 )
-from odconv.train.resume import find_resumed
+from odconv.train.restore import saved_by_training
+from odconv.train.resume import Resumed, find_resumed
 
-FIXED = ("detector", "conventions", "frozen_stages", "norm_eval", "temperature", "anchor_sizes", "group", "negatives")
+FIXED = ("detector", "frozen_stages", "norm_eval", "temperature", "anchor_sizes", "group", "negatives")
 """Options of detectors that a resumed run must share with its checkpoint: the network, the order of the images."""
 
 logger = logging.getLogger(__name__)
@@ -45,9 +47,9 @@ def run(config: DetectConfig) -> dict[str, Any]:
 
 def _train(config: DetectConfig, trainer: pl.Trainer, course: DetectorCourse) -> dict[str, Any]:
     training, evaluation = read_data(config)
-    layers = resolve_layers(config.arch, config.kernel_num, config.reduction)
-    config = replace(config, conventions=config.conventions or find_conventions(config.weights), **layers)
+    config = replace(config, **resolve_layers(config.arch, config.kernel_num, config.reduction))
     resumed = find_resumed(config, training.classes, FIXED)
+    config = replace(config, conventions=_conventions(config, resumed))
     pl.seed_everything(config.seed, workers=True, verbose=False)
     fresh = config if not resumed.path else replace(config, weights=None, weights_backbone=None, warm_start=False)
     model = build(fresh, len(training.classes))
@@ -86,6 +88,26 @@ def _train(config: DetectConfig, trainer: pl.Trainer, course: DetectorCourse) ->
             flush=True,
         )
     return result
+
+
+def _conventions(config: DetectConfig, resumed: Resumed) -> Any:
+    """Return whose arithmetic to compute with: that of the weights, unless it was chosen; and warn of what differs."""
+    if resumed.path:
+        before = resumed.options["conventions"]
+        if config.conventions not in (None, before):
+            raise ValueError(
+                f"cannot resume {resumed.path}: its conventions are {before}, those of this run {config.conventions}"
+            )
+        return before
+    options: dict[str, Any] = {}
+    if config.weights:
+        options, _ = saved_by_training(resolve(config.weights))
+        for name in ("anchor_sizes", "temperature"):
+            if name in options and options[name] != (now := getattr(config, name)):
+                logger.warning(
+                    "%s was trained with %s %s, and goes on with %s", config.weights, name, options[name], now
+                )
+    return config.conventions or options.get("conventions") or find_conventions(config.weights)
 
 
 def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:

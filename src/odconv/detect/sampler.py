@@ -1,22 +1,22 @@
-"""Batches of images of like shape, so that little of a batch is padding."""
+"""Steps of images of like shape, so that little of a batch is padding."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 
-from odconv.data import TrainingSampler
+from odconv.data.sampler import TrainingSampler, fill
 
 
 class GroupedSampler(TrainingSampler):
-    """Shuffle images so that every batch, of all processes together, is of one group.
+    """Shuffle images so that every step, of all processes together, is of one group.
 
     As :class:`odconv.data.TrainingSampler`, the order is a function of (seed, epoch). Where the number of a group's
     images does not divide, the first ones of its order are taken once more.
 
     Args:
         groups: the group of each image.
-        batch_size: images in a batch of one process.
+        batch_size: images of one process in a step, in however many batches it works through them.
         seed: seed of the run.
         rank: which process this is, from 0.
         world_size: number of processes.
@@ -34,25 +34,17 @@ class GroupedSampler(TrainingSampler):
         self.batch_size = batch_size
 
     def __len__(self) -> int:
+        return sum(self._whole_steps(len(group)) for group in self.members) // self.world_size
+
+    def _whole_steps(self, images: int) -> int:
+        """Return the number of images, of all processes, in steps that have room for so many."""
         in_step = self.batch_size * self.world_size
-        return sum(math.ceil(len(group) / in_step) for group in self.members) * self.batch_size
+        return math.ceil(images / in_step) * in_step
 
     def _whole_order(self) -> list[int]:
-        generator, shape = self._generator(), (-1, self.world_size, self.batch_size)
-        steps = torch.cat(
-            [
-                fill(group[torch.randperm(len(group), generator=generator)], self.world_size * self.batch_size).view(
-                    shape
-                )
-                for group in self.members
-            ]
-        )
-        order = steps[torch.randperm(len(steps), generator=generator), self.rank].flatten()
-        whole: list[int] = order.tolist()
+        generator, step = self._generator(), (self.world_size, self.batch_size)
+        shuffled = (group[torch.randperm(len(group), generator=generator)] for group in self.members)
+        steps = torch.cat([fill(group, self._whole_steps(len(group))).view(-1, *step) for group in shuffled])
+        order = steps[torch.randperm(len(steps), generator=generator), self.rank]  # (steps, batch_size)
+        whole: list[int] = order.flatten().tolist()
         return whole
-
-
-def fill(order: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Repeat an order from its start until its length is a multiple."""
-    length = math.ceil(len(order) / multiple) * multiple
-    return order.repeat(math.ceil(length / len(order)))[:length]

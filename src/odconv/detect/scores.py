@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
-from faster_coco_eval.core import mask as coco_masks
 from torch import Tensor
 
 from odconv.detect.coco import Annotations
+from odconv.detect.masks import encode_masks
 
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """Average precision: over IoU 0.5 to 0.95, at 0.5, at 0.75; of objects below 32 x 32, below 96 x 96, and above."""
@@ -28,7 +28,8 @@ def describe_detections(
         image_id: the image's id.
         categories: the id of each class, that of label 1 first; None for one that shall be left out.
     """
-    wanted = [categories[label - 1] is not None for label in detections["labels"].tolist()]
+    # a RetinaNet may answer with label 0, which stands for nothing
+    wanted = [label > 0 and categories[label - 1] is not None for label in detections["labels"].tolist()]
     detections = {name: values[wanted] for name, values in detections.items()}
     boxes = detections["boxes"].float()
     corners = boxes[:, :2].tolist()
@@ -40,10 +41,8 @@ def describe_detections(
         )
     ]
     if "masks" in detections:
-        masks = (detections["masks"][:, 0] > 0.5).byte().cpu().numpy()
-        for result, mask in zip(results, masks, strict=True):
-            rle = coco_masks.encode(np.asfortranarray(mask[:, :, None]))[0]
-            result["segmentation"] = {"size": [*map(int, rle["size"])], "counts": rle["counts"].decode()}
+        for result, rle in zip(results, encode_masks(detections["masks"][:, 0] > 0.5), strict=True):
+            result["segmentation"] = rle
     return results
 
 
@@ -62,7 +61,10 @@ def score(
         METRICS in % of the boxes, and of the masks with "mask_" before the name; None where nothing of a size is
         there to be found. "classes": the "ap", and "mask_ap", of each class by its name.
     """
-    results, ids = list(results), sorted(image_ids)
+    # images by their number: their ids may be anything, and the C++ code wants small whole numbers
+    number = {image["id"]: place for place, image in enumerate(annotations.images, 1)}
+    results = [result | {"image_id": number[result["image_id"]]} for result in results]
+    ids = [number[image_id] for image_id in image_ids]
     scores: dict[str, Any] = {}
     classes: dict[str, dict[str, float | None]] = {name: {} for name in annotations.classes}
     for prefix, kind in (("", "bbox"), *((("mask_", "segm"),) if masks else ())):
@@ -74,18 +76,17 @@ def score(
 
 
 def _score(
-    annotations: Annotations, results: Sequence[Result], image_ids: Sequence[Any], kind: str
+    annotations: Annotations, results: Sequence[Result], image_ids: Sequence[int], kind: str
 ) -> tuple[list[float | None], list[float | None]]:
     """Return METRICS, and the average precision of each class."""
     wanted = {"bbox": ("bbox",), "segm": ("segmentation",)}[kind]  # without a box, a mask's own area counts
-    objects = (item for on_image in annotations.objects for item in on_image)
+    objects = (item | {"image_id": i} for i, found in enumerate(annotations.objects, 1) for item in found)
     truth = COCO(
         {
-            "images": annotations.images,
+            "images": [image | {"id": number} for number, image in enumerate(annotations.images, 1)],
             "categories": annotations.categories,
-            "annotations": [
-                item | {"id": number} for number, item in enumerate(objects, 1)
-            ],  # an id of 0 never matches
+            # an id of 0 would never match
+            "annotations": [item | {"id": number} for number, item in enumerate(objects, 1)],
         }
     )
     found = truth.loadRes(

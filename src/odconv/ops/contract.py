@@ -96,6 +96,20 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
 
 
+def is_exported_sample(x: Tensor) -> bool:
+    """Whether torch.export is tracing for a batch that is always one."""
+    return torch.compiler.is_exporting() and surely(x.shape[0] == 1)
+
+
+def surely(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds, whatever sizes torch.export leaves open."""
+    if not torch.compiler.is_exporting():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
+    return statically_known_true(condition)
+
+
 def is_transformed() -> bool:
     """Whether torch.func (vmap, grad, jacrev, ...) or forward AD is at work, which only plain PyTorch follows."""
     if torch.compiler.is_compiling():

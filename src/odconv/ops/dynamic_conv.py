@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from odconv.ops import cpu, eager
-from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, is_exporting, is_transformed, per_axis
+from odconv.ops.contract import (
+    Attentions,
+    Geometry,
+    check_map,
+    check_shapes,
+    is_exported_sample,
+    is_exporting,
+    is_transformed,
+    per_axis,
+)
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
 from odconv.ops.triton import triton_conv
@@ -127,6 +136,8 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) 
     positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
     small = positions < filters
     dense = "shared" if n == 1 else "product"
+    if is_exported_sample(x):
+        return "single"
     if is_exporting() or batch == 0:  # exported, one graph serves every batch, which may be no number of groups then
         return dense
     if n * positions > 1 and cpu.fits(x, weight, geometry):  # one kernel in one position is a plain matrix product

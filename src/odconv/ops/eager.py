@@ -14,19 +14,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.ops.contract import Attentions, Geometry, is_exporting, output_size
+from odconv.ops.contract import Attentions, Geometry, is_exporting, output_size, surely
 from odconv.ops.reference import CONVOLUTIONS
 
 MIXED_BLOCK = 128 * 1024  # numbers a sample; larger blocks leave the cache
 
 
 def single(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-    """B = 1: mix once, then one ordinary convolution; one sample's maps are cheaper to scale than its kernel."""
+    """B = 1: mix once, then one ordinary convolution; `channel` and `filter` scale the kernel where it is the smaller.
+
+    The gates of the kernel are as long as its rows, since onnxruntime is slow to multiply by a few taps at a time.
+    """
     kernel, spatial, channel, filter = attentions
-    mixed = mix(weight, kernel)[0]
-    mixed = mixed if spatial is None else mixed * spatial
-    x = x if channel is None else x * over_map(channel, x)
-    y = CONVOLUTIONS[weight.dim() - 3](x, mixed, None, *geometry)
+    groups, (filters, per_group, *taps) = geometry.groups, weight.shape[1:]
+    mixed = mix(weight, kernel).reshape(groups, -1, per_group * math.prod(taps))
+    gate = None if spatial is None else spatial.reshape(1, 1, 1, -1)
+    if channel is not None and surely(math.prod(x.shape[1:]) > mixed.numel()):
+        rows = channel.reshape(groups, 1, per_group, 1)
+        gate = rows if gate is None else rows * gate
+    elif channel is not None:
+        x = x * over_map(channel, x)
+    if gate is not None:
+        mixed = mixed * gate.expand(-1, -1, per_group, math.prod(taps)).flatten(2)
+    size = output_size(x.shape[2:], taps, *geometry[:3])
+    if filter is not None and surely(math.prod(size) > mixed.shape[2]):
+        mixed, filter = mixed * filter.reshape(groups, -1, 1), None
+    y = CONVOLUTIONS[weight.dim() - 3](x, mixed.reshape(filters, per_group, *taps), None, *geometry)
     return y if filter is None else y * over_map(filter, y)
 
 

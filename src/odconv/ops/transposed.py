@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.ops.contract import Attentions, Geometry, check_shapes, is_exporting, per_axis
+from odconv.ops.contract import Attentions, Geometry, check_shapes, is_exported_sample, is_exporting, per_axis
 from odconv.ops.dynamic_conv import add_bias, compute_dtype
 from odconv.ops.eager import mix, over_map
 from odconv.ops.reference import by_sample
@@ -77,7 +77,7 @@ def dynamic_conv_transpose(
     attentions = Attentions(*(None if a is None else a.to(dtype) for a in attentions))
 
     if backend == "auto":  # exported, one graph serves every batch, which may be no number of groups then
-        backend = "dense" if is_exporting() or x.shape[0] == 0 else "grouped"
+        backend = "grouped" if is_exported_sample(x) else "dense" if is_exporting() or x.shape[0] == 0 else "grouped"
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     elif backend == "grouped" and x.shape[0] == 0:

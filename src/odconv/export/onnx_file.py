@@ -1,0 +1,121 @@
+"""ONNX files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from odconv.export import graph
+from odconv.export.network import AXES, INPUT, Precision, Traced, refusal, trace, trials
+from odconv.export.parity import TOLERANCES, verify
+from odconv.export.written import Written, needed, writing
+from odconv.layers import DynamicConv
+
+Form = Literal["loop", "product"]
+LIMIT = 2**31 - 2**20
+"""Bytes that an ONNX file may have, which is one message of protobuf."""
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    input_size: Sequence[int],
+    dynamic_batch: bool = True,
+    *,
+    dynamic_size: bool = False,
+    form: Form = "loop",
+    opset: int = 18,
+    precision: Precision = "float32",
+    metadata: Mapping[str, Any] | None = None,
+    check: bool = True,
+) -> Written:
+    """Write a network as an ONNX file.
+
+    Its input is called "images". Its output is "logits", or where the network returns several they have the keys of the
+    dict, or "output_0" and so on. The model is not changed.
+
+    Args:
+        model: any network; the file computes what it does in evaluation mode.
+        path: file to write; one that is there is replaced.
+        input_size: shape of one input, such as (3, 224, 224).
+        dynamic_batch: False for batches of one only, without a loop.
+        dynamic_size: let height and width vary, as far as the network allows it.
+        form: how a batch is computed by a dynamic network. "loop" takes one input after the other, which is fastest on
+            CPUs; "product" takes all at once in matrix products, without the operator Scan.
+        opset: version of ONNX's operators, at least 18.
+        precision: "float32" or "float16", of weights and activations; inputs and outputs stay float32.
+        metadata: what the file shall say of the network, written as JSON: its classes, for example.
+        check: compare the file with the network before it takes its place; see :func:`verify`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: an argument is out of range, a layer cannot be exported (the message names it), or the file does
+            not compute what the network does. Nothing is written then.
+        OSError: path cannot be written.
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+    """
+    if form not in ("loop", "product"):
+        raise ValueError(f"form must be 'loop' or 'product', got {form!r}")
+    if precision not in ("float32", "float16"):
+        raise ValueError(f"precision must be 'float32' or 'float16' for ONNX, got {precision!r}")
+    if opset < 18:
+        raise ValueError(f"opset must be at least 18, got {opset}")
+    for package in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+        needed(package)
+    path = Path(path)
+    with writing(path, ".onnx") as file:
+        loop = dynamic_batch and form == "loop" and any(isinstance(part, DynamicConv) for part in model.modules())
+        cpu = torch.device("cpu")
+        traced = trace(model, cpu, input_size, dynamic_batch and not loop, dynamic_size, precision)
+        network = translate(traced, opset, loop)
+        graph.fold_batch_norm(network.graph)
+        graph.tidy(network.graph, ["batch", "channels", *AXES[len(input_size) - 1]])
+        if loop:
+            network.graph.CopyFrom(graph.loop_over_batch(network.graph, INPUT, traced.outputs))
+        for key, value in (metadata or {}).items():
+            network.metadata_props.add(key=key, value=json.dumps(value))
+        if network.ByteSize() > LIMIT:
+            raise ValueError("the network is larger than the 2 GB that an ONNX file can have")
+        file.write_bytes(network.SerializeToString())
+        shapes = trials(input_size, dynamic_batch, dynamic_size)
+        error = verify(file, model, shapes, tolerance=TOLERANCES[precision]) if check else None
+    return Written(path, path.stat().st_size / 1e6, traced.outputs, error)
+
+
+def translate(traced: Traced, opset: int, loop: bool) -> Any:
+    """The traced network as a model of the package onnx, with its names or those inside of the loop.
+
+    Raises:
+        ValueError: ONNX has no operator for something in it; the message names the layer.
+    """
+    names = [graph.SAMPLE.format(name) if loop else name for name in (INPUT, *traced.outputs)]
+    try:
+        exported: Any = torch.onnx.export(
+            traced.program,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=names[:1],
+            output_names=names[1:],
+            custom_translation_table={torch.ops.aten.im2col.default: graph.unfold},
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        raise refusal(*blame(traced.program, str(error)), reason) from error
+    return exported.model_proto
+
+
+def blame(program: torch.export.ExportedProgram, message: str) -> tuple[str, str]:
+    """The layer, by its name and class, of the operator that the exporter complains about."""
+    for node in program.run_decompositions().graph.nodes:
+        if f"%{node.name} :" in message and node.meta.get("nn_module_stack"):
+            name, kind = list(node.meta["nn_module_stack"].values())[-1]
+            return name.removeprefix("model").removeprefix("."), str(kind).split(".")[-1]
+    return "", "network"

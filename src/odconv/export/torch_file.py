@@ -1,0 +1,60 @@
+"""Files for PyTorch: exported programs, and packages compiled by AOTInductor."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from odconv.export.network import Precision, device_of, trace, trials
+from odconv.export.parity import TOLERANCES, verify
+from odconv.export.written import Written, writing
+
+
+def export_torch(
+    model: nn.Module,
+    path: str | Path,
+    input_size: Sequence[int],
+    dynamic_batch: bool = True,
+    *,
+    dynamic_size: bool = False,
+    precision: Precision = "float32",
+    compiled: bool = False,
+    check: bool = True,
+) -> Written:
+    """Write a network as a program of torch.export, or compiled by AOTInductor.
+
+    Read it with ``torch.export.load(path).module()``, a compiled one with ``torch._inductor.aoti_load_package(path)``;
+    both take a batch in float32 and return a tuple. The model is not changed.
+
+    Args:
+        model: any network; the file computes what it does in evaluation mode.
+        path: file to write, ending in ".pt2"; one that is there is replaced.
+        input_size: shape of one input, such as (3, 224, 224).
+        dynamic_batch: False for batches of one only.
+        dynamic_size: let height and width vary, as far as the network allows it.
+        precision: "float32", "float16" or "bfloat16", of weights and activations; inputs and outputs stay float32.
+        compiled: compile with AOTInductor, for the machine that this runs on and the device that the model is on. It
+            needs a C++ compiler.
+        check: compare the file with the network before it takes its place; see :func:`verify`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: an argument is out of range, a layer cannot be exported (the message names it), or the file does
+            not compute what the network does. Nothing is written then.
+        OSError: path cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"path must end in .pt2, got {path}")
+    with writing(path, ".pt2") as file:
+        traced = trace(model, device_of(model), input_size, dynamic_batch, dynamic_size, precision)
+        if compiled:
+            torch._inductor.aoti_compile_and_package(traced.program, package_path=str(file))
+        else:
+            torch.export.save(traced.program, file)
+        shapes = trials(input_size, dynamic_batch, dynamic_size)
+        error = verify(file, model, shapes, tolerance=TOLERANCES[precision]) if check else None
+    return Written(path, path.stat().st_size / 1e6, traced.outputs, error)
