@@ -3,10 +3,10 @@
     python benchmarks/detectors.py
 
 A training step is zero_grad, forward, the sum of the losses and backward, with the published freezing, on noise of the
-given size with eight boxes (and masks) an image. Inference is on the same images with untrained heads, which find
-nothing above the threshold of scores: so it is the backbone, the pyramid, the proposals and the box head. Memory is the
-highest resident memory of a training step over that before it, parameters and gradients not counted, in a process of
-its own. Rows go to results/detectors.csv as they come.
+given size with eight boxes (and masks) an image. Inference is on the same images, without a detection, since untrained
+heads would give another number of them in each form: so it is the backbone, the pyramid, the proposals and the box
+head, and all that is left out is the same for all forms. Memory is the highest resident memory of a pass over that
+before it, parameters and gradients not counted, in a process of its own. Rows go to results/detectors.csv as they come.
 """
 
 import argparse
@@ -42,7 +42,8 @@ FORMS = ("static", "ours", "published")
 def build(detector: str, backbone: str, n: int, form: str, size: tuple[int, int]) -> nn.Module:
     torch.manual_seed(0)
     name, n_or_none = (split_name(backbone)[1], None) if form == "static" else (backbone, n)
-    return odconv.create_detector(detector, name, kernel_num=n_or_none, min_size=min(size), max_size=max(size))
+    sizes = {"min_size": min(size), "max_size": max(size)}
+    return odconv.create_detector(detector, name, kernel_num=n_or_none, score_threshold=1.0, **sizes)
 
 
 def batch_of(count: int, size: tuple[int, int]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
