@@ -43,7 +43,7 @@ def main() -> None:
             measured = alternate({form: partial(infer, network, x) for form, network in forms.items()}, args.seconds)
             rows = []
             for form, times in measured.items():
-                row = {"model": name, "kernel_num": n, "batch": batch, "size": args.size, "form": form}
+                row = {"model": name, "kernel_num": n or "", "batch": batch, "size": args.size, "form": form}
                 rows.append(row | percentiles(times))
             for row in rows:
                 row["ratio_to_apart"] = round(row["median_ms"] / rows[0]["median_ms"], 3)
