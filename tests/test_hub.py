@@ -136,3 +136,16 @@ def test_what_does_not_fit_is_explained(tmp_path):
         HubModel("od_resnet19")
     with pytest.raises(TypeError, match="kernels"):
         HubModel("od_resnet18", kernels=4)
+
+
+def test_a_warm_start_is_not_repeated(tmp_path):
+    static = odconv.create_model("mobilenetv2_050", num_classes=3)
+    torch.save(static.state_dict(), tmp_path / "static.pth")
+    options = {"kernel_num": 2, "num_classes": 3, "weights": tmp_path / "static.pth", "warm_start": True}
+    network = HubModel("od_mobilenetv2_050", **options).eval()
+    network.save_pretrained(tmp_path / "saved")
+    again = HubModel.from_pretrained(tmp_path / "saved")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), network(x), rtol=0, atol=0)
+        torch.testing.assert_close(again(x), static.eval()(x), rtol=1e-4, atol=1e-5)

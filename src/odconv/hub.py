@@ -13,6 +13,7 @@ from odconv.models import create_model
 from odconv.profile import profile
 from odconv.profile.table import short
 
+START = ("weights", "warm_start")
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CARD = """---
@@ -57,7 +58,7 @@ class HubModel(
 
     Attributes:
         model: the network itself.
-        config: the arguments that build it, without the weights.
+        config: the arguments that build it, without those that say what weights it starts from.
     """
 
     def __init__(self, name: str, **options: Any) -> None:
@@ -65,7 +66,7 @@ class HubModel(
         self.model = create_model(name, **options)
         arguments = inspect.signature(create_model).bind(name, **options)
         arguments.apply_defaults()
-        self.config = {key: value for key, value in arguments.arguments.items() if key != "weights"}
+        self.config = {name: value for name, value in arguments.arguments.items() if name not in START}
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of images (B, 3, H, W)."""
