@@ -14,7 +14,7 @@ BELOW = {  # the rooms that a room may import from
     "data": {"files"},
     "layers": {"ops"},
     "convert": {"layers", "ops"},
-    "freeze": {"layers", "ops"},
+    "freeze": {"convert", "layers", "ops"},
     "fusion": {"layers"},
     "yolo": {"convert", "fusion", "layers"},
     "models": {"convert", "layers", "ops", "checkpoints", "files"},

@@ -5,7 +5,7 @@ import fnmatch
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -108,10 +108,7 @@ def convert(
         raise ValueError(f"no convolution of the {type(model).__name__} is replaced; {some(left, '; ')}")
     for conv, layer in made.items():
         hand_over(conv, layer)
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in made:
-                setattr(parent, name, made[child])
+    replace_parts(model, made)
     return made.get(model, model)
 
 
@@ -316,6 +313,14 @@ def start_from(layer: DynamicConv, conv: Convolution) -> None:
     for bias, divisor in ((layer.bias, 1.0), (layer.kernel_bias, shares)):
         if bias is not None and conv.bias is not None:
             bias.copy_(conv.bias / divisor)
+
+
+def replace_parts(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the place of parts of a network, wherever they are in it; the network itself stays."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in made:
+                setattr(parent, name, made[child])
 
 
 def hand_over(conv: nn.Module, layer: DynamicConv) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from odconv.convert import replace_parts
 from odconv.layers import Attentions, DynamicConv
 from odconv.ops.eager import mixed_kernels
 
@@ -156,11 +157,8 @@ def _score(model: nn.Module, loader: Iterable[Any], expected: Tensor, labels: Te
 
 def _replace(model: nn.Module, means: Mapping[str, Attentions]) -> None:
     """Put convolutions in the place of layers, wherever they are."""
-    made = {model.get_submodule(name): _static_like(model.get_submodule(name), mean) for name, mean in means.items()}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in made:
-                setattr(parent, name, made[child])
+    layers = {name: model.get_submodule(name) for name in means}
+    replace_parts(model, {layers[name]: _static_like(layers[name], mean) for name, mean in means.items()})
 
 
 def _static_like(layer: Any, attentions: Attentions) -> nn.Module:

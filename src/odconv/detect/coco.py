@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from odconv.convert import some
 from odconv.detect.masks import decode_masks
 
 PARTS = ("images", "annotations", "categories")
@@ -46,7 +47,7 @@ class Annotations:
         """Say what was left out; nothing if nothing was."""
         if not self.dropped:
             return ""
-        reasons = [f"{len(ids)} {reason} (ids {_some(ids)})" for reason, ids in self.dropped.items()]
+        reasons = [f"{len(ids)} {reason} (ids {some([*map(str, ids)])})" for reason, ids in self.dropped.items()]
         return f"left out of {self.path}: {'; '.join(reasons)}"
 
     def without_empty(self) -> "Annotations":
@@ -120,8 +121,7 @@ def check_files(annotations: Annotations, folder: str | Path) -> None:
     names = [image["file_name"] for image in annotations.images]
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(
-            f"{len(absent)} of the {len(names)} images listed in {annotations.path} are not in {folder}: "
-            f"{_some(absent)}"
+            f"{len(absent)} of the {len(names)} images listed in {annotations.path} are not in {folder}: {some(absent)}"
         )
 
 
@@ -154,7 +154,7 @@ def _sizes(path: Path, images: Sequence[dict[str, Any]]) -> dict[Any, tuple[int,
     sizes: dict[Any, tuple[int, int]] = {}
     for number, image in enumerate(images):
         if missing := [key for key in ("id", "file_name", "width", "height") if key not in image]:
-            raise ValueError(f"image {number} in {path} has no {' and no '.join(missing)}: {_some([dict(image)])}")
+            raise ValueError(f"image {number} in {path} has no {' and no '.join(missing)}: {image}")
         if not isinstance(image["id"], int | str | float):
             raise ValueError(f"the id of image {number} in {path} must be a number or a string, got {image['id']}")
         if image["id"] in sizes:
@@ -187,7 +187,7 @@ def _choose(path: Path, categories: list[dict[str, Any]], classes: Sequence[str]
             near = difflib.get_close_matches(name, names, n=1)
             raise ValueError(
                 f"classes: {path} has no {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; it has {_some(names)}")
+                + (f"; did you mean {near[0]!r}?" if near else f"; it has {some(names)}")
             )
     if not chosen:
         raise ValueError(f"the annotation file {path} lists no categories")
@@ -238,7 +238,3 @@ def _check_mask(mask: Any, width: int, height: int) -> tuple[str, Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _some(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")
