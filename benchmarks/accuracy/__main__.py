@@ -1,0 +1,71 @@
+"""Accuracy on real images: static networks, squeeze-and-excitation and dynamic convolutions, by one recipe.
+
+    python -m benchmarks.accuracy --data ../shared/data --studies tuning main ablation --seeds 2
+    python -m benchmarks.accuracy --report
+
+Safe to stop at any time, to call again (finished trainings are kept, an unfinished one goes on from its last epoch),
+and to call several times at once: each call takes trainings that no other has in hand.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from benchmarks.accuracy.cells import RECIPES, STUDIES, Cell
+from benchmarks.accuracy.training import train
+from benchmarks.common import RESULTS, Sheet
+from filelock import FileLock, Timeout
+
+KEYS = (
+    "dataset", "network", "method", "seed", "split", "epochs", "image_size", "train_images", "batch_size", "lr", "wd",
+    "dropout", "temp_init", "temp_share",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, help="folder with imagenette96 and cifar10")
+    parser.add_argument("--scale", choices=RECIPES, default="full" if torch.cuda.is_available() else "small")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=["main"])
+    parser.add_argument("--datasets", nargs="+", help="only these, such as imagenette")
+    parser.add_argument("--methods", nargs="+", help="only these, such as static odconv_4x")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="folder for unfinished trainings")
+    parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.csv", help="a row for each finished one")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--threads", type=int, default=1, help="of this process")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cells = [cell for study in args.studies for cell in STUDIES[study](args.scale, args.seeds)]
+    chosen = [
+        cell
+        for cell in cells
+        if (not args.datasets or cell.dataset in args.datasets) and (not args.methods or cell.method in args.methods)
+    ]
+    for number, cell in enumerate(chosen, start=1):
+        print(f"{number} of {len(chosen)}: {cell.study} {cell.name}", flush=True)
+        run(cell, args)
+
+
+def run(cell: Cell, args: argparse.Namespace) -> None:
+    """Train a cell unless that is done, or another process is at it, and add its row."""
+    out: Path = args.runs / cell.name
+    out.mkdir(parents=True, exist_ok=True)
+    done = out / "done"
+    try:
+        with FileLock(out / ".lock", blocking=False):
+            if not done.exists():
+                row = train(cell, args.data, out, args.workers)
+                with FileLock(f"{args.out}.lock"):
+                    Sheet(args.out, KEYS).add([row])
+                done.touch()
+    except Timeout:
+        print("another process is at it", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What is trained: cells of a data set, a network, a method and a seed, and the recipe of each."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from benchmarks.accuracy.networks import ABLATIONS
+
+MAIN = ("static", "dyconv", "odconv_1x", "odconv_4x", "se", "condconv")
+"""The methods, those first that matter most if time is short."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained, the same for every method.
+
+    `images` limits the training images (None: all); `temp_share` is the part of the training in which the temperature
+    falls from temp_init to 1, and more than 1 where it does not come that far.
+    """
+
+    image_size: int
+    epochs: int
+    lr: float
+    stem: Literal["standard", "small"] = "standard"
+    augment: Literal["imagenet", "small"] = "imagenet"
+    images: int | None = None
+    batch_size: int = 64
+    wd: float = 1e-4
+    dropout: float = 0.0
+    temp_init: float = 30.0
+    temp_share: float = 0.1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training: `split` says what it is measured on, the test images or a tenth of the training images, cut off."""
+
+    study: Literal["main", "ablation", "tuning"]
+    dataset: str
+    network: str
+    method: str
+    seed: int
+    recipe: Recipe
+    split: Literal["test", "validation"] = "test"
+
+    @property
+    def name(self) -> str:
+        """A name for its folder that no other cell has."""
+        recipe = hashlib.sha1(repr(self.recipe).encode()).hexdigest()[:8]
+        return f"{self.dataset}_{self.network}_{self.method}_seed{self.seed}_{self.split}_{recipe}"
+
+
+RECIPES: dict[str, dict[tuple[str, str], Recipe]] = {
+    # hours on one core of a processor
+    "small": {
+        ("imagenette", "mobilenetv2_050"): Recipe(64, 12, 0.05),
+        ("cifar10", "resnet18"): Recipe(32, 8, 0.05, stem="small", augment="small", images=10_000),
+    },
+    # long enough to converge, for a GPU
+    "full": {
+        ("imagenette", "mobilenetv2_050"): Recipe(96, 150, 0.05),
+        ("imagenette", "resnet18"): Recipe(96, 100, 0.05, stem="small"),
+        ("cifar10", "mobilenetv2_050"): Recipe(32, 150, 0.05, stem="small", augment="small"),
+        ("cifar10", "resnet18"): Recipe(32, 100, 0.05, stem="small", augment="small"),
+    },
+}
+
+
+def main_cells(scale: str, seeds: int) -> Iterator[Cell]:
+    """Every method with every seed; a seed of all comes before the next."""
+    for (dataset, network), recipe in RECIPES[scale].items():
+        for seed in range(seeds):
+            for method in MAIN:
+                yield Cell("main", dataset, network, method, seed, recipe)
+
+
+def ablation_cells(scale: str, seeds: int) -> Iterator[Cell]:
+    """What the paper varies, on the first network of the scale, beside the cells of the main study."""
+    (dataset, network), recipe = next(iter(RECIPES[scale].items()))
+    for seed in range(seeds):
+        for method in ABLATIONS:
+            yield Cell("ablation", dataset, network, method, seed, recipe)
+        for share in {0.0, 0.1, 0.5, 1.0} - {recipe.temp_share}:
+            yield Cell("ablation", dataset, network, "odconv_4x", seed, replace(recipe, temp_share=share))
+
+
+def tuning_cells(scale: str, seeds: int) -> Iterator[Cell]:
+    """Recipes to choose from, on images cut from the training images: the learning rate, then what 4x needs."""
+    for (dataset, network), recipe in RECIPES[scale].items():
+        short = replace(recipe, epochs=max(4, recipe.epochs // 2), images=4000)
+        changes: list[dict[str, Any]] = [{"lr": factor * 0.05} for factor in (0.4, 1.0, 2.0)]
+        tried = [(method, change) for change in changes for method in ("static", "odconv_4x")]
+        tried += [("odconv_4x", {"temp_share": share}) for share in (0.1, 0.5, 1.0)]
+        tried += [("odconv_4x", {"dropout": 0.2})]
+        for seed in range(seeds):
+            for method, change in tried:
+                yield Cell("tuning", dataset, network, method, seed, replace(short, **change), "validation")
+
+
+STUDIES = {"main": main_cells, "ablation": ablation_cells, "tuning": tuning_cells}

@@ -1,0 +1,86 @@
+"""The networks that are compared: a static one of the zoo, and what each method makes of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import SqueezeExcitation
+
+import odconv
+
+ATTENTIONS = ("channel", "filter", "spatial", "kernel")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: its name in the report, the prefix of its networks in the zoo, and options of its layers."""
+
+    title: str
+    prefix: str = ""
+    kernel_num: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def odconv_4x(title: str, **options: Any) -> Method:
+    return Method(f"4x, {title}", "od_", 4, options)
+
+
+METHODS = {
+    "static": Method("static"),
+    "se": Method("SE"),
+    "condconv": Method("CondConv 8x", "cond_", 8),
+    "dyconv": Method("DyConv 4x", "dy_", 4),
+    "odconv_1x": Method("ODConv 1x", "od_", 1),
+    "odconv_4x": Method("ODConv 4x", "od_", 4),
+}
+ABLATIONS = {
+    # without the kernel attention there is one kernel: ODConv 1x is 4x without it
+    **{
+        f"only_{kind}": Method(f"{kind} attention alone, n = 1", "od_", 1, {"attentions": (kind,)})
+        for kind in ATTENTIONS[:-1]
+    },
+    "only_kernel": odconv_4x("kernel attention alone", attentions=("kernel",)),
+    **{
+        f"no_{kind}": odconv_4x(f"without {kind}", attentions=tuple(other for other in ATTENTIONS if other != kind))
+        for kind in ATTENTIONS[:-1]
+    },
+    "odconv_2x": Method("ODConv 2x", "od_", 2),
+    "odconv_8x": Method("ODConv 8x", "od_", 8),
+    "reduction_4": odconv_4x("reduction 1/4", reduction=1 / 4),
+    "reduction_8": odconv_4x("reduction 1/8", reduction=1 / 8),
+    "reduction_32": odconv_4x("reduction 1/32", reduction=1 / 32),
+    "norm_group": odconv_4x("group norm in the attention", norm="group"),
+    "norm_layer": odconv_4x("layer norm in the attention", norm="layer"),
+    "norm_none": odconv_4x("no norm in the attention", norm="none"),
+}
+
+
+def build(network: str, method: str, stem: str, classes: int, dropout: float = 0.0) -> nn.Module:
+    """Build a network of the zoo with a method, freshly drawn."""
+    chosen = (METHODS | ABLATIONS)[method]
+    create = {"num_classes": classes, "dropout": dropout, "stem": stem}
+    if method == "se":
+        return add_squeeze_excitation(odconv.create_model(network, **create))
+    if chosen.options:  # which the zoo does not have
+        model = odconv.create_model(network, **create)
+        return odconv.convert(model, "odconv", warm_start=False, kernel_num=chosen.kernel_num, **chosen.options)
+    return odconv.create_model(chosen.prefix + network, kernel_num=chosen.kernel_num, **create)
+
+
+def add_squeeze_excitation(model: nn.Module, reduction: int = 16) -> nn.Module:
+    """Add torchvision's squeeze-and-excitation to every block, in place.
+
+    In a residual block it stands before the addition (Hu, Shen, Sun, CVPR 2018); in an inverted one behind the
+    depth-wise convolution (MobileNetV3: Howard et al., ICCV 2019).
+    """
+    for block in [*model.modules()]:
+        if isinstance(block, BasicBlock):
+            channels = block.bn2.num_features
+            block.bn2 = nn.Sequential(block.bn2, SqueezeExcitation(channels, channels // reduction))
+        elif isinstance(block, InvertedResidual):
+            depthwise = block.conv[-3]  # convolution, norm, activation; then the projection and its norm
+            channels = depthwise[0].out_channels
+            block.conv[-3] = nn.Sequential(depthwise, SqueezeExcitation(channels, max(1, channels // reduction)))
+    return model

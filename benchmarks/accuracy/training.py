@@ -1,0 +1,116 @@
+"""One training, by odconv's own trainer: begun, or gone on with from its last epoch, and then a row."""
+
+import time
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from benchmarks.accuracy.cells import Cell
+from benchmarks.accuracy.networks import ABLATIONS, METHODS, build
+from benchmarks.common import origin
+
+from odconv.data import Images, open_data
+from odconv.train.config import TrainConfig
+from odconv.train.files import LAST, PREVIOUS
+from odconv.train.history import History
+from odconv.train.launch import count_parameters, make_run
+from odconv.train.loaders import evaluation_loader, training_loader
+from odconv.train.module import Training
+from odconv.train.resume import find_resumed
+
+FOLDERS = {"imagenette": "imagenette96", "cifar10": "cifar10"}
+VALIDATION = 10  # one in so many training images, where recipes are chosen
+SPLIT_SEED = 0  # the same images for every cell
+
+
+def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
+    """Train a cell's network in the folder `out`, or go on there; return the row."""
+    recipe = cell.recipe
+    images, tested, classes = open_images(cell, data)
+    config = TrainConfig(
+        out=str(out),
+        arch=cell.network,
+        data=str(data),
+        image_size=recipe.image_size,
+        resize_size=recipe.image_size,
+        augment=recipe.augment,
+        stem=recipe.stem,
+        dropout=recipe.dropout,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        test_batch=250,
+        lr=recipe.lr,
+        lr_decay="cos",
+        wd=recipe.wd,
+        temp_init=recipe.temp_init,
+        temp_epoch=recipe.temp_share * recipe.epochs,  # type: ignore[arg-type]  # a fraction of an epoch is fine
+        devices=1,
+        seed=cell.seed,
+        workers=workers,
+        resume="auto",
+    )
+    resumed = find_resumed(config, classes, ())
+    history = History(out)
+    trainer = make_run(config, "val_top1", [history])
+    pl.seed_everything(cell.seed, verbose=False)
+    model = build(cell.network, cell.method, recipe.stem, len(classes), recipe.dropout)
+    loader = training_loader(images, config.batch_size, workers, seed=cell.seed)
+    loader.go_to(resumed.epoch, resumed.batch)
+    trainer.fit(
+        Training(model, config, classes),
+        loader,
+        evaluation_loader(tested, config.test_batch, workers),
+        ckpt_path=resumed.path,
+    )
+    last = history.rows[-1]
+    for name in (LAST, PREVIOUS):  # twice the size of the weights each
+        (out / name).unlink(missing_ok=True)
+    return {
+        "study": cell.study,
+        "dataset": cell.dataset,
+        "network": cell.network,
+        "method": cell.method,
+        "kernel_num": (METHODS | ABLATIONS)[cell.method].kernel_num or "",
+        "seed": cell.seed,
+        "split": cell.split,
+        "parameters": count_parameters(model),
+        "train_images": len(images),
+        **asdict(recipe),
+        "top1": f"{last['top1']:.2f}",
+        "top5": f"{last['top5']:.2f}",
+        "train_loss": f"{last['train_loss']:.4f}",
+        "seconds": f"{sum(row['train_seconds'] for row in history.rows):.0f}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "finished": time.strftime("%Y-%m-%d"),
+        **origin(),
+    }
+
+
+def open_images(cell: Cell, data: Path) -> tuple[Images, Images, list[str]]:
+    """The images to train on, those to measure on, and the names of the classes.
+
+    Where recipes are chosen, both are parts of the training images, and the test images are not looked at.
+    """
+    recipe = cell.recipe
+    splits = opened(str(data / FOLDERS[cell.dataset]), recipe.image_size, recipe.augment)
+    shuffled = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
+    cut = len(shuffled) // VALIDATION
+    if cell.split == "test":
+        return some(splits.train, shuffled[: recipe.images]), splits.val, splits.classes
+    held_out = Images(splits.train.sources, splits.train.labels, splits.val.transform, recipe.image_size)
+    kept = shuffled[cut:][: recipe.images]
+    return some(splits.train, kept), some(held_out, shuffled[:cut]), splits.classes
+
+
+@cache
+def opened(folder: str, image_size: int, augment: Any) -> Any:
+    return open_data(folder, image_size=image_size, resize_size=image_size, augment=augment, min_scale=0.35)
+
+
+def some(images: Images, indices: list[int]) -> Images:
+    """Some of the images."""
+    sources, labels = [images.sources[i] for i in indices], [images.labels[i] for i in indices]
+    return Images(sources, labels, images.transform, images.image_size, images.read)
