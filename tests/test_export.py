@@ -22,22 +22,32 @@ SIZE = (3, 32, 32)
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Batch norm that fits the network, weights of its own, and attentions that differ a little between samples.
-
-    Attentions that differ much make deep untrained networks chaotic: rounding errors grow to the size of the outputs.
-    """
+    """Batch norm that fits the network and has weights of its own, and attentions that differ between samples."""
     torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if ".attention." in name and name.endswith("_fc.weight"):
-            nn.init.normal_(parameter, 0, 0.02)
+    differ(model, 0.02)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.7, 1.4)
             norm.momentum = None  # takes the statistics of what comes
     with torch.no_grad():
         model.train()(torch.randn(8, 3, 64, 64))
-    odconv.set_temperature(model, 0.5)
     return model
+
+
+def differ(model: nn.Module, scale: float) -> nn.Module:
+    """Let the attentions differ between samples."""
+    for name, parameter in model.named_parameters():
+        if ".attention." in name and name.endswith("_fc.weight"):
+            nn.init.normal_(parameter, 0, scale)
+    return model
+
+
+def warm(name: str, method: str, **options) -> nn.Module:
+    """A network of the zoo, dynamic by a warm start.
+
+    Deep dynamic networks that are untrained are chaotic: rounding errors grow to the size of the outputs.
+    """
+    return differ(odconv.convert(randomise(odconv.create_model(name, **options)), method, kernel_num=4), 0.002)
 
 
 def small() -> nn.Module:
@@ -54,7 +64,8 @@ def small() -> nn.Module:
         nn.Flatten(),
         nn.Linear(8, 5),
     )
-    return randomise(model)
+    odconv.set_temperature(randomise(model), 0.5)
+    return model
 
 
 def after_a_layer(*layers: nn.Module) -> nn.Module:
@@ -310,10 +321,10 @@ def test_the_command(tmp_path, capsys):
     "options", [("--precision", "float16"), ("--format", "aoti"), ("--batch_one", "--dynamic_size")]
 )
 def test_the_command_with_a_dynamic_network(tmp_path, options):
-    model = randomise(odconv.create_model("od_resnet18", num_classes=3, stem="small"))
+    model = warm("resnet18", "odconv", num_classes=3, stem="small")
     torch.save(model.state_dict(), tmp_path / "net.pth")
     file = tmp_path / "out" / ("net.pt2" if "aoti" in options else "net.onnx")
-    assert command(tmp_path, "--arch", "od_resnet18", *options, "--out", str(file)) == 0
+    assert command(tmp_path, "--arch", "od_resnet18", "--kernel_num", "4", *options, "--out", str(file)) == 0
     assert verify(file, model, [(1, *SIZE)], tolerance=5e-2) > 0
 
 
@@ -353,9 +364,17 @@ def test_the_maps_of_a_detector(name, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("name", ["od_resnet50", "od_mobilenetv2_100", "dy_resnet18", "cond_mobilenetv2_050"])
-def test_networks_of_the_zoo(name, tmp_path):
-    model = randomise(odconv.create_model(name, kernel_num=4))
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("resnet50", "odconv"),
+        ("mobilenetv2_100", "odconv"),
+        ("resnet18", "dyconv"),
+        ("mobilenetv2_050", "condconv"),
+    ],
+)
+def test_networks_of_the_zoo(name, method, tmp_path):
+    model = warm(name, method)
     written = odconv.export_onnx(model, tmp_path / "net.onnx", (3, 64, 64), dynamic_size=True)
     assert verify(written.path, model, [(batch, 3, 96, 64) for batch in (1, 2, 7, 32)]) <= 1e-4
 

@@ -59,13 +59,12 @@ def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
     model = build(cell.network, cell.method, recipe.stem, len(classes), recipe.dropout)
     loader = training_loader(images, config.batch_size, workers, seed=cell.seed)
     loader.go_to(resumed.epoch, resumed.batch)
-    trainer.fit(
-        Training(model, config, classes),
-        loader,
-        evaluation_loader(tested, config.test_batch, workers),
-        ckpt_path=resumed.path,
-    )
-    last = history.rows[-1]
+    tests = evaluation_loader(tested, config.test_batch, workers)
+    try:
+        trainer.fit(Training(model, config, classes), loader, tests, ckpt_path=resumed.path)
+    except FloatingPointError as error:  # a result, too
+        print(error, flush=True)
+    last = history.rows[-1] if len(history.rows) == recipe.epochs else {}
     for name in (LAST, PREVIOUS):  # twice the size of the weights each
         (out / name).unlink(missing_ok=True)
     return {
@@ -79,9 +78,7 @@ def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
         "parameters": count_parameters(model),
         "train_images": len(images),
         **asdict(recipe),
-        "top1": f"{last['top1']:.2f}",
-        "top5": f"{last['top5']:.2f}",
-        "train_loss": f"{last['train_loss']:.4f}",
+        **{name: f"{last[name]:.4f}" if last else "diverged" for name in ("top1", "top5", "train_loss")},
         "seconds": f"{sum(row['train_seconds'] for row in history.rows):.0f}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "finished": time.strftime("%Y-%m-%d"),
