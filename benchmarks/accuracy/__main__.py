@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.accuracy.cells import RECIPES, STUDIES, Cell
+from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.training import train
 from benchmarks.common import RESULTS, Sheet
 from filelock import FileLock, Timeout
@@ -38,8 +39,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.csv", help="a row for each finished one")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--threads", type=int, default=1, help="of this process")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the report of what is finished")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.report:
+        write_report(args.out, args.out.with_name("accuracy_costs.csv"), args.out.parent)
+        return
+    if args.data is None:
+        parser.error("--data is needed, the folder with imagenette96 and cifar10")
     cells = [cell for study in args.studies for cell in STUDIES[study](args.scale, args.seeds)]
     chosen = [
         cell

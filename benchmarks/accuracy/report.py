@@ -1,0 +1,254 @@
+"""The report of what was trained: tables with confidence intervals, and a picture of accuracy against cost."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+from benchmarks.accuracy.networks import ABLATIONS, METHODS, build
+from benchmarks.common import alternate, origin, percentiles, read_rows, save_rows
+from scipy import stats
+
+import odconv
+from odconv.visualize.inks import COLOURS, FAINT, INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = dict[str, Any]
+TITLES = {name: method.title for name, method in (METHODS | ABLATIONS).items()}
+DATASETS = {"imagenette": "Imagenette", "cifar10": "CIFAR-10"}
+SETTINGS = ("dataset", "network", "train_images", "image_size", "epochs", "batch_size", "lr", "wd", "stem", "augment")
+"""What the trainings of a table share."""
+CONFIDENCE = 0.95
+
+
+def write_report(results: Path, costs: Path, out: Path) -> None:
+    """Write accuracy.md and accuracy.png to the folder `out` from the rows of all trainings; measure missing costs."""
+    rows = read_rows(results)
+    main = [row for row in rows if row["study"] == "main"]
+    measured = measure_costs(main, costs)
+    tables = [*main_tables(main, measured), *ablation_tables(rows), *tuning_tables(rows)]
+    text = "\n".join(["# Accuracy on real images", "", *tables]).rstrip()
+    (out / "accuracy.md").write_text(text + "\n", encoding="utf-8")
+    draw(main, measured, out / "accuracy.png")
+
+
+def groups(rows: Sequence[Row], names: Sequence[str] = SETTINGS) -> dict[tuple[str, ...], list[Row]]:
+    """The rows by what they share, in their order."""
+    found = defaultdict(list)
+    for row in rows:
+        found[tuple(row[name] for name in names)].append(row)
+    return found
+
+
+def top1(rows: Sequence[Row]) -> dict[str, float]:
+    """Top-1 by seed; a training that diverged counts as chance among ten classes."""
+    return {row["seed"]: 10.0 if row["top1"] == "diverged" else float(row["top1"]) for row in rows}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation, as text."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def difference(one: dict[str, float], other: dict[str, float]) -> str:
+    """The mean difference of what has the same seed, with the confidence interval of Student's t, as text."""
+    paired = [one[seed] - other[seed] for seed in one if seed in other]
+    if not paired:
+        return ""
+    if len(paired) == 1:
+        return f"{paired[0]:+.2f}"
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(paired) - 1) * stdev(paired) / len(paired) ** 0.5
+    return f"{mean(paired):+.2f} ({mean(paired) - half:+.2f} to {mean(paired) + half:+.2f})"
+
+
+def describe(setting: tuple[str, ...]) -> str:
+    """What the trainings of a table share, in words."""
+    s = dict(zip(SETTINGS, setting, strict=True))
+    stem = ", stem for small images" if s["stem"] == "small" else ""
+    return (
+        f"{s['network']}{stem}, {DATASETS[s['dataset']]}: {s['train_images']} training images of {s['image_size']} "
+        f"pixels, {s['epochs']} epochs from scratch, batches of {s['batch_size']}, lr {s['lr']} (cosine), weight decay "
+        f"{s['wd']}, augmentation {s['augment']}"
+    )
+
+
+def main_tables(main: Sequence[Row], costs: dict[tuple[str, ...], Row]) -> Iterator[str]:
+    """A table for each data set and network: the methods."""
+    for setting, rows in groups(main).items():
+        yield f"## {describe(setting)}"
+        yield ""
+        yield (
+            "| method | seeds | top-1, % | difference to static (95 % interval) | top-5, % | parameters | "
+            "multiply-adds | training | inference |"
+        )
+        yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+        by_method = groups(rows, ["method"])
+        static = top1(by_method.get(("static",), []))
+        for name in METHODS:
+            own = by_method.get((name,), [])
+            if own:
+                scores, cost = top1(own), costs[cost_key(own[0])]
+                top5 = [float(row["top5"]) for row in own if row["top5"] != "diverged"]
+                yield (
+                    f"| {TITLES[name]} | {len(own)} | {spread([*scores.values()])} | "
+                    f"{difference(scores, static) if name != 'static' else ''} | {spread(top5) if top5 else ''} | "
+                    f"{int(own[0]['parameters']) / 1e6:.2f}M | {float(cost['madds']) / 1e6:.1f}M | "
+                    f"{float(cost['training_ratio']):.2f} | {float(cost['inference_ratio']):.2f} |"
+                )
+        yield ""
+
+
+def ablation_tables(rows: Sequence[Row]) -> Iterator[str]:
+    """What 4x is without a part, or with another setting, beside 4x itself."""
+    tested = [row for row in rows if row["split"] == "test"]
+    for setting, own in groups(tested).items():
+        if not any(row["study"] == "ablation" for row in own):
+            continue
+        variants = groups(own, ["method", "temp_share"])
+        usual = next(row["temp_share"] for row in own if row["study"] == "main")
+        base = top1(variants.get(("odconv_4x", usual), []))
+        yield f"## Ablations: {describe(setting)}"
+        yield ""
+        yield "| network | seeds | top-1, % | difference to ODConv 4x (95 % interval) |"
+        yield "| --- | --- | --- | --- |"
+        for (method, share), group in variants.items():
+            if method in ("static", "odconv_1x", "odconv_4x") or group[0]["study"] == "ablation":
+                annealed = "" if share == usual else f", temperature {anneal(group[0])}"
+                scores = top1(group)
+                compared = "" if (method, share) == ("odconv_4x", usual) else difference(scores, base)
+                yield f"| {TITLES[method]}{annealed} | {len(group)} | {spread([*scores.values()])} | {compared} |"
+        yield ""
+
+
+def tuning_tables(rows: Sequence[Row]) -> Iterator[str]:
+    """What the recipe was chosen from."""
+    tuning = [row for row in rows if row["study"] == "tuning"]
+    shared = ("dataset", "network", "train_images", "image_size", "epochs", "batch_size")
+    for (dataset, network, images, size, epochs, batch), own in groups(tuning, shared).items():
+        yield (
+            f"## The recipe was chosen on: {network}, {DATASETS[dataset]}, {images} training images of {size} "
+            f"pixels, {epochs} epochs, batches of {batch}, measured on a tenth of the training images that was cut off"
+        )
+        yield ""
+        yield "| method | lr | temperature | dropout | top-1, % |"
+        yield "| --- | --- | --- | --- | --- |"
+        for row in own:
+            annealed = "" if row["method"] == "static" else anneal(row)
+            yield f"| {TITLES[row['method']]} | {row['lr']} | {annealed} | {row['dropout']} | {row['top1']} |"
+        yield ""
+
+
+def anneal(row: Row) -> str:
+    """How the temperature falls, in words."""
+    share, start = float(row["temp_share"]), float(row["temp_init"])
+    if share == 0:
+        return "1 throughout"
+    if share <= 1:
+        return f"{start:g} to 1 in the first {100 * share:g} %"
+    return f"{start:g} to {1 + (start - 1) * (1 - 1 / share):.3g}"
+
+
+def cost_key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("network", "method", "image_size", "stem"))
+
+
+def measure_costs(main: Sequence[Row], path: Path) -> dict[tuple[str, ...], Row]:
+    """Multiply-adds, and the time of a training step and of inference as ratios to the static network.
+
+    The methods are measured in turns in one process; what `path` has is not measured again.
+    """
+    known = {cost_key(row): row for row in read_rows(path)}
+    wanted = {cost_key(row): row for row in main}
+    for (network, size, stem), rows in groups([*wanted.values()], ["network", "image_size", "stem"]).items():
+        if any(cost_key(row) not in known for row in rows):
+            print(f"measuring {network} at {size} pixels", flush=True)
+            for row in measure(network, int(size), stem, int(rows[0]["batch_size"])):
+                known[cost_key(row)] = row
+            save_rows(path, [*known.values()])
+    return known
+
+
+def measure(network: str, size: int, stem: str, batch: int) -> Iterator[Row]:
+    """The costs of every method on one network."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = torch.randn(batch, 3, size, size, device=device)
+    labels = torch.randint(10, (batch,), device=device)
+    models = {name: build(network, name, stem, 10).to(device) for name in METHODS}
+
+    def step(model: torch.nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        wait(device)
+
+    @torch.inference_mode()
+    def infer(model: torch.nn.Module) -> None:
+        model(images)
+        wait(device)
+
+    for model in models.values():
+        odconv.set_temperature(model.train(), 30.0)
+    training = alternate({name: lambda m=model: step(m) for name, model in models.items()}, 60, 5)
+    for model in models.values():
+        model.eval()
+    inference = alternate({name: lambda m=model: infer(m) for name, model in models.items()}, 30, 5)
+    for name, model in models.items():
+        row: Row = {"network": network, "method": name, "image_size": size, "stem": stem, "batch_size": batch}
+        row["madds"] = odconv.profile(model, (3, size, size)).madds
+        for mode, times in (("training", training), ("inference", inference)):
+            own, static = percentiles(times[name]), percentiles(times["static"])
+            row |= {f"{mode}_{key}": value for key, value in own.items()}
+            row[f"{mode}_ratio"] = round(own["median_ms"] / static["median_ms"], 3)
+        yield row | {"device": device.type, **origin()}
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def draw(main: Sequence[Row], costs: dict[tuple[str, ...], Row], path: Path) -> None:
+    """Draw top-1 against multiply-adds, training time and inference time: a dot a seed, a bar for their mean."""
+    from matplotlib.figure import Figure
+
+    settings = groups(main)
+    if not settings:
+        return
+    figure = Figure((12, 3.9 * len(settings)), facecolor="white", layout="constrained")
+    panels = figure.subplots(len(settings), 3, squeeze=False, sharey="row")
+    axis = (("madds", "multiply-adds, M", 1e-6), ("training_ratio", "time of a training step, static = 1", 1.0))
+    axis += (("inference_ratio", "time of inference, static = 1", 1.0),)
+    for line, (setting, rows) in zip(panels, settings.items(), strict=True):
+        s = dict(zip(SETTINGS, setting, strict=True))
+        for axes, (column, label, factor) in zip(line, axis, strict=True):
+            for index, (name, own) in enumerate(
+                (name, [row for row in rows if row["method"] == name]) for name in METHODS
+            ):
+                if own:
+                    x = factor * float(costs[cost_key(own[0])][column])
+                    point(axes, x, [*top1(own).values()], TITLES[name], COLOURS[index])
+            axes.set_xlabel(label, color=INK)
+            tidy(axes)
+        title = f"{s['network']}, {DATASETS[s['dataset']]} at {s['image_size']} pixels, {s['epochs']} epochs"
+        line[0].set_title(title, loc="left", size=12, weight="bold", color=INK)
+        line[0].set_ylabel("top-1, %", color=INK)
+    figure.savefig(path, dpi=110)
+
+
+def point(axes: "Axes", x: float, values: list[float], title: str, colour: str) -> None:
+    """A method: a dot a seed, and its name beside their mean."""
+    axes.plot([x] * len(values), values, "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
+    axes.plot([x], [mean(values)], "_", color=colour, markersize=22, markeredgewidth=3)
+    axes.annotate(title, (x, mean(values)), (8, 6), textcoords="offset points", size=9, color=colour)
+
+
+def tidy(axes: "Axes") -> None:
+    axes.margins(x=0.18, y=0.12)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=FAINT)
