@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from benchmarks.accuracy.cells import RECIPES, STUDIES, Cell
-from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.training import train
 from benchmarks.common import RESULTS, Sheet
 from filelock import FileLock, Timeout
@@ -43,6 +42,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.report:
+        from benchmarks.accuracy.report import write_report  # with scipy and matplotlib, which training does without
+
         write_report(args.out, args.out.with_name("accuracy_costs.csv"), args.out.parent)
         return
     if args.data is None:
