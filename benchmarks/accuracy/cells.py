@@ -92,8 +92,8 @@ def tuning_cells(scale: str, seeds: int) -> Iterator[Cell]:
         tried: list[tuple[str, dict[str, Any]]] = [("static", {"lr": lr}) for lr in (0.02, 0.05, 0.1)]
         tried += [("odconv_4x", {"temp_share": share, "lr": 0.05}) for share in (0.1, 0.5, 1.0, 2.0)]
         tried += [("odconv_4x", {"temp_share": 2.0, "lr": lr}) for lr in (0.02, 0.1)]
-        norms = ("norm_layer", "norm_group", "norm_none")
-        tried += [(norm, {"temp_share": share, "lr": 0.05}) for share in (0.1, 1.0) for norm in norms]
+        tried += [("zero_heads", {"temp_share": share, "lr": 0.05}) for share in (0.1, 1.0, 2.0)]
+        tried += [("norm_layer", {"temp_share": 2.0, "lr": 0.05})]
         tried += [("odconv_4x", {"temp_share": 2.0, "lr": 0.05, "dropout": 0.2})]
         for seed in range(seeds):
             for method, change in tried:

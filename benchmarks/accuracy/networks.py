@@ -54,6 +54,7 @@ ABLATIONS = {
     "norm_group": odconv_4x("group norm in the attention", norm="group"),
     "norm_layer": odconv_4x("layer norm in the attention", norm="layer"),
     "norm_none": odconv_4x("no norm in the attention", norm="none"),
+    "zero_heads": odconv_4x("begun as the static network", warm_start=True),
 }
 
 
@@ -65,7 +66,8 @@ def build(network: str, method: str, stem: str, classes: int, dropout: float = 0
         return add_squeeze_excitation(odconv.create_model(network, **create))
     if chosen.options:  # which the zoo does not have
         model = odconv.create_model(network, **create)
-        return odconv.convert(model, "odconv", warm_start=False, kernel_num=chosen.kernel_num, **chosen.options)
+        options = {"warm_start": False, "kernel_num": chosen.kernel_num} | chosen.options
+        return odconv.convert(model, "odconv", **options)
     return odconv.create_model(chosen.prefix + network, kernel_num=chosen.kernel_num, **create)
 
 
