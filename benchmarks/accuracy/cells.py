@@ -89,12 +89,12 @@ def tuning_cells(scale: str, seeds: int) -> Iterator[Cell]:
     """Recipes to choose from, on images cut from the training images: how 4x is annealed, and the learning rate."""
     for (dataset, network), recipe in RECIPES[scale].items():
         short = replace(recipe, epochs=max(4, recipe.epochs // 2), images=4000)
-        tried: list[tuple[str, dict[str, Any]]] = [("static", {"lr": lr}) for lr in (0.02, 0.05, 0.1)]
+        tried: list[tuple[str, dict[str, Any]]] = [("static", {"lr": lr}) for lr in (0.01, 0.02, 0.05, 0.1)]
         tried += [("odconv_4x", {"temp_share": share, "lr": 0.05}) for share in (0.1, 0.5, 1.0, 2.0)]
-        tried += [("odconv_4x", {"temp_share": 2.0, "lr": lr}) for lr in (0.02, 0.1)]
-        tried += [("zero_heads", {"temp_share": share, "lr": 0.05}) for share in (0.1, 1.0, 2.0)]
-        tried += [("norm_layer", {"temp_share": 2.0, "lr": 0.05})]
-        tried += [("odconv_4x", {"temp_share": 2.0, "lr": 0.05, "dropout": 0.2})]
+        tried += [("odconv_4x", {"temp_share": 2.0, "lr": lr}) for lr in (0.01, 0.02, 0.1)]
+        tried += [("odconv_4x", {"temp_share": share, "lr": 0.02}) for share in (0.1, 5.0)]
+        tried += [("odconv_4x", {"temp_share": 2.0, "lr": 0.02, "dropout": 0.2})]
+        tried += [("zero_heads", {"temp_share": share, "lr": 0.02}) for share in (0.1, 2.0)]
         for seed in range(seeds):
             for method, change in tried:
                 yield Cell("tuning", dataset, network, method, seed, replace(short, **change), "validation")
