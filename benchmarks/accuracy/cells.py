@@ -92,7 +92,7 @@ def tuning_cells(scale: str, seeds: int) -> Iterator[Cell]:
         tried: list[tuple[str, dict[str, Any]]] = [("static", {"lr": lr}) for lr in (0.01, 0.02, 0.05, 0.1)]
         tried += [("odconv_4x", {"temp_share": share, "lr": 0.05}) for share in (0.1, 0.5, 1.0, 2.0)]
         tried += [("odconv_4x", {"temp_share": 2.0, "lr": lr}) for lr in (0.01, 0.02, 0.1)]
-        tried += [("odconv_4x", {"temp_share": share, "lr": 0.02}) for share in (0.1, 5.0)]
+        tried += [("odconv_4x", {"temp_share": 5.0, "lr": 0.02})]
         tried += [("odconv_4x", {"temp_share": 2.0, "lr": 0.02, "dropout": 0.2})]
         tried += [("zero_heads", {"temp_share": share, "lr": 0.02}) for share in (0.1, 2.0)]
         for seed in range(seeds):

@@ -23,11 +23,15 @@ DATASETS = {"imagenette": "Imagenette", "cifar10": "CIFAR-10"}
 SETTINGS = ("dataset", "network", "train_images", "image_size", "epochs", "batch_size", "lr", "wd", "stem", "augment")
 """What the trainings of a table share."""
 CONFIDENCE = 0.95
+SECONDS = 60
+"""How long training and inference are measured, for each network."""
 
 
 def write_report(results: Path, costs: Path, out: Path) -> None:
     """Write accuracy.md and accuracy.png to the folder `out` from the rows of all trainings; measure missing costs."""
     rows = read_rows(results)
+    if not rows:
+        raise FileNotFoundError(f"there are no rows to report in {results}")
     main = [row for row in rows if row["study"] == "main"]
     measured = measure_costs(main, costs)
     tables = [*main_tables(main, measured), *ablation_tables(rows), *tuning_tables(rows)]
@@ -191,10 +195,10 @@ def measure(network: str, size: int, stem: str, batch: int) -> Iterator[Row]:
 
     for model in models.values():
         odconv.set_temperature(model.train(), 30.0)
-    training = alternate({name: lambda m=model: step(m) for name, model in models.items()}, 60, 5)
+    training = alternate({name: lambda m=model: step(m) for name, model in models.items()}, SECONDS, 5)
     for model in models.values():
         model.eval()
-    inference = alternate({name: lambda m=model: infer(m) for name, model in models.items()}, 30, 5)
+    inference = alternate({name: lambda m=model: infer(m) for name, model in models.items()}, SECONDS, 5)
     for name, model in models.items():
         row: Row = {"network": network, "method": name, "image_size": size, "stem": stem, "batch_size": batch}
         row["madds"] = odconv.profile(model, (3, size, size)).madds
