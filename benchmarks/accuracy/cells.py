@@ -54,8 +54,8 @@ class Cell:
 RECIPES: dict[str, dict[tuple[str, str], Recipe]] = {
     # hours on one core of a processor
     "small": {
-        ("imagenette", "mobilenetv2_050"): Recipe(64, 12, 0.05),
-        ("cifar10", "resnet18"): Recipe(32, 8, 0.05, stem="small", augment="small", images=10_000),
+        ("imagenette", "mobilenetv2_050"): Recipe(64, 10, 0.02, temp_share=2.0),
+        ("cifar10", "resnet18"): Recipe(32, 8, 0.02, stem="small", augment="small", images=10_000, temp_share=2.0),
     },
     # long enough to converge, for a GPU
     "full": {
@@ -88,7 +88,7 @@ def ablation_cells(scale: str, seeds: int) -> Iterator[Cell]:
 def tuning_cells(scale: str, seeds: int) -> Iterator[Cell]:
     """Recipes to choose from, on images cut from the training images: how 4x is annealed, and the learning rate."""
     for (dataset, network), recipe in RECIPES[scale].items():
-        short = replace(recipe, epochs=max(4, recipe.epochs // 2), images=4000)
+        short = replace(recipe, epochs=6, images=4000, temp_share=0.1)
         tried: list[tuple[str, dict[str, Any]]] = [("static", {"lr": lr}) for lr in (0.01, 0.02, 0.05, 0.1)]
         tried += [("odconv_4x", {"temp_share": share, "lr": 0.05}) for share in (0.1, 0.5, 1.0, 2.0)]
         tried += [("odconv_4x", {"temp_share": 2.0, "lr": lr}) for lr in (0.01, 0.02, 0.1)]
