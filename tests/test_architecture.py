@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "odconv"
 BELOW = {  # the rooms that a room may import from
     "files": set(),
+    "words": set(),
     "ops": {"files"},
     "functional": {"ops"},
     "checkpoints": {"files"},
@@ -19,12 +20,15 @@ BELOW = {  # the rooms that a room may import from
     "yolo": {"convert", "fusion", "layers"},
     "models": {"convert", "layers", "ops", "checkpoints", "files"},
 }
-LEAVES = ("train", "detect", "export", "profile", "visualize", "timm")
+LEAVES = ("train", "detect", "export", "predict", "profile", "visualize", "timm")
 BELOW |= {leaf: {*BELOW} for leaf in LEAVES}
-BELOW |= {"report": {"files", "layers", "models", "profile", "visualize"}}
+BELOW |= {"report": {"files", "layers", "models", "profile", "visualize", "words"}}
 BELOW["train"].add("report")
 BELOW["detect"].add("train")
-BELOW["export"].add("train")
+BELOW["export"] |= {"train", "detect"}
+BELOW["predict"] |= {"train", "export", "hub"}
+BELOW |= {"demo": {"data", "layers", "predict", "profile", "visualize"}}
+BELOW |= {"inspection": {*BELOW} - {"demo", "detect", "export"}}
 BELOW |= {"reporting": {*BELOW, "report"}}
 BELOW |= {"hub": {"models", "checkpoints", "profile"}}
 BELOW |= {"cli": {*BELOW}, "__main__": {"cli"}, "__init__": {*BELOW, "functional"}}
@@ -45,7 +49,7 @@ def test_imports_point_downward():
 def test_import_odconv_is_light():
     heavy = (
         "torchvision lightning pytorch_lightning torchmetrics jsonargparse matplotlib rich yaml sklearn PIL "
-        "safetensors timm huggingface_hub onnx onnxscript onnxruntime"
+        "safetensors timm huggingface_hub onnx onnxscript onnxruntime gradio"
     )
     code = f"import sys, odconv; print(*[name for name in {heavy.split()!r} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -12,7 +12,9 @@ import odconv
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["convert.md", "detect.md", "export.md", "report.md", "weights.md"])
+@pytest.mark.parametrize(
+    "page", ["convert.md", "detect.md", "export.md", "predict.md", "report.md", "visualize.md", "weights.md"]
+)
 def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     for package in ("torchvision", "safetensors", "huggingface_hub"):
         pytest.importorskip(package)

@@ -328,6 +328,24 @@ def test_the_command_with_a_dynamic_network(tmp_path, options):
     assert verify(file, model, [(1, *SIZE)], tolerance=5e-2) > 0
 
 
+@slow
+@pytest.mark.parametrize("arch", ["mobilenetv2_050", "od_mobilenetv2_050"])
+def test_the_command_for_detectors(arch, tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    detector = odconv.create_detector("faster_rcnn", arch, num_classes=3)
+    torch.save(detector.state_dict(), tmp_path / "detector.pth")
+    given = ["--weights", str(tmp_path / "detector.pth"), "--out", str(tmp_path / "pyramid.onnx")]
+    assert main(["detect", "export", *given]) == 1
+    assert "detector and arch must be given" in capsys.readouterr().err
+    given += ["--detector", "faster_rcnn", "--arch", arch, "--height", "64", "--width", "96"]
+    assert main(["detect", "export", *given]) == 0
+    shown = capsys.readouterr().out
+    assert f"backbone of faster_rcnn on {arch}, ONNX with opset 18, float32" in shown
+    assert "images (batch, 3, height, width) -> output_0, output_1, output_2, output_3, pool\n" in shown
+    assert verify(tmp_path / "pyramid.onnx", detector.backbone, [(1, 3, 96, 64), (2, 3, 64, 128)]) < 1e-4
+
+
 METHODS = [f"{method}{kind}" for method in ("ODConv", "DyConv", "CondConv") for kind in ("", "Transpose")]
 
 

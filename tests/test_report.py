@@ -6,9 +6,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
-from html import escape
-from html.parser import HTMLParser
 from math import log, sqrt
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from pages import CHROMIUM, Page, browse, measure
 from PIL import Image
 from small_runs import OPTIONS, make_folder
 from torch import nn
@@ -27,9 +25,9 @@ from odconv.layers import Attentions
 from odconv.report import attention_statistics, compare, describe_machine, write_report
 from odconv.report.callback import IMAGES, AttentionStatistics
 from odconv.report.run import read_run
-from odconv.report.statistics import COLUMNS, kernel_distance, mixture_entropy
-from odconv.report.verdicts import judge_kernels, summarize, verdict
 from odconv.train import train
+from odconv.visualize.statistics import COLUMNS, kernel_distance, mixture_entropy
+from odconv.visualize.verdicts import judge_kernels, summarize, verdict
 
 FILES = ("config.yaml", "metrics.csv", "attentions.csv", "result.json", "machine.json")
 HOSTILE = "<script>alert('$x^2$')</script>"
@@ -249,57 +247,6 @@ def test_verdicts() -> None:
 # ---- the page
 
 
-class Page(HTMLParser):
-    """Reads a page; fails on tags that do not match, ids that come twice, and anything from outside."""
-
-    VOID = ("meta", "br", "img", "input", "hr")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.texts: list[str] = []
-        self.labels: list[str] = []  # in pictures
-        self.feed(text)
-        self.close()
-        assert self.open == []
-        assert len(self.ids) == len(set(self.ids))
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attributes)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form")
-        for name, value in attributes:
-            assert not name.startswith("on")
-            if name in ("src", "href", "xlink:href", "srcset", "action", "poster"):
-                assert value.startswith(("#", "data:image/png;base64,"))
-            elif not name.startswith("xmlns"):
-                assert "//" not in value
-                assert set(re.findall(r"url\(.", value)) <= {"url(#"}
-            if name == "id":
-                self.ids.append(value)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "style":
-            assert "url(" not in data
-            assert "@import" not in data
-        elif data.strip():
-            self.texts.append(" ".join(data.split()))
-            if "svg" in self.open:
-                self.labels.append(self.texts[-1])
-
-    def shows(self, text: str) -> bool:
-        return any(text in shown for shown in self.texts)
-
-
 def read_page(folder: Path) -> Page:
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
@@ -468,56 +415,17 @@ def test_commands(runs: dict[str, Path], tmp_path: Path, monkeypatch, capsys: py
 # ---- in a browser
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-MEASURE = """<!DOCTYPE html>
-<iframe srcdoc="{page}" style="width: {width}px; height: 1000px; border: 0"></iframe>
-<script>
-document.querySelector("iframe").onload = ({{ target }}) => {{
-  const page = target.contentDocument, width = target.contentWindow.innerWidth;
-  const outside = [...page.querySelectorAll("body *")].filter(
-    element => !element.closest(".wide") && element.getBoundingClientRect().right > width
-  );
-  const box = element => element.getBoundingClientRect();
-  document.body.innerHTML = `<pre>${{JSON.stringify({{
-    width, scroll: page.documentElement.scrollWidth, outside: outside.map(element => element.tagName),
-    text: page.body.innerText.length, label: box(page.querySelector("svg text")).height,
-    pictures: [...page.querySelectorAll("svg")].map(box).map(({{ width, height }}) => [width, height]),
-  }})}}</pre>`;
-}};
-</script>"""  # in a frame, since a window is never narrower than 500 pixels
-
-
-@pytest.fixture
-def browse(tmp_path: Path):
-    """Open a file in a browser without a window; returns what it prints, and its errors of the console."""
-
-    def browse(file: Path, *options: str, width: int = 1200) -> tuple[str, list[str]]:
-        command = (
-            f"{CHROMIUM} --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-            "--disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr "
-            f"--user-data-dir={tmp_path / 'profile'} --window-size={width},1000"
-        )
-        done = subprocess.run(
-            [*command.split(), *options, file.as_uri()], capture_output=True, text=True, check=True, timeout=60
-        )
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return browse
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [400, 1200])
-def test_in_a_browser(runs: dict[str, Path], width: int, tmp_path: Path, browse) -> None:
+def test_in_a_browser(runs: dict[str, Path], width: int, tmp_path: Path) -> None:
     report = runs["dynamic"] / "report.html"
-    _, errors = browse(report, f"--screenshot={tmp_path / 'page.png'}", width=width)
+    _, errors = browse(report, tmp_path / "profile", f"--screenshot={tmp_path / 'page.png'}", width=width)
     assert errors == []
     with Image.open(tmp_path / "page.png") as picture:
         assert picture.size == (width, 1000)
         assert len(picture.convert("RGB").getcolors(1_000_000)) > 50
 
-    (tmp_path / "frame.html").write_text(MEASURE.format(page=escape(report.read_text()), width=width))
-    dom, _ = browse(tmp_path / "frame.html", "--dump-dom")
-    page = json.loads(re.search("<pre>(.*)</pre>", dom)[1])
+    page = measure(report, tmp_path, width)
     assert page["width"] == page["scroll"] == width
     assert page["outside"] == []
     assert page["text"] > 1500
@@ -527,9 +435,9 @@ def test_in_a_browser(runs: dict[str, Path], width: int, tmp_path: Path, browse)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_the_page_lets_nothing_in(runs: dict[str, Path], tmp_path: Path, browse) -> None:
+def test_the_page_lets_nothing_in(runs: dict[str, Path], tmp_path: Path) -> None:
     text = (runs["dynamic"] / "report.html").read_text()
     (tmp_path / "x.html").write_text(text.replace("</body>", "<script>document.title = 'x'</script></body>"))
-    dom, errors = browse(tmp_path / "x.html", "--dump-dom")
+    dom, errors = browse(tmp_path / "x.html", tmp_path / "profile", "--dump-dom")
     assert "<title>x</title>" not in dom
     assert len(errors) == 1

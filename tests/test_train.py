@@ -1,4 +1,4 @@
-"""Training on real, tiny images: schedules, resuming, several processes, unreadable images, evaluation, prediction."""
+"""Training on real, tiny images: schedules, resuming, several processes, unreadable images, evaluation."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from math import cos, log, pi
+from math import cos, pi
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from odconv.data import IGNORE, normalise
-from odconv.train import TrainConfig, claim, evaluate, predict, train
+from odconv.train import TrainConfig, claim, evaluate, train
 from odconv.train.files import CheckpointFiles
 from odconv.train.module import Evaluation, Training
 from odconv.train.trainer import make_trainer
@@ -314,37 +314,6 @@ def test_weights_of_others_need_a_description(trained: Path, folder: Path, tmp_p
         evaluate(weights=path, data="digits", workers=0, **known)
 
 
-def test_prediction(trained: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    images = [str(tmp_path / "broken.png"), str(tmp_path / "missing.png"), str(folder / "val" / "dot")]
-    found = predict(images, weights=str(trained / "last.ckpt"))
-    assert list(found) == [str(folder / "val" / "dot" / f"{i}.png") for i in range(5)]
-    for classes in found.values():
-        assert set(classes) == {"bar", "dot", "gap"}
-        assert sum(classes.values()) == pytest.approx(100, abs=1e-3)
-        assert list(classes.values()) == sorted(classes.values(), reverse=True)
-    shown = capsys.readouterr()
-    assert "broken.png" in shown.err
-    assert "missing.png" in shown.err
-    assert shown.out.count("%") == 5 * 3
-    surprise = [
-        -log(classes[name] / 100)
-        for name in ("bar", "dot", "gap")
-        for classes in predict([str(folder / "val" / name)], weights=str(trained / "last.ckpt")).values()
-    ]
-    loss = evaluate(weights=str(trained / "last.ckpt"), data=str(folder), workers=0)["loss"]
-    assert sum(surprise) / len(surprise) == pytest.approx(loss, rel=1e-4)
-    with pytest.raises(ValueError, match="none of the images"):
-        predict(images[:2], weights=str(trained / "last.ckpt"))
-
-
-def test_more_outputs_than_classes(folder: Path, tmp_path: Path) -> None:
-    data = make_folder(tmp_path / "data", {"train": 4, "val": 1})
-    train(**OPTIONS | {"num_classes": 5}, data=str(data), out=str(tmp_path / "out"))
-    found = predict([str(data / "val" / "dot")], weights=str(tmp_path / "out" / "last.ckpt"))
-    assert {*found[str(data / "val" / "dot" / "0.png")]} == {"bar", "dot", "gap", "class 3", "class 4"}
-
-
 @pytest.mark.parametrize("name", ["kernel_num", "reduction", "image_size", "resize_size", "temperature"])
 def test_nothing_is_out_of_range(trained: Path, folder: Path, name: str) -> None:
     options = {"weights": str(trained / "last.ckpt"), "data": str(folder)}
@@ -352,9 +321,7 @@ def test_nothing_is_out_of_range(trained: Path, folder: Path, name: str) -> None
         with pytest.raises(ValueError, match=f"{option} must be a(t least 1|bove 0).*, got 0"):
             evaluate(**options | {option: 0})
     with pytest.raises(ValueError, match=f"{name} must be .*, got 0"):
-        predict([str(folder)], weights=options["weights"], **{name: 0})
-    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
-        predict([str(folder)], weights=options["weights"], top=0)
+        evaluate(**options, **{name: 0})
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,12 @@ SPLIT_SEED = 0  # the same images for every cell
 
 def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
     """Train a cell's network in the folder `out`, or go on there; return the row."""
-    recipe = cell.recipe
+    recipe, method = cell.recipe, (METHODS | ABLATIONS)[cell.method]
     images, tested, classes = open_images(cell, data)
     config = TrainConfig(
         out=str(out),
-        arch=cell.network,
+        arch=method.prefix + cell.network,
+        kernel_num=method.kernel_num,
         data=str(data),
         image_size=recipe.image_size,
         resize_size=recipe.image_size,
@@ -72,7 +73,7 @@ def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
         "dataset": cell.dataset,
         "network": cell.network,
         "method": cell.method,
-        "kernel_num": (METHODS | ABLATIONS)[cell.method].kernel_num or "",
+        "kernel_num": method.kernel_num or "",
         "seed": cell.seed,
         "split": cell.split,
         "parameters": count_parameters(model),

@@ -1,6 +1,6 @@
 """Images for training and evaluation: folders, archives, CIFAR-10 and scikit-learn's digits, through one function."""
 
-from odconv.data.images import IGNORE, Images, find_images, read_image, read_pixels
+from odconv.data.images import IGNORE, Images, find_existing, find_images, read_image, read_pixels, readable_images
 from odconv.data.sampler import EvaluationSampler, TrainingSampler
 from odconv.data.sort_val import sort_validation
 from odconv.data.splits import Splits, imagenet_names, open_data
@@ -14,12 +14,14 @@ __all__ = [
     "Splits",
     "TrainingSampler",
     "evaluation_transform",
+    "find_existing",
     "find_images",
     "imagenet_names",
     "normalise",
     "open_data",
     "read_image",
     "read_pixels",
+    "readable_images",
     "sort_validation",
     "training_transform",
 ]

@@ -4,13 +4,14 @@ import glob
 import io
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg, decode_jpeg_header
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -27,20 +28,24 @@ IGNORE = -100
 Sources: TypeAlias = Sequence[str] | Sequence[bytes] | np.ndarray
 """Images by their index: files, contents of files, or arrays; taking one may raise an OSError."""
 
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif")
+"""Of a user's own images."""
+
 LARGE = 10**8
 """Pixels of an image that PIL shall judge, which refuses unreasonable ones."""
 
 logger = logging.getLogger(__name__)
 
 
-def read_image(source: str | Path | bytes | np.ndarray) -> Image.Image:
+def read_image(source: str | Path | bytes | np.ndarray, upright: bool = False) -> Image.Image:
     """Read a file, or take its content or an array of bytes, as an RGB image.
 
-    Transparency is laid over white, 16-bit grey is scaled to 8 bits, the first frame stands for an animation, and a
-    rotation noted in EXIF is ignored, as the usual loaders do.
+    Transparency is laid over white, 16-bit grey is scaled to 8 bits, and the first frame stands for an animation.
 
     Args:
         source: a file, its content, or an array (H, W) or (H, W, 3) of bytes.
+        upright: rotate as EXIF notes it, for photographs as a camera saves them. Default: ignore it, as the usual
+            loaders of data sets do.
 
     Returns:
         The image, in mode RGB.
@@ -50,12 +55,25 @@ def read_image(source: str | Path | bytes | np.ndarray) -> Image.Image:
     """
     if isinstance(source, np.ndarray):
         return _to_rgb(Image.fromarray(source))
+    name = f"of {len(source)} bytes" if isinstance(source, bytes) else source
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _to_rgb(image)
+        with Image.open(_seekable(source)) as image:
+            image.load()
+            return _to_rgb(_upright(image) if upright else image)
+    except UnidentifiedImageError as error:
+        raise OSError(f"unreadable image {name}: it is no image, or of an unknown kind") from error
+    except Image.DecompressionBombError as error:  # before anything was decoded
+        reason, *_ = str(error).split(",")
+        raise OSError(f"unreadable image {name}: {reason}") from error
     except Exception as error:  # on a damaged file PIL's decoders raise SyntaxError, struct.error and many more
-        name = f"of {len(source)} bytes" if isinstance(source, bytes) else source
         raise OSError(f"unreadable image {name}: {error}") from error
+
+
+def _seekable(source: str | Path | bytes) -> str | Path | io.BytesIO:
+    """What PIL can go back in: a pipe is read to its end first."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return io.BytesIO(Path(source).read_bytes()) if Path(source).is_fifo() else source
 
 
 def read_pixels(source: str | Path | bytes | np.ndarray) -> Tensor:
@@ -78,6 +96,13 @@ def read_pixels(source: str | Path | bytes | np.ndarray) -> Tensor:
         except (OSError, ValueError):  # no JPEG, or a damaged one: PIL has the last word
             pass
     return pil_to_tensor(read_image(source))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF is no reason to lose the image, and raises about everything
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -144,10 +169,10 @@ class Images(Dataset[tuple[Tensor, int]]):
         return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
 
 
-def is_image_name(name: str | Path) -> bool:
-    """Say whether a file's name is that of an image, and not hidden."""
+def is_image_name(name: str | Path, extensions: tuple[str, ...] = IMG_EXTENSIONS) -> bool:
+    """Say whether a file's name is that of an image, by default of those in data sets, and not hidden."""
     base = os.path.basename(name)
-    return base.lower().endswith(IMG_EXTENSIONS) and not base.startswith(".")
+    return base.lower().endswith(extensions) and not base.startswith(".")
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -167,8 +192,41 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         images: list[Path] = []
         for match in matches:
-            images += sorted(filter(is_image_name, match.rglob("*"))) if match.is_dir() else [match]
+            if match.is_dir():
+                images += sorted(file for file in match.rglob("*") if is_image_name(file, EXTENSIONS))
+            else:
+                images.append(match)
         if not images:
             raise FileNotFoundError(f"no image found at {path}" if matches else f"no such file or folder: {path}")
         found.update(dict.fromkeys(images))
     return list(found)
+
+
+def find_existing(paths: Iterable[str | Path]) -> tuple[list[Path], dict[str, str]]:
+    """List image files as :func:`find_images` does, and go on where there is none.
+
+    Returns:
+        The files, and the reason why there is none for each of the paths where that is so.
+    """
+    found: dict[Path, None] = {}
+    missing: dict[str, str] = {}
+    for path in paths:
+        try:
+            found.update(dict.fromkeys(find_images([path])))
+        except OSError as error:
+            missing[str(path)] = str(error)
+    return list(found), missing
+
+
+def readable_images(paths: Iterable[str | Path]) -> Iterator[tuple[Path, Image.Image]]:
+    """Yield the images at files, folders and patterns, and name on stderr those that cannot be read."""
+    found, missing = find_existing(paths)
+    for reason in missing.values():
+        print(reason, file=sys.stderr)
+    for path in found:
+        try:
+            image = read_image(path)
+        except OSError as error:
+            print(error, file=sys.stderr)
+        else:
+            yield path, image

@@ -1,6 +1,6 @@
 """From an image to bytes of one size: the published evaluation, and three ways to augment; then normalising."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -71,17 +71,19 @@ def training_transform(
     return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()])
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Normalise with ImageNet's mean and standard deviation, on the device where the images are.
+def normalise(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """Normalise with a mean and a standard deviation, on the device where the images are.
 
     Args:
         images: bytes (..., 3, H, W).
+        mean: of each channel, where white is 1. Default: ImageNet's.
+        std: of each channel. Default: ImageNet's.
 
     Returns:
         What networks see, in float32.
     """
     scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(scaled, MEAN, STD, inplace=True)
+    return v2.functional.normalize(scaled, list(mean), list(std), inplace=True)
 
 
 def _check_sizes(image_size: int, resize_size: int | None = None) -> None:

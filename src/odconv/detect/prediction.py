@@ -35,9 +35,9 @@ def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5
     import torch
     from torchvision.transforms.v2.functional import pil_to_tensor
 
+    from odconv.data import readable_images
     from odconv.detect.restore import restore
     from odconv.detect.scores import describe_detections
-    from odconv.train.prediction import readable
 
     check({"threshold": threshold})
     check_writable(Path(out))
@@ -51,7 +51,7 @@ def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5
         "annotations": [],
         "categories": [{"id": number, "name": name} for number, name in names.items()],
     }
-    for number, (path, image) in enumerate(readable(images), 1):
+    for number, (path, image) in enumerate(readable_images(images), 1):
         pixels = pil_to_tensor(image)
         with torch.inference_mode():
             (detections,) = model([pixels.to(device) / 255])

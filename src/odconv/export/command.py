@@ -1,18 +1,22 @@
-"""The command `odconv export`."""
+"""The commands `odconv export` and `odconv detect export`."""
 
 from typing import Any, Literal
+
+from torch import nn
 
 from odconv.export.network import Precision
 from odconv.export.onnx_file import Form, export_onnx
 from odconv.export.torch_file import export_torch
 from odconv.export.written import Written
 
+Format = Literal["onnx", "torch", "aoti"]
+
 
 def export(
     *,
     weights: str,
     out: str,
-    format: Literal["onnx", "torch", "aoti"] = "onnx",
+    format: Format = "onnx",
     form: Form = "loop",
     opset: int = 18,
     precision: Precision = "float32",
@@ -29,7 +33,7 @@ def export(
         format: onnx, torch for a program of torch.export, or aoti for one compiled for this machine.
         form: Of ONNX: loop computes one image after the other, product a batch at once.
         opset: Of ONNX: version of its operators, at least 18.
-        precision: Of weights and activations: float32, float16 or, not in ONNX, bfloat16.
+        precision: Of weights and activations: float32, float16 or, not in ONNX, bfloat16; of ONNX: int8 for weights.
         batch_one: Take one image at a time only.
         dynamic_size: Take images of other sizes too.
         verify: Compare the file with the network before it takes its place.
@@ -48,27 +52,103 @@ def export(
     from odconv.train.restore import restore
 
     restored = restore(weights, **network)
-    options: dict[str, Any] = {"dynamic_size": dynamic_size, "precision": precision, "check": verify}
-    size = (3, restored.image_size, restored.image_size)
+    notes = {
+        "arch": restored.arch,
+        "classes": restored.classes,
+        "image_size": restored.image_size,
+        "resize_size": restored.resize_size,
+        "mean": MEAN,
+        "std": STD,
+    }
+    return _export(
+        restored.model,
+        restored.arch,
+        (3, restored.image_size, restored.image_size),
+        f"(batch, {restored.num_classes})",
+        {name: note for name, note in notes.items() if note is not None},
+        **_options(locals()),
+    )
+
+
+def export_backbone(
+    *,
+    weights: str,
+    out: str,
+    height: int = 800,
+    width: int = 1344,
+    format: Format = "onnx",
+    form: Form = "loop",
+    opset: int = 18,
+    precision: Precision = "float32",
+    batch_one: bool = False,
+    dynamic_size: bool = True,
+    verify: bool = True,
+    **detector: Any,
+) -> Written:
+    """Write the backbone of a trained detector, with its feature pyramid, as a file for other programs.
+
+    Args:
+        weights: A checkpoint of odconv detect train, which says what detector it is, or another file of a detector.
+        out: File to write; one that is there is replaced.
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
+        format: onnx, torch for a program of torch.export, or aoti for one compiled for this machine.
+        form: Of ONNX: loop computes one image after the other, product a batch at once.
+        opset: Of ONNX: version of its operators, at least 18.
+        precision: Of weights and activations: float32, float16 or, not in ONNX, bfloat16; of ONNX: int8 for weights.
+        batch_one: Take one image at a time only.
+        dynamic_size: Take images of other sizes too.
+        verify: Compare the file with the network before it takes its place.
+        **detector: What the checkpoint does not say; see :func:`odconv.detect.restore.restore`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError, OSError, ImportError: as :func:`export`.
+    """
+    from odconv.data.transforms import MEAN, STD
+    from odconv.detect.restore import restore
+
+    restored = restore(weights, **detector)
+    backbone: Any = restored.model.backbone
+    title = f"backbone of {restored.name}"
+    notes = {"detector": restored.name, "classes": restored.classes, "mean": MEAN, "std": STD}
+    return _export(backbone, title, (3, height, width), "", notes, **_options(locals()))
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that both commands have."""
+    names = ("out", "format", "form", "opset", "precision", "batch_one", "dynamic_size", "verify")
+    return {name: given[name] for name in names}
+
+
+def _export(
+    model: nn.Module,
+    title: str,
+    size: tuple[int, int, int],
+    shape: str,
+    notes: dict[str, Any],
+    *,
+    out: str,
+    format: Format,
+    form: Form,
+    opset: int,
+    precision: Precision,
+    batch_one: bool,
+    dynamic_size: bool,
+    verify: bool,
+) -> Written:
+    """Write a network, and say what was written."""
+    options: dict[str, Any] = {"dynamic_size": dynamic_size, "precision": precision, "check": verify, "metadata": notes}
     if format == "onnx":
-        notes = {
-            "arch": restored.arch,
-            "classes": restored.classes,
-            "image_size": restored.image_size,
-            "resize_size": restored.resize_size,
-            "mean": MEAN,
-            "std": STD,
-        }
-        metadata = {name: note for name, note in notes.items() if note is not None}
-        written = export_onnx(
-            restored.model, out, size, not batch_one, form=form, opset=opset, metadata=metadata, **options
-        )
+        written = export_onnx(model, out, size, not batch_one, form=form, opset=opset, **options)
     else:
-        written = export_torch(restored.model, out, size, not batch_one, compiled=format == "aoti", **options)
+        written = export_torch(model, out, size, not batch_one, compiled=format == "aoti", **options)
     kind = {"onnx": f"ONNX with opset {opset}", "torch": "torch.export", "aoti": "AOTInductor"}[format]
     batch, side = "1" if batch_one else "batch", "height, width" if dynamic_size else f"{size[1]}, {size[2]}"
-    print(f"{written.path}: {restored.arch}, {kind}, {precision}, {written.megabytes:.1f} MB")
-    print(f"images ({batch}, 3, {side}) -> {', '.join(written.outputs)} ({batch}, {restored.num_classes})")
+    print(f"{written.path}: {title}, {kind}, {precision}, {written.megabytes:.1f} MB")
+    print(f"images ({batch}, 3, {side}) -> {', '.join(written.outputs)} {shape}".rstrip())
     if written.error is not None:
         print(f"differs from PyTorch by {written.error:.1e} of the greatest output at most")
     return written

@@ -12,7 +12,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from odconv.layers import Attention
 
-Precision = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+TRACED = get_args(Precision)[:3]
+"""Precisions of a traced network; int8 comes after that."""
 INPUT = "images"
 AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
@@ -69,8 +71,8 @@ def trace(
     size = tuple(input_size) if isinstance(input_size, Sequence) else ()
     if not 2 <= len(size) <= 4 or any(not isinstance(extent, int) or extent < 1 for extent in size):
         raise ValueError(f"input_size must be (C, H, W), (C, L) or (C, D, H, W), each at least 1, got {input_size!r}")
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
+    if precision not in TRACED:
+        raise ValueError(f"precision must be one of {TRACED}, got {precision!r}")
     dtype = getattr(torch, precision)
     copied = copy.deepcopy(model).eval().requires_grad_(False).to(device, torch.float32)
     refuse_batch_statistics(copied)

@@ -11,6 +11,7 @@ from torch import nn
 from odconv.export import graph
 from odconv.export.network import AXES, INPUT, Precision, Traced, refusal, trace, trials
 from odconv.export.parity import TOLERANCES, verify
+from odconv.export.quantisation import balanced, quantise
 from odconv.export.written import Written, needed, writing
 from odconv.layers import DynamicConv
 
@@ -46,7 +47,9 @@ def export_onnx(
         form: how a batch is computed by a dynamic network. "loop" takes one input after the other, which is fastest on
             CPUs; "product" takes all at once in matrix products, without the operator Scan.
         opset: version of ONNX's operators, at least 18.
-        precision: "float32" or "float16", of weights and activations; inputs and outputs stay float32.
+        precision: "float32" or "float16", of weights and activations; "int8", of the kernels of dynamic layers and of
+            linear layers, what they are multiplied with being quantised when the network runs. Inputs and outputs stay
+            float32.
         metadata: what the file shall say of the network, written as JSON: its classes, for example.
         check: compare the file with the network before it takes its place; see :func:`verify`.
 
@@ -61,19 +64,24 @@ def export_onnx(
     """
     if form not in ("loop", "product"):
         raise ValueError(f"form must be 'loop' or 'product', got {form!r}")
-    if precision not in ("float32", "float16"):
-        raise ValueError(f"precision must be 'float32' or 'float16' for ONNX, got {precision!r}")
+    if precision not in ("float32", "float16", "int8"):
+        raise ValueError(f"precision must be 'float32', 'float16' or 'int8' for ONNX, got {precision!r}")
     if opset < 18:
         raise ValueError(f"opset must be at least 18, got {opset}")
-    for package in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+    for package in ("onnx", "onnxscript", *(["onnxruntime"] if check or precision == "int8" else [])):
         needed(package)
     path = Path(path)
     with writing(path, ".onnx") as file:
         loop = dynamic_batch and form == "loop" and any(isinstance(part, DynamicConv) for part in model.modules())
         cpu = torch.device("cpu")
-        traced = trace(model, cpu, input_size, dynamic_batch and not loop, dynamic_size, precision)
+        source, kind = model, precision
+        if precision == "int8":
+            source, kind = balanced(model), "float32"
+        traced = trace(source, cpu, input_size, dynamic_batch and not loop, dynamic_size, kind)
         network = translate(traced, opset, loop)
         graph.fold_batch_norm(network.graph)
+        if precision == "int8":
+            quantise(network)
         graph.tidy(network.graph, ["batch", "channels", *AXES[len(input_size) - 1]])
         if loop:
             network.graph.CopyFrom(graph.loop_over_batch(network.graph, INPUT, traced.outputs))

@@ -1,12 +1,15 @@
 """Files for PyTorch: exported programs, and packages compiled by AOTInductor."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from odconv.export.network import Precision, device_of, trace, trials
+from odconv.export.opened import KEY, NOTES
 from odconv.export.parity import TOLERANCES, verify
 from odconv.export.written import Written, writing
 
@@ -20,6 +23,7 @@ def export_torch(
     dynamic_size: bool = False,
     precision: Precision = "float32",
     compiled: bool = False,
+    metadata: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> Written:
     """Write a network as a program of torch.export, or compiled by AOTInductor.
@@ -36,6 +40,7 @@ def export_torch(
         precision: "float32", "float16" or "bfloat16", of weights and activations; inputs and outputs stay float32.
         compiled: compile with AOTInductor, for the machine that this runs on and the device that the model is on. It
             needs a C++ compiler.
+        metadata: what the file shall say of the network: its classes, for example.
         check: compare the file with the network before it takes its place; see :func:`verify`.
 
     Returns:
@@ -51,10 +56,14 @@ def export_torch(
         raise ValueError(f"path must end in .pt2, got {path}")
     with writing(path, ".pt2") as file:
         traced = trace(model, device_of(model), input_size, dynamic_batch, dynamic_size, precision)
+        notes = {**(metadata or {}), "outputs": traced.outputs}
         if compiled:
-            torch._inductor.aoti_compile_and_package(traced.program, package_path=str(file))
+            extents = [None if dynamic_size else extent for extent in input_size[1:]]
+            notes["shape"] = [None if dynamic_batch else 1, input_size[0], *extents]
+            configs = {"aot_inductor.metadata": {KEY: json.dumps(notes)}}
+            torch._inductor.aoti_compile_and_package(traced.program, package_path=str(file), inductor_configs=configs)
         else:
-            torch.export.save(traced.program, file)
+            torch.export.save(traced.program, file, extra_files={NOTES: json.dumps(notes)})
         shapes = trials(input_size, dynamic_batch, dynamic_size)
         error = verify(file, model, shapes, tolerance=TOLERANCES[precision]) if check else None
     return Written(path, path.stat().st_size / 1e6, traced.outputs, error)

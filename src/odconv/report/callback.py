@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odconv.files import replacing
-from odconv.report.statistics import COLUMNS, attention_statistics
+from odconv.visualize.statistics import COLUMNS, attention_statistics
 
 IMAGES = 32
 

@@ -7,8 +7,8 @@ from odconv.files import replacing
 from odconv.profile.table import Table, show
 from odconv.report.content import words
 from odconv.report.run import Run, read_run
-from odconv.report.words import UNKNOWN, duration, number, share
 from odconv.visualize import draw_history
+from odconv.words import UNKNOWN, duration, number, share
 
 ALWAYS = ("arch", "kernel_num", "epochs", "out", "resume")
 """Options that are in the table already, or say nothing about what was computed."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from odconv.report.run import Run
-from odconv.report.words import count, duration, number, share
+from odconv.words import count, duration, number, share
 
 MACHINE = {
     "processor": "Processor", "gpus": "GPUs", "cores": "CPU cores", "memory": "Memory, GiB", "processes": "Processes",

@@ -8,8 +8,9 @@ from odconv.files import replacing
 from odconv.report import content
 from odconv.report.pictures import draw_attentions, draw_curves, draw_kernels
 from odconv.report.run import Run, read_run
-from odconv.report.verdicts import deviation, judge_kernels, summarize, verdict
-from odconv.report.words import number, share
+from odconv.visualize.pages import render_page
+from odconv.visualize.verdicts import deviation, judge_kernels, summarize, verdict
+from odconv.words import number, share
 
 
 def write_report(folder: str | Path, defaults: Mapping[str, Any] | None = None) -> Path:
@@ -37,19 +38,11 @@ def write_report(folder: str | Path, defaults: Mapping[str, Any] | None = None) 
 
 def render(run: Run, defaults: Mapping[str, Any]) -> str:
     """The page of a run, as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("odconv.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     last_epoch = run.attentions[-1]["epoch"] if run.attentions else 0
     last = [row for row in run.attentions if row["epoch"] == last_epoch]
     changed, unchanged = content.options(run, defaults)
-    return environment.get_template("page.html").render(
+    return render_page(
+        "odconv.report",
         run=run,
         title=content.title(run),
         sentence=content.sentence(run),

@@ -1,30 +1,21 @@
-"""The pictures of a report: small SVGs whose inks are CSS variables, so that they follow a page's light or dark."""
+"""The pictures of a report."""
 
-import io
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import isfinite, nan
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from odconv.report.run import Row, Run
-from odconv.report.verdicts import KINDS, deviation
-from odconv.visualize import COLOURS, FAINT, GATES, GRID, INK, LEAST_RANGE, prepare_epochs
+from odconv.visualize.drawing import Drawing, on_axes
+from odconv.visualize.history import prepare_epochs
+from odconv.visualize.inks import COLOURS, FAINT, GATES, INK, LEAST_RANGE
+from odconv.visualize.verdicts import KINDS, deviation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
 
-WIDTH = 4.4  # inches: as wide as a phone, so that letters keep their size there
-VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", GRID: "var(--line)"}
 MOST_LABELS = 30
-
-
-class Picture(NamedTuple):
-    """A picture, as an <svg> element, and what it shows."""
-
-    title: str
-    svg: str
 
 
 class Curve(NamedTuple):
@@ -47,12 +38,12 @@ CURVES = (
 )
 
 
-def draw_curves(run: Run) -> Iterator[Picture]:
+def draw_curves(run: Run) -> Iterator[Drawing]:
     """Draw the columns that the run has over its epochs, the temperature only where there are dynamic layers."""
     for curve in CURVES:
         columns = {column: label for column, label in curve.columns.items() if run.values(column)}
         if columns and (run.dynamic or "temperature" not in columns):
-            yield draw(curve.title, 2.4, partial(draw_lines, run=run, curve=curve._replace(columns=columns)))
+            yield on_axes(curve.title, 2.4, partial(draw_lines, run=run, curve=curve._replace(columns=columns)))
 
 
 def draw_lines(axes: "Axes", run: Run, curve: Curve) -> None:
@@ -70,7 +61,7 @@ def draw_lines(axes: "Axes", run: Run, curve: Curve) -> None:
         axes.legend(frameon=False, labelcolor=INK)
 
 
-def draw_attentions(rows: Sequence[Row]) -> Iterator[Picture]:
+def draw_attentions(rows: Sequence[Row]) -> Iterator[Drawing]:
     """Draw the deviation between images of each attention, layer by layer over the epochs, all in the same colours."""
     from matplotlib.colors import PowerNorm
 
@@ -82,7 +73,7 @@ def draw_attentions(rows: Sequence[Row]) -> Iterator[Picture]:
             yield draw_map(f"{kind.capitalize()} attention: deviation between images, % of the mean", cells, scale)
 
 
-def draw_kernels(rows: Sequence[Row]) -> Iterator[Picture]:
+def draw_kernels(rows: Sequence[Row]) -> Iterator[Drawing]:
     """Draw how much the kernels of each layer differ over the epochs, and how evenly they are mixed."""
     from matplotlib.colors import Normalize
 
@@ -95,10 +86,10 @@ def draw_kernels(rows: Sequence[Row]) -> Iterator[Picture]:
             yield draw_map(title, cells, Normalize(0, 1))
 
 
-def draw_map(title: str, cells: dict[tuple[str, float], float], scale: "Normalize") -> Picture:
+def draw_map(title: str, cells: dict[tuple[str, float], float], scale: "Normalize") -> Drawing:
     """A map of colours with a row a layer and a column an epoch."""
     layers = list(dict.fromkeys(layer for layer, _ in cells))
-    return draw(
+    return on_axes(
         title, 1.0 + 0.17 * min(MOST_LABELS, len(layers)), partial(draw_cells, layers=layers, cells=cells, scale=scale)
     )
 
@@ -120,25 +111,3 @@ def draw_cells(axes: "Axes", layers: Sequence[str], cells: dict[tuple[str, float
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06, aspect=4 + 1.2 * min(MOST_LABELS, len(layers)))
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=FAINT, length=0)
-
-
-def draw(title: str, height: float, fill: Callable[["Axes"], None]) -> Picture:
-    """Draw a picture of some inches of height."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    # the salt makes ids that are the same each time and no other picture's; text stays text, and never is a formula
-    options: Any = {"svg.hashsalt": title, "svg.fonttype": "none", "text.parse_math": False, "font.size": 9}
-    with rc_context(options), io.StringIO() as file:
-        figure = Figure((WIDTH, height), layout="constrained", facecolor="none")
-        axes = figure.subplots()
-        axes.set_facecolor("none")
-        fill(axes)
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-        svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every picture, and needed by none
-    svg = re.sub(r'(?<=<svg )(.*?)width="[^"]*" height="[^"]*"', r"\1", svg, count=1, flags=re.DOTALL)
-    for ink, variable in VARIABLES.items():
-        svg = svg.replace(ink.lower(), variable)
-    return Picture(title, svg)

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from odconv.models import split_name
-from odconv.report.statistics import COLUMNS
-from odconv.report.words import number
+from odconv.visualize.statistics import COLUMNS
+from odconv.words import number
 
 Row = dict[str, Any]
 

@@ -1,12 +1,11 @@
-"""Training, evaluating and using image classifiers."""
+"""Training and evaluating image classifiers."""
 
 from typing import Any
 
 from odconv.train.config import TrainConfig
 from odconv.train.evaluation import evaluate
-from odconv.train.prediction import predict
 
-__all__ = ["TrainConfig", "evaluate", "predict", "train"]
+__all__ = ["TrainConfig", "evaluate", "train"]
 
 
 def train(**options: Any) -> dict[str, Any]:

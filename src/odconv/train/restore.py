@@ -1,15 +1,16 @@
 """A trained network: from a checkpoint of ours alone, from others' with a description of the network."""
 
 import zipfile
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve
 from odconv.layers import set_temperature
-from odconv.models import create_model
+from odconv.models import BACKBONES, METHODS, create_model
 from odconv.train.config import Stem, check
 
 
@@ -60,7 +61,8 @@ def restore(
         The network and how to use it.
 
     Raises:
-        ValueError: `arch` is needed, or a number is out of range, or the weights do not fit the network.
+        ValueError: `arch` is needed, or a number is out of range, or the weights do not fit the network. The message
+            says which network of the zoo they fit, if any.
         OSError: the file cannot be read.
     """
     numbers = {"kernel_num": kernel_num, "reduction": reduction, "image_size": image_size, "resize_size": resize_size}
@@ -68,10 +70,14 @@ def restore(
     path = resolve(weights)
     state = read_state_dict(path)
     options, notes = saved_by_training(path)
+    if "detector" in options:
+        raise ValueError(f"{path} is a detector, {options['detector']}: see odconv detect")
+    if arch is not None and options.get("arch", arch) != arch:
+        raise ValueError(f"arch must be {options['arch']}, the network of {path}, got {arch}")
     given = {"arch": arch, "stem": stem, **numbers}
     options |= {name: value for name, value in given.items() if value is not None}
     if "arch" not in options:
-        raise ValueError(f"arch must be given, since {path} holds weights alone")
+        raise ValueError(f"arch must be given, since {path} holds weights alone{_hint(state)}")
     classifier = [tensor for tensor in state.values() if tensor.ndim == 2]
     if not classifier:
         raise ValueError(f"{path} holds no classifier")
@@ -83,7 +89,10 @@ def restore(
         num_classes=num_classes,
         stem=options.get("stem", "standard"),
     )
-    load_checkpoint(model, path)  # with the temperature that the file records
+    try:
+        load_checkpoint(model, path)  # with the temperature that the file records
+    except ValueError as error:
+        raise ValueError(f"{error}{_hint(state)}") from error
     if temperature is not None:
         set_temperature(model, temperature)
     return Restored(
@@ -102,3 +111,36 @@ def saved_by_training(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     return (checkpoint["hyper_parameters"], checkpoint["odconv"]) if "odconv" in checkpoint else ({}, {})
+
+
+def _hint(state: dict[str, Tensor]) -> str:
+    """Say which network of the zoo weights fit."""
+    fitting = fitting_networks(state)
+    return f"; it fits {' or '.join(fitting)}" if fitting else ""
+
+
+def fitting_networks(state: dict[str, Tensor]) -> list[str]:
+    """List the networks of the zoo that weights fit, by the options of the command line that build them."""
+    kernel_num = next((tensor.shape[0] for tensor in state.values() if tensor.ndim == 5), None)  # (n, O, C, kh, kw)
+    found = []
+    for backbone, stem in product(BACKBONES, get_args(Stem)):
+        if _convolutions(_described(backbone, stem)) == _convolutions(state):
+            for arch in [f"{method}_{backbone}" for method in METHODS] if kernel_num else [backbone]:
+                if _keys(_described(arch, stem, kernel_num)) == _keys(state):
+                    options = {"arch": arch, "kernel_num": kernel_num, "stem": None if stem == "standard" else stem}
+                    found.append(" ".join(f"--{name} {value}" for name, value in options.items() if value is not None))
+    return found
+
+
+def _described(arch: str, stem: Stem, kernel_num: int | None = None) -> dict[str, Tensor]:
+    with torch.device("meta"):  # shapes alone
+        return create_model(arch, stem=stem, kernel_num=kernel_num).state_dict()
+
+
+def _convolutions(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes of convolutions, in dynamic ones those of a single kernel."""
+    return {key: tensor.shape[-4:] for key, tensor in state.items() if tensor.ndim > 3 and ".attention." not in key}
+
+
+def _keys(state: dict[str, Tensor]) -> set[str]:
+    return {key for key in state if not key.endswith("num_batches_tracked")}

@@ -5,7 +5,7 @@ from math import isnan
 from statistics import median
 from typing import Any, NamedTuple
 
-from odconv.report.words import count
+from odconv.words import count
 
 Row = dict[str, Any]
 

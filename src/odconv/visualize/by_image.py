@@ -1,72 +1,24 @@
-"""Pictures of attentions and of training, as matplotlib figures (nothing global is touched, no display is needed)."""
+"""The attentions of single images, as one matplotlib figure (nothing global is touched, no display is needed)."""
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite, nan
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from odconv.layers import Attentions, DynamicConv
+from odconv.layers import Attentions
+from odconv.visualize.drawing import add_bars
+from odconv.visualize.inks import FAINT, GATES, INK, LEAST_RANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-INK, FAINT, GRID = "#222222", "#888888", "#E5E5E5"
-COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")  # Paul Tol's, for every eye
-MARKERS = "os^D"
-SCORES = {"top1": "top-1 accuracy", "ap": "average precision"}
-"""What a run is judged by, by its column of metrics.csv."""
-GATES = "viridis"
-LEAST_RANGE = 0.1  # of a colour scale: what varies less shall look alike
 EXPLANATION = (
     "A row is an image: what stays the same down a column does not depend on the image, what changes does. "
     "± is the standard deviation.\nKernels: a bar's parts are their shares. The others: dark is low, bright is high; "
     "channels and filters stand in the order of their means."
 )
-
-
-def record_attentions(model: nn.Module, x: Tensor) -> dict[str, Attentions]:
-    """Run a network on some inputs and keep the attentions of its dynamic layers.
-
-    The network runs in evaluation mode and is left as it was.
-
-    Args:
-        model: a network with dynamic layers.
-        x: its input, (B, C, *map), on its device.
-
-    Returns:
-        The attentions by the name of their layer, on the CPU; those of the last call of a layer that is called often.
-
-    Raises:
-        ValueError: the network has no dynamic layers.
-    """
-    recorded: dict[str, Attentions] = {}
-    names: dict[nn.Module, str] = {
-        module.attention: name for name, module in model.named_modules() if isinstance(module, DynamicConv)
-    }
-    if not names:
-        raise ValueError(f"model must have dynamic layers, got a {type(model).__name__} without")
-
-    def record(module: nn.Module, _: Any, attentions: Attentions) -> None:
-        recorded[names[module]] = Attentions(*(None if a is None else a.detach().cpu() for a in attentions))
-
-    training = {module: module.training for module in model.modules()}
-    hooks = [attention.register_forward_hook(record) for attention in names]
-    try:
-        model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return recorded
 
 
 def plot_attentions(
@@ -165,13 +117,7 @@ def draw_images(axes: "Axes", layer: str, images: Tensor | None, titles: Sequenc
 
 def draw_shares(axes: "Axes", values: Tensor) -> None:
     """The share of each kernel, (B, n), as one bar an image."""
-    scale = axes.get_xlim()[1] * 0.94 / values.sum(1).max().item()
-    ends = (values.float().cumsum(1) * scale).numpy()
-    rows = [row + 0.5 for row in range(len(values))]
-    for index in range(values.shape[1]):
-        left = ends[:, index - 1] if index else 0 * ends[:, 0]
-        colour = COLOURS[index % len(COLOURS)]
-        axes.barh(rows, ends[:, index] - left, 0.8, left=left, color=colour, edgecolor="white")
+    add_bars(axes, values.float(), 0, 0.94 * axes.get_xlim()[1], [row + 0.1 for row in range(len(values))], 0.8)
 
 
 def draw_taps(axes: "Axes", values: Tensor) -> None:
@@ -218,70 +164,3 @@ PANELS = {
     "channel": Panel(draw_strips, 4.0, "channels"),
     "filter": Panel(draw_strips, 4.0, "filters"),
 }
-
-
-def plot_history(runs: Mapping[str, str | Path]) -> "Figure":
-    """Draw the loss, the accuracy and the temperature of training runs over their epochs.
-
-    Args:
-        runs: folders of runs (with metrics.csv) by the names that the picture shall show.
-
-    Returns:
-        The figure; ``figure.savefig(path)`` writes it.
-
-    Raises:
-        FileNotFoundError: a folder holds no metrics.csv.
-        ValueError: no runs.
-    """
-    if not runs:
-        raise ValueError("runs must name at least one run, got none")
-    return draw_history({name: read_metrics(Path(folder) / "metrics.csv") for name, folder in runs.items()})
-
-
-def draw_history(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
-    """Draw runs as :func:`plot_history` does, from the rows of their metrics; a column may be missing."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((13, 4.2), facecolor="white", layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=[3, 3, 2])
-    scores: dict[str, None] = {}
-    for index, (name, rows) in enumerate(runs.items()):
-        score = next((column for column in SCORES if any(column in row for row in rows)), "top1")
-        scores[SCORES[score]] = None
-        columns = ("epoch", "train_loss", "val_loss", score, "temperature")
-        epochs, train, val, values, temperatures = ([row.get(column, nan) for row in rows] for column in columns)
-        marker = MARKERS[index // len(COLOURS) % len(MARKERS)]
-        line = {"color": COLOURS[index % len(COLOURS)], "linewidth": 2, "marker": marker, "markersize": 4}
-        best = max((value for value in values if isfinite(value)), default=nan)
-        label = name.replace("$", r"\$")  # no formulas
-        panels[0].plot(epochs, train, label=label, **line)
-        panels[0].plot(epochs, val, **line | {"linestyle": "--", "marker": ""})
-        panels[1].plot(epochs, values, label=f"{label}, best {best:.1f} %", **line)
-        panels[2].plot(epochs, temperatures, **line)
-    measured = f"{' or '.join(scores)} in validation, %"
-    titles = ("loss (training; dashed: validation)", measured, "temperature after the epoch")
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title, loc="left", size=11, weight="bold", color=INK)
-        prepare_epochs(axes)
-    panels[0].set_yscale("log")
-    panels[2].set_ylim(bottom=0)
-    figure.legend(handles=panels[1].lines, loc="outside lower center", ncols=min(3, len(runs)), frameon=False)
-    return figure
-
-
-def prepare_epochs(axes: "Axes") -> None:
-    """Plain axes over whole epochs, with a faint grid."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("epoch", color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=FAINT)
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.csv, one an epoch."""
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

@@ -1,13 +1,14 @@
 """What the attentions of a network do, in numbers: whether they depend on the image, and whether the kernels differ."""
 
+from collections.abc import Mapping
 from math import log
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from odconv.layers import DynamicConv
-from odconv.visualize import record_attentions
+from odconv.layers import Attentions, DynamicConv
+from odconv.visualize.recording import record_attentions
 
 SATURATED = 0.01
 """A gate is saturated within this share of its range of 0 or of its maximum: its gradient is 4 % of the greatest."""
@@ -43,8 +44,13 @@ def attention_statistics(model: nn.Module, images: Tensor) -> list[dict[str, Any
     """
     if not any(isinstance(module, DynamicConv) for module in model.modules()):
         return []
+    return describe_attentions(model, record_attentions(model, images))
+
+
+def describe_attentions(model: nn.Module, recorded: Mapping[str, Attentions]) -> list[dict[str, Any]]:
+    """The rows of :func:`attention_statistics`, of attentions that were recorded."""
     rows = []
-    for name, attentions in record_attentions(model, images).items():
+    for name, attentions in recorded.items():
         layer: Any = model.get_submodule(name)
         for kind, values in attentions._asdict().items():
             if values is None:

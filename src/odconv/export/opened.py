@@ -1,0 +1,128 @@
+"""Exported files, opened: what they compute, of which inputs, and what they say of themselves."""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odconv.export.written import needed
+
+SUFFIXES = (".onnx", ".pt2")
+NOTES = "odconv.json"
+"""The file inside a program of torch.export that says what the network is."""
+KEY = "odconv"
+"""The entry of an AOTInductor package's metadata that does."""
+
+
+class Opened(NamedTuple):
+    """An exported file, ready to compute.
+
+    Attributes:
+        compute: from a batch in float32 to the outputs, each in float32 on the CPU.
+        shape: of the input, with None for extents that may vary; None where the file does not say.
+        outputs: names of the outputs; empty where the file does not say.
+        notes: what the file says of the network: arch, classes, image_size, resize_size, mean, std.
+    """
+
+    compute: Callable[[Tensor], list[Tensor]]
+    shape: tuple[int | None, ...] | None
+    outputs: list[str]
+    notes: dict[str, Any]
+
+
+def open_exported(path: Path) -> Opened:
+    """Open an ONNX file, a program of torch.export or a package of AOTInductor.
+
+    The first runs on the CPU, the others where they were made for. A package of AOTInductor holds machine code.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
+        ValueError: it takes several inputs.
+        ImportError: onnxruntime is not installed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        if path.suffix == ".pt2":
+            raise OSError(f"{path} is no .pt2 file, or damaged or cut short")
+        return _open_onnx(path)
+    with zipfile.ZipFile(path) as archive:
+        compiled = any("/aotinductor/" in name for name in archive.namelist())
+    return _open_package(path) if compiled else _open_program(path)
+
+
+def _open_onnx(path: Path) -> Opened:
+    runtime = needed("onnxruntime")
+    with _reading(path, "onnxruntime"):
+        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    inputs = {given.name: given for given in session.get_inputs()}
+    name = _only(path, list(inputs))
+    kind = inputs[name].type
+    if kind not in ("tensor(float)", "tensor(float16)"):
+        raise ValueError(f"the input {name} of {path} must be float32 or float16, got {kind}")
+    dtype = torch.float16 if "16" in kind else torch.float32
+
+    def compute(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output).float() for output in session.run(None, {name: images.to(dtype).numpy()})]
+
+    shape = tuple(extent if isinstance(extent, int) else None for extent in inputs[name].shape)
+    notes = {key: _parse(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
+    return Opened(compute, shape, [output.name for output in session.get_outputs()], notes)
+
+
+def _open_program(path: Path) -> Opened:
+    extra = {NOTES: ""}
+    with _reading(path, "PyTorch"):
+        program = torch.export.load(path, extra_files=extra)
+    name = _only(path, [str(name) for name in program.graph_signature.user_inputs])
+    (images,) = (node.meta["val"] for node in program.graph.nodes if node.name == name)
+    shape = tuple(extent if isinstance(extent, int) else None for extent in images.shape)
+    notes = _parse(extra[NOTES]) or {}
+    return Opened(_calling(program.module(), images.device), shape, notes.pop("outputs", []), notes)
+
+
+def _open_package(path: Path) -> Opened:
+    with _reading(path, "PyTorch"):
+        package = torch._inductor.aoti_load_package(str(path))
+    said = package.get_metadata()
+    notes = _parse(said.get(KEY, "{}"))
+    shape = notes.pop("shape", None)
+    compute = _calling(package, torch.device(said.get("AOTI_DEVICE_KEY", "cpu")))
+    return Opened(compute, shape and tuple(shape), notes.pop("outputs", []), notes)
+
+
+def _calling(network: Callable[[Tensor], Any], device: torch.device) -> Callable[[Tensor], list[Tensor]]:
+    def compute(images: Tensor) -> list[Tensor]:
+        outputs = network(images.to(device))
+        return [output.float().cpu() for output in (outputs if isinstance(outputs, Sequence) else [outputs])]
+
+    return compute
+
+
+def _parse(text: str) -> Any:
+    """What a note says, which others write as plain text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _only(path: Path, inputs: list[str]) -> str:
+    if len(inputs) != 1:
+        raise ValueError(f"{path} must have one input, the images, but it has {', '.join(inputs) or 'none'}")
+    return inputs[0]
+
+
+@contextmanager
+def _reading(path: Path, engine: str) -> Iterator[None]:
+    """Turn whatever an engine raises, which may be anything, into an OSError."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{engine} cannot read {path}: {' '.join(str(error).split())}") from error
