@@ -13,7 +13,18 @@ from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import report
 from benchmarks.accuracy.cells import RECIPES, STUDIES, Recipe
 from benchmarks.accuracy.networks import ABLATIONS, METHODS, build
-from benchmarks.accuracy.report import difference, top1, write_report
+from benchmarks.accuracy.report import (
+    MAIN_SETTINGS,
+    ablation_tables,
+    cost_key,
+    difference,
+    main_tables,
+    seeds,
+    top1,
+    write_report,
+)
+
+from odconv.train.module import Training
 
 NETWORK = ("imagenette", "mobilenetv2_050")
 
@@ -66,14 +77,26 @@ def test_cells_are_told_apart():
 
 
 def test_trains_once_goes_on_and_reports(tmp_path, data, monkeypatch, capsys):
+    begin = Training.on_train_batch_start
+
+    def fail_in_epoch_2(self, *batch):
+        if self.current_epoch == 1:
+            raise RuntimeError("power failure")
+        begin(self, *batch)
+
     recipe = Recipe(32, 2, 0.02, batch_size=20)
     monkeypatch.setitem(RECIPES, "tiny", {NETWORK: recipe})
     monkeypatch.setattr(report, "SECONDS", 0)
     out = tmp_path / "accuracy.csv"
     arguments = ["--data", data, "--scale", "tiny", "--out", out, "--runs", tmp_path / "runs", "--seeds", 1]
+    with monkeypatch.context() as power:
+        power.setattr(Training, "on_train_batch_start", fail_in_epoch_2)
+        with pytest.raises(RuntimeError, match="power failure"):
+            call(monkeypatch, *arguments, "--methods", "static")
     call(monkeypatch, *arguments, "--methods", "static")
     call(monkeypatch, *arguments, "--methods", "static", "odconv_4x")
-    assert capsys.readouterr().out.count("epoch   1/2") == 2
+    shown = capsys.readouterr().out
+    assert (shown.count("epoch   1/2"), shown.count("epoch   2/2")) == (2, 2)
     static, dynamic = rows(out)
     assert (static["method"], dynamic["method"], dynamic["kernel_num"]) == ("static", "odconv_4x", "4")
     assert static["split"] == "test"
@@ -100,7 +123,39 @@ def test_differences_are_paired():
 
 
 def test_what_diverged_counts_as_chance():
-    assert top1([{"seed": "0", "top1": "61.5"}, {"seed": "1", "top1": "diverged"}]) == {"0": 61.5, "1": 10.0}
+    trained = [{"seed": "0", "top1": "61.5"}, {"seed": "1", "top1": "diverged"}]
+    assert top1(trained) == {"0": 61.5, "1": 10.0}
+    assert seeds(trained) == "2, 1 diverged"
+
+
+def test_recipes_are_not_mixed():
+    row = dict.fromkeys(MAIN_SETTINGS, "1") | {"network": "resnet18", "dataset": "cifar10", "study": "main"}
+    row |= {"seed": "0", "split": "test", "method": "static", "parameters": "1", "top5": "90", "device": "cpu"}
+    rows = [row | {"top1": "50", "temp_share": "0.1"}, row | {"top1": "60", "temp_share": "2.0"}]
+    costs = {cost_key(row): {"madds": "1", "training_ratio": "1", "inference_ratio": "1"}}
+    text = "\n".join(main_tables(rows, costs))
+    assert "30 to" not in text  # temp_init is 1
+    assert "| static | 1 | 50.00 |" in text
+    assert "| static | 1 | 60.00 |" in text
+    with pytest.raises(ValueError, match="several of resnet18 static"):
+        top1([row | {"top1": "50"}, row | {"top1": "60"}])
+
+
+def test_ablations_alone_are_reported():
+    row = dict.fromkeys(MAIN_SETTINGS, "1") | {"network": "resnet18", "dataset": "cifar10", "study": "ablation"}
+    row |= {"seed": "0", "split": "test", "method": "norm_none", "top1": "50"}
+    text = "\n".join(ablation_tables([row]))
+    assert "| 4x, no norm in the attention, temperature 1 to 1 in the first 100 % | 1 | 50.00 |  |" in text
+
+
+def test_mistakes(monkeypatch, tmp_path, capsys):
+    for mistake, reason in (
+        (["--methods", "odconv4x"], "invalid choice"),
+        (["--seeds", "0"], "nothing is to be trained"),
+    ):
+        with pytest.raises(SystemExit):
+            call(monkeypatch, "--data", tmp_path, *mistake)
+        assert reason in capsys.readouterr().err
 
 
 def test_nothing_to_report(tmp_path):

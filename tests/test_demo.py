@@ -236,14 +236,21 @@ def test_only_this_machine_and_only_uploads(demo: Demo, digit: Path) -> None:
     assert httpx.get(f"{demo.url}/gradio_api/file={digit}").status_code == 403
     assert "od_mobilenetv2_050" in classify(demo, name)[0]
     assert classify(demo, str(digit)) == []
+    assert "digit.png was not dropped here" in classify(demo, str(digit), kind=None)[0]
+    assert "was not dropped here" in classify(demo, "../../../etc/passwd", kind=None)[0]
+    for drawing in ("draw", "draw_1"):
+        assert "base64" in classify(demo, name, "", function=drawing)[0]
+        assert classify(demo, str(digit), "", function=drawing, kind=None) == [""]
 
 
-def classify(demo: Demo, path: str) -> list[str]:
-    """What the page would be told of a file of the server, past the browser."""
+def classify(
+    demo: Demo, path: str, *more: str, function: str = "answer", kind: str | None = "gradio.FileData"
+) -> list[str]:
+    """What the page would be told of a file of the server, past the browser; gradio checks files of its own kind."""
     functions = httpx.get(f"{demo.url}/config").json()["dependencies"]
-    (index,) = [function["id"] for function in functions if function["api_name"] == "answer"]
-    upload = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    call = {"data": [upload], "fn_index": index, "session_hash": "test"}
+    (index,) = [listed["id"] for listed in functions if listed["api_name"] == function]
+    upload = {"path": path} | ({"meta": {"_type": kind}} if kind else {})
+    call = {"data": [upload, *more], "fn_index": index, "session_hash": "test"}
     assert httpx.post(f"{demo.url}/gradio_api/queue/join", json=call).status_code == 200
     with httpx.stream("GET", f"{demo.url}/gradio_api/queue/data?session_hash=test", timeout=30) as events:
         for line in events.iter_lines():

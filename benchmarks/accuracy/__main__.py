@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 from benchmarks.accuracy.cells import RECIPES, STUDIES, Cell
-from benchmarks.accuracy.training import train
+from benchmarks.accuracy.networks import ABLATIONS, METHODS
+from benchmarks.accuracy.training import FOLDERS, train
 from benchmarks.common import RESULTS, Sheet
 from filelock import FileLock, Timeout
+
+from odconv.train.files import LAST, PREVIOUS
 
 KEYS = (
     "dataset", "network", "method", "seed", "split", "epochs", "image_size", "train_images", "batch_size", "lr", "wd",
@@ -31,8 +34,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with imagenette96 and cifar10")
     parser.add_argument("--scale", choices=RECIPES, default="full" if torch.cuda.is_available() else "small")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=["main"])
-    parser.add_argument("--datasets", nargs="+", help="only these, such as imagenette")
-    parser.add_argument("--methods", nargs="+", help="only these, such as static odconv_4x")
+    parser.add_argument("--datasets", nargs="+", choices=FOLDERS, help="only these")
+    parser.add_argument("--methods", nargs="+", choices=METHODS | ABLATIONS, metavar="METHOD", help="only these")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="folder for unfinished trainings")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.csv", help="a row for each finished one")
@@ -54,6 +57,8 @@ def main() -> None:
         for cell in cells
         if (not args.datasets or cell.dataset in args.datasets) and (not args.methods or cell.method in args.methods)
     ]
+    if not chosen:
+        parser.error("nothing is to be trained: no cell has these studies, data sets, methods and seeds")
     for number, cell in enumerate(chosen, start=1):
         print(f"{number} of {len(chosen)}: {cell.study} {cell.name}", flush=True)
         run(cell, args)
@@ -71,6 +76,8 @@ def run(cell: Cell, args: argparse.Namespace) -> None:
                 with FileLock(f"{args.out}.lock"):
                     Sheet(args.out, KEYS).add([row])
                 done.touch()
+                for name in (LAST, PREVIOUS):  # twice the size of the weights each
+                    (out / name).unlink(missing_ok=True)
     except Timeout:
         print("another process is at it", flush=True)
 

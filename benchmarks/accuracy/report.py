@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,13 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 TITLES = {name: method.title for name, method in (METHODS | ABLATIONS).items()}
 DATASETS = {"imagenette": "Imagenette", "cifar10": "CIFAR-10"}
-SETTINGS = ("dataset", "network", "train_images", "image_size", "epochs", "batch_size", "lr", "wd", "stem", "augment")
-"""What the trainings of a table share."""
+RECIPE = ("train_images", "image_size", "epochs", "batch_size", "lr", "wd", "dropout", "temp_init", "stem", "augment")
+SETTINGS = ("dataset", "network", *RECIPE)
+"""What the trainings of a table of ablations share."""
+MAIN_SETTINGS = (*SETTINGS, "temp_share")
+"""What the trainings of a main table share."""
+CHANCE = 10.0
+"""Top-1 of guessing, in %: all data sets have ten classes."""
 CONFIDENCE = 0.95
 SECONDS = 60
 """How long training and inference are measured, for each network."""
@@ -49,8 +55,21 @@ def groups(rows: Sequence[Row], names: Sequence[str] = SETTINGS) -> dict[tuple[s
 
 
 def top1(rows: Sequence[Row]) -> dict[str, float]:
-    """Top-1 by seed; a training that diverged counts as chance among ten classes."""
-    return {row["seed"]: 10.0 if row["top1"] == "diverged" else float(row["top1"]) for row in rows}
+    """Top-1 by seed; a training that diverged counts as chance.
+
+    Raises:
+        ValueError: a seed comes twice.
+    """
+    scores = {row["seed"]: CHANCE if row["top1"] == "diverged" else float(row["top1"]) for row in rows}
+    if len(scores) < len(rows):
+        raise ValueError(f"rows must differ in their seeds, got several of {rows[0]['network']} {rows[0]['method']}")
+    return scores
+
+
+def seeds(rows: Sequence[Row]) -> str:
+    """How many seeds, and how many of them diverged, as text."""
+    diverged = sum(row["top1"] == "diverged" for row in rows)
+    return f"{len(rows)}, {diverged} diverged" if diverged else str(len(rows))
 
 
 def spread(values: Sequence[float]) -> str:
@@ -71,18 +90,19 @@ def difference(one: dict[str, float], other: dict[str, float]) -> str:
 
 def describe(setting: tuple[str, ...]) -> str:
     """What the trainings of a table share, in words."""
-    s = dict(zip(SETTINGS, setting, strict=True))
+    s = dict(zip(MAIN_SETTINGS, setting, strict=False))
     stem = ", stem for small images" if s["stem"] == "small" else ""
     return (
         f"{s['network']}{stem}, {DATASETS[s['dataset']]}: {s['train_images']} training images of {s['image_size']} "
         f"pixels, {s['epochs']} epochs from scratch, batches of {s['batch_size']}, lr {s['lr']} (cosine), weight decay "
-        f"{s['wd']}, augmentation {s['augment']}"
+        f"{s['wd']}, dropout {s['dropout']}, augmentation {s['augment']}"
+        + (f", temperature {anneal(s)}" if "temp_share" in s else "")
     )
 
 
 def main_tables(main: Sequence[Row], costs: dict[tuple[str, ...], Row]) -> Iterator[str]:
     """A table for each data set and network: the methods."""
-    for setting, rows in groups(main).items():
+    for setting, rows in groups(main, MAIN_SETTINGS).items():
         yield f"## {describe(setting)}"
         yield ""
         yield (
@@ -96,10 +116,10 @@ def main_tables(main: Sequence[Row], costs: dict[tuple[str, ...], Row]) -> Itera
             own = by_method.get((name,), [])
             if own:
                 scores, cost = top1(own), costs[cost_key(own[0])]
-                top5 = [float(row["top5"]) for row in own if row["top5"] != "diverged"]
+                top5 = [5 * CHANCE if row["top5"] == "diverged" else float(row["top5"]) for row in own]
                 yield (
-                    f"| {TITLES[name]} | {len(own)} | {spread([*scores.values()])} | "
-                    f"{difference(scores, static) if name != 'static' else ''} | {spread(top5) if top5 else ''} | "
+                    f"| {TITLES[name]} | {seeds(own)} | {spread([*scores.values()])} | "
+                    f"{difference(scores, static) if name != 'static' else ''} | {spread(top5)} | "
                     f"{int(own[0]['parameters']) / 1e6:.2f}M | {float(cost['madds']) / 1e6:.1f}M | "
                     f"{float(cost['training_ratio']):.2f} | {float(cost['inference_ratio']):.2f} |"
                 )
@@ -113,7 +133,7 @@ def ablation_tables(rows: Sequence[Row]) -> Iterator[str]:
         if not any(row["study"] == "ablation" for row in own):
             continue
         variants = groups(own, ["method", "temp_share"])
-        usual = next(row["temp_share"] for row in own if row["study"] == "main")
+        usual = next((row["temp_share"] for row in own if row["study"] == "main" and row["method"] == "odconv_4x"), "")
         base = top1(variants.get(("odconv_4x", usual), []))
         yield f"## Ablations: {describe(setting)}"
         yield ""
@@ -124,7 +144,7 @@ def ablation_tables(rows: Sequence[Row]) -> Iterator[str]:
                 annealed = "" if share == usual else f", temperature {anneal(group[0])}"
                 scores = top1(group)
                 compared = "" if (method, share) == ("odconv_4x", usual) else difference(scores, base)
-                yield f"| {TITLES[method]}{annealed} | {len(group)} | {spread([*scores.values()])} | {compared} |"
+                yield f"| {TITLES[method]}{annealed} | {seeds(group)} | {spread([*scores.values()])} | {compared} |"
         yield ""
 
 
@@ -157,7 +177,8 @@ def anneal(row: Row) -> str:
 
 
 def cost_key(row: Row) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in ("network", "method", "image_size", "stem"))
+    device = "cpu" if row["device"] == "cpu" else "cuda"
+    return device, *(str(row[name]) for name in ("network", "method", "image_size", "stem", "batch_size"))
 
 
 def measure_costs(main: Sequence[Row], path: Path) -> dict[tuple[str, ...], Row]:
@@ -166,13 +187,16 @@ def measure_costs(main: Sequence[Row], path: Path) -> dict[tuple[str, ...], Row]
     The methods are measured in turns in one process; what `path` has is not measured again.
     """
     known = {cost_key(row): row for row in read_rows(path)}
-    wanted = {cost_key(row): row for row in main}
-    for (network, size, stem), rows in groups([*wanted.values()], ["network", "image_size", "stem"]).items():
-        if any(cost_key(row) not in known for row in rows):
-            print(f"measuring {network} at {size} pixels", flush=True)
-            for row in measure(network, int(size), stem, int(rows[0]["batch_size"])):
-                known[cost_key(row)] = row
-            save_rows(path, [*known.values()])
+    missing = [row for row in main if cost_key(row) not in known]
+    for network, size, stem, batch in groups(missing, ["network", "image_size", "stem", "batch_size"]):
+        print(f"measuring {network} at {size} pixels", flush=True)
+        for row in measure(network, int(size), stem, int(batch)):
+            known[cost_key(row)] = row
+        save_rows(path, [*known.values()])
+    if still := {row["device"] for row in main if cost_key(row) not in known}:
+        raise ValueError(
+            f"costs must be measured on the device of the trainings, {', '.join(still)}, which is not here"
+        )
     return known
 
 
@@ -183,9 +207,12 @@ def measure(network: str, size: int, stem: str, batch: int) -> Iterator[Row]:
     labels = torch.randint(10, (batch,), device=device)
     models = {name: build(network, name, stem, 10).to(device) for name in METHODS}
 
-    def step(model: torch.nn.Module) -> None:
-        model.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
+    optimizers = {name: torch.optim.SGD(m.parameters(), 1e-6, momentum=0.9) for name, m in models.items()}
+
+    def step(name: str) -> None:
+        torch.nn.functional.cross_entropy(models[name](images), labels).backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
         wait(device)
 
     @torch.inference_mode()
@@ -195,10 +222,10 @@ def measure(network: str, size: int, stem: str, batch: int) -> Iterator[Row]:
 
     for model in models.values():
         odconv.set_temperature(model.train(), 30.0)
-    training = alternate({name: lambda m=model: step(m) for name, model in models.items()}, SECONDS, 5)
+    training = alternate({name: partial(step, name) for name in models}, SECONDS, 5)
     for model in models.values():
         model.eval()
-    inference = alternate({name: lambda m=model: infer(m) for name, model in models.items()}, SECONDS, 5)
+    inference = alternate({name: partial(infer, model) for name, model in models.items()}, SECONDS, 5)
     for name, model in models.items():
         row: Row = {"network": network, "method": name, "image_size": size, "stem": stem, "batch_size": batch}
         row["madds"] = odconv.profile(model, (3, size, size)).madds
@@ -218,7 +245,7 @@ def draw(main: Sequence[Row], costs: dict[tuple[str, ...], Row], path: Path) -> 
     """Draw top-1 against multiply-adds, training time and inference time: a dot a seed, a bar for their mean."""
     from matplotlib.figure import Figure
 
-    settings = groups(main)
+    settings = groups(main, MAIN_SETTINGS)
     if not settings:
         return
     figure = Figure((12, 3.9 * len(settings)), facecolor="white", layout="constrained")
@@ -226,7 +253,7 @@ def draw(main: Sequence[Row], costs: dict[tuple[str, ...], Row], path: Path) -> 
     axis = (("madds", "multiply-adds, M", 1e-6), ("training_ratio", "time of a training step, static = 1", 1.0))
     axis += (("inference_ratio", "time of inference, static = 1", 1.0),)
     for line, (setting, rows) in zip(panels, settings.items(), strict=True):
-        s = dict(zip(SETTINGS, setting, strict=True))
+        s = dict(zip(MAIN_SETTINGS, setting, strict=True))
         for axes, (column, label, factor) in zip(line, axis, strict=True):
             for index, (name, own) in enumerate(
                 (name, [row for row in rows if row["method"] == name]) for name in METHODS
@@ -250,7 +277,7 @@ def point(axes: "Axes", x: float, values: list[float], title: str, colour: str) 
 
 
 def tidy(axes: "Axes") -> None:
-    axes.margins(x=0.18, y=0.12)
+    axes.margins(x=0.25, y=0.12)
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

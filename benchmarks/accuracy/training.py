@@ -14,7 +14,6 @@ from benchmarks.common import origin
 
 from odconv.data import Images, open_data
 from odconv.train.config import TrainConfig
-from odconv.train.files import LAST, PREVIOUS
 from odconv.train.history import History
 from odconv.train.launch import count_parameters, make_run
 from odconv.train.loaders import evaluation_loader, training_loader
@@ -66,8 +65,6 @@ def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
     except FloatingPointError as error:  # a result, too
         print(error, flush=True)
     last = history.rows[-1] if len(history.rows) == recipe.epochs else {}
-    for name in (LAST, PREVIOUS):  # twice the size of the weights each
-        (out / name).unlink(missing_ok=True)
     return {
         "study": cell.study,
         "dataset": cell.dataset,

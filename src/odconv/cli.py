@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its options; default those of the process.
 
     Returns:
-        Exit status: 0, 1 after an error, 2 for a command line that cannot be understood, 130 after Ctrl-C.
+        Exit status: 0, 1 after an error, 2 for a command line that cannot be understood, 130 after Ctrl-C, 141
+        where nobody reads on.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -75,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run([argument for argument in arguments if argument != "--debug"])
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         if debug:
             raise

@@ -106,6 +106,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":  # PIL would clip them at 0 and 255
+        raise ValueError("its pixels are floating-point numbers, of a range that it does not say")
     if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip these at 255
         return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:

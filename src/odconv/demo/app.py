@@ -11,7 +11,7 @@ import gradio as gr
 from odconv.demo.cards import show_answers, show_problem
 from odconv.demo.examples import Examples
 from odconv.demo.networks import Network, ask, prepare
-from odconv.demo.uploads import FORMATS, MEGABYTES, MEGAPIXELS, read_upload
+from odconv.demo.uploads import FORMATS, MEGABYTES, MEGAPIXELS, dropped, read_upload
 from odconv.profile.latency import describe
 from odconv.visualize import plot_attentions, record_attentions
 
@@ -23,12 +23,13 @@ BESIDE = 5
 """Examples whose attentions stand below those of the image."""
 
 
-def build(networks: Sequence[Network], examples: Examples) -> gr.Blocks:
+def build(networks: Sequence[Network], examples: Examples, place: Path) -> gr.Blocks:
     """Put the page together, and let the networks run once.
 
     Args:
         networks: the networks, of which the last one with dynamic layers shows its attentions.
         examples: images to begin with.
+        place: the folder in which gradio keeps what is dropped; other files are not looked at.
 
     Returns:
         The page, to be launched.
@@ -43,7 +44,7 @@ def build(networks: Sequence[Network], examples: Examples) -> gr.Blocks:
         if upload is None:
             return INVITATION
         try:
-            return show_answers(ask(networks, read_upload(Path(upload["path"]))), device)
+            return show_answers(ask(networks, read_upload(dropped(upload, place))), device)
         except ValueError as error:
             return show_problem(str(error))
 
@@ -51,7 +52,7 @@ def build(networks: Sequence[Network], examples: Examples) -> gr.Blocks:
         if upload is None or dynamic is None:
             return ""
         try:
-            image = read_upload(Path(upload["path"]))
+            image = read_upload(dropped(upload, place))
         except ValueError:  # answer says so
             return ""
         x = prepare(dynamic.classifier, [image, *others])

@@ -59,7 +59,8 @@ def demo(
         from odconv.demo.networks import load
 
         networks = load(weights, static, static_arch, **network)
-        launch(build(networks, make_examples(examples, networks[0].classifier.classes, Path(place))), host, port)
+        shown = make_examples(examples, networks[0].classifier.classes, Path(place))
+        launch(build(networks, shown, Path(place)), host, port)
 
 
 def check_free(host: str, port: int) -> None:
@@ -74,4 +75,5 @@ def check_free(host: str, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise OSError(f"{host}:{port} cannot be opened: {error.strerror}; choose another with --port") from error
+        reason = f"{error.strerror}; choose others with --host and --port"
+        raise OSError(f"{host}:{port} cannot be opened: {reason}") from error

@@ -1,6 +1,7 @@
 """Reading images that come from a browser: of the usual kinds, of a bearable size, upright."""
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -11,6 +12,22 @@ MEGABYTES = 20
 """Of a file."""
 MEGAPIXELS = 50
 """Of an image, since a transparent one takes 15 bytes a pixel while it is read."""
+
+
+def dropped(upload: Any, place: Path) -> Path:
+    """The file that a page says was dropped on it.
+
+    Args:
+        upload: what the page says; anybody may say anything.
+        place: the folder for what is dropped, and for the examples.
+
+    Raises:
+        ValueError: it is no file in that folder.
+    """
+    path = Path(str(upload.get("path"))) if isinstance(upload, dict) else Path()
+    if not path.resolve().is_relative_to(place.resolve()) or not path.is_file():
+        raise ValueError(f"{path.name} was not dropped here.")
+    return path
 
 
 def read_upload(path: Path) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Sequence
+from math import isnan, nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ from odconv.inspection.gallery import glance
 from odconv.inspection.gradcam import choose_layer
 from odconv.inspection.images import choose, read
 from odconv.inspection.measurement import CLASS_COLUMNS, WHOLE, Layer, answer, measure
+from odconv.inspection.overview import class_share
 from odconv.inspection.page import write_page
 from odconv.inspection.subject import Subject, as_labels
 from odconv.layers import DynamicConv
@@ -94,7 +96,7 @@ def tabulate(layers: Sequence[Layer]) -> Table:
     lines = []
     for kind in (WHOLE, *reversed(KINDS)):
         if rows := [layer.rows[kind] for layer in layers if kind in layer.rows]:
-            of_classes = median(row["class_share"] for row in rows)
+            of_classes = median([part for row in rows if not isnan(part := class_share(row))] or [nan])
             given = [verdict(row) for row in rows]
             counts = [str(given.count(word)) for word in VERDICTS[:3]]
             lines.append([kind, f"± {share(median(map(deviation, rows)))}", share(of_classes), *counts])

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+BATCH = 8
+"""Images at a time."""
 LEAST_SIDE = 3
 """Positions along a side from which a map says where something is."""
 
@@ -45,7 +47,8 @@ def choose_layer(model: nn.Module, images: Tensor, wanted: str | None = None) ->
             hook.remove()
     stages = [name for name, side in sides.items() if name.count(".") <= 1 and side >= LEAST_SIDE]
     if wanted is not None and wanted not in sides:
-        raise ValueError(f"cam_layer must be a layer that gives a map, such as {[*sides, *stages][-1]}, got {wanted}")
+        such = (stages or [*sides])[-1]
+        raise ValueError(f"cam_layer must be a layer that gives a map, such as {such}, got {wanted}")
     return wanted or (stages[-1] if stages else None)
 
 
@@ -64,7 +67,9 @@ def grad_cam(model: nn.Module, layer: str, images: Tensor, targets: Tensor) -> T
     from captum.attr import LayerGradCam
 
     cam = LayerGradCam(model, model.get_submodule(layer))
-    maps = cam.attribute(images, targets, relu_attributions=True).detach().float()[:, 0].cpu()
+    parts = zip(images.split(BATCH), targets.split(BATCH), strict=True)  # for the maps of all layers are kept
+    found = [cam.attribute(some, their, relu_attributions=True).detach().float()[:, 0].cpu() for some, their in parts]
+    maps = torch.cat(found)
     return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 

@@ -13,6 +13,15 @@ from odconv.visualize.pages import render_page
 from odconv.visualize.verdicts import deviation, judge_kernels, verdict
 from odconv.words import number, share
 
+LAYERS = "layers"
+
+
+def clear(folder: Path) -> None:
+    """Remove the pictures of another network or of other images."""
+    names = [folder / f"{name}.png" for name in ("overview", "classes", "kernels", "shares", "images")]
+    for path in (*names, *(folder / LAYERS).glob("[0-9]*_*.png")):
+        path.unlink(missing_ok=True)
+
 
 def write_page(
     folder: Path, subject: Subject, indices: list[int], glances: Sequence[Glance], cam_layer: str | None
@@ -43,12 +52,13 @@ def write_page(
     words = subject.pictures.classes or [str(index + 1) for index in range(len(subject.pictures.paths))]
     rows = Rows(indices, [glance.pixels for glance in glances], [words[index] for index in indices])
     of_layers = [draw_layer(layer, rows, scale) for layer in layers]
+    clear(folder)
     for name, drawing in {**overview, **drawn, "images": draw_glances(glances)}.items():
         drawing.save(folder / f"{name}.png")
-    (folder / "layers").mkdir(exist_ok=True)
+    (folder / LAYERS).mkdir(exist_ok=True)
     digits = len(str(len(layers)))
     for index, (layer, drawing) in enumerate(zip(layers, of_layers, strict=True), start=1):
-        drawing.save(folder / "layers" / f"{index:0{digits}}_{layer.name}.png")
+        drawing.save(folder / LAYERS / f"{index:0{digits}}_{layer.name}.png")
 
     by_depth = sorted(range(len(layers)), key=lambda index: deviation(layers[index].whole))
     extremes = sorted({by_depth[-1], by_depth[0]}, key=by_depth.index, reverse=True)

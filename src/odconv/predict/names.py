@@ -16,11 +16,14 @@ def class_names(file: str | None, known: Sequence[str] | None, outputs: int) -> 
         outputs: how many there are; those without a name are numbered.
 
     Raises:
-        ValueError: the file has another number of lines.
+        ValueError: the file has another number of lines, or is no text.
         OSError: it cannot be read.
     """
     if file is not None:
-        known = Path(file).read_text(encoding="utf-8").splitlines()
+        try:
+            known = Path(file).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"classes must be a text file in UTF-8, got {file}") from error
         if len(known) != outputs:
             raise ValueError(f"classes must be a file of {outputs} lines, one an output, but {file} has {len(known)}")
     elif outputs == 1000 and (not known or known[0] == "n01440764"):

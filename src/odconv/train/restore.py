@@ -70,6 +70,7 @@ def restore(
     path = resolve(weights)
     state = read_state_dict(path)
     options, notes = saved_by_training(path)
+    recorded = "arch" in options
     if "detector" in options:
         raise ValueError(f"{path} is a detector, {options['detector']}: see odconv detect")
     if arch is not None and options.get("arch", arch) != arch:
@@ -92,7 +93,7 @@ def restore(
     try:
         load_checkpoint(model, path)  # with the temperature that the file records
     except ValueError as error:
-        raise ValueError(f"{error}{_hint(state)}") from error
+        raise ValueError(f"{error}{'' if recorded else _hint(state)}") from error
     if temperature is not None:
         set_temperature(model, temperature)
     return Restored(
