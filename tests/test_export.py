@@ -239,7 +239,7 @@ class Others(nn.Module):
         ),
         (odconv.ODConv2d(4, 4, 3, context_channels=5), {}, r"layer 1 \(ODConv2d\) cannot be exported: context must"),
         (Others(), {}, "does not compute what the network does: logits is off"),
-        (nn.ReLU(), {"precision": "bfloat16"}, "precision must be 'float32' or 'float16'"),
+        (nn.ReLU(), {"precision": "bfloat16"}, "precision must be 'float32', 'float16' or 'int8'"),
         (nn.ReLU(), {"opset": 12}, "opset must be at least 18, got 12"),
         (nn.ReLU(), {"form": "scan"}, "form must be 'loop' or 'product', got 'scan'"),
         (nn.ReLU(), {"input_size": 8}, r"input_size must be \(C, H, W\).*got 8"),

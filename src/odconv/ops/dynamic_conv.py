@@ -17,6 +17,7 @@ from odconv.ops.contract import (
     is_exporting,
     is_transformed,
     per_axis,
+    surely,
 )
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
@@ -137,7 +138,8 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) 
     small = positions < filters
     dense = "shared" if n == 1 else "product"
     if is_exported_sample(x):
-        return "single"
+        # the gates of the taps are then multiplied with columns, which are fewer than the numbers of a kernel
+        return dense if math.prod(weight.shape[3:]) > 1 and surely(small) else "single"
     if is_exporting() or batch == 0:  # exported, one graph serves every batch, which may be no number of groups then
         return dense
     if n * positions > 1 and cpu.fits(x, weight, geometry):  # one kernel in one position is a plain matrix product
