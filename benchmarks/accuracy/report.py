@@ -162,8 +162,12 @@ def tuning_tables(rows: Sequence[Row]) -> Iterator[str]:
         yield "| --- | --- | --- | --- | --- |"
         for row in own:
             annealed = "" if row["method"] == "static" else anneal(row)
-            yield f"| {TITLES[row['method']]} | {row['lr']} | {annealed} | {row['dropout']} | {row['top1']} |"
+            yield f"| {TITLES[row['method']]} | {row['lr']} | {annealed} | {row['dropout']} | {shown(row['top1'])} |"
         yield ""
+
+
+def shown(score: str) -> str:
+    return score if score == "diverged" else f"{float(score):.2f}"
 
 
 def anneal(row: Row) -> str:
