@@ -1,5 +1,6 @@
 """What every benchmark shares: the published form, alternating timings, and rows that say where they come from."""
 
+import copy
 import csv
 import ctypes
 import platform
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from odconv.data import Images
 from odconv.layers import attention as attention_room
 from odconv.layers import conv as layer_room
 from odconv.ops.contract import Attentions, Geometry
@@ -156,6 +158,13 @@ def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     unfinished.replace(path)
+
+
+def subset(images: Images, indices: list[int]) -> Images:
+    """Some of the images."""
+    chosen = copy.copy(images)
+    chosen.sources, chosen.labels = [images.sources[i] for i in indices], [images.labels[i] for i in indices]
+    return chosen
 
 
 class Sheet:

@@ -15,7 +15,7 @@ from math import cos, pi
 from pathlib import Path
 
 import torch
-from common import RESULTS, origin, write_rows
+from common import RESULTS, origin, subset, write_rows
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -42,9 +42,8 @@ def build(start: str, weights: Path, classes: int, seed: int) -> nn.Module:
 
 
 def some(images: Images, count: int | None, seed: int) -> Images:
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
-    sources, labels = [images.sources[i] for i in chosen], [images.labels[i] for i in chosen]
-    return Images(sources, labels, images.transform, images.image_size, images.read)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
+    return subset(images, chosen.sort().values.tolist())
 
 
 def top1(model: nn.Module, loader: DataLoader) -> float:

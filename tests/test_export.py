@@ -256,7 +256,7 @@ def test_what_cannot_be_exported(layer, options, message, tmp_path):
 
 def test_where_it_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"the output folder .*file cannot be written"):
+    with pytest.raises(OSError, match=r"the output folder .*file cannot be written: it is a file"):
         odconv.export_onnx(after_a_layer(), tmp_path / "file" / "net.onnx", (3, 8, 8))
     with pytest.raises(IsADirectoryError, match="path must be a file, got the folder"):
         odconv.export_onnx(after_a_layer(), tmp_path, (3, 8, 8))
@@ -368,6 +368,19 @@ def test_every_padding(dims, padding, form, tmp_path):
     options = {"padding": "same"} if padding == "same" else {"padding": 1, "padding_mode": padding}
     layer = getattr(odconv, f"ODConv{dims}d")(3, 4, 4, **options)
     odconv.export_onnx(layer, tmp_path / "net.onnx", (3, *[6] * dims), dynamic_size=True, form=form)
+
+
+@slow
+@pytest.mark.parametrize("padding", ["zeros", "reflect", "circular"])
+@pytest.mark.parametrize("batch_one", [True, False])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("method", ["ODConv", "DyConv", "CondConv"])
+def test_maps_with_fewer_positions_than_filters(method, dims, batch_one, padding, tmp_path):
+    for groups in (1, 2):
+        options = {"padding": 1, "padding_mode": padding, "groups": groups, "bias": True}
+        layer = getattr(odconv, f"{method}{dims}d")(8, 130, 3, stride=2, **options)
+        written = odconv.export_onnx(layer, tmp_path / "net.onnx", (8, *[5] * dims), batch=not batch_one)
+        assert written.error < 1e-5
 
 
 @slow

@@ -408,10 +408,14 @@ def test_weights_that_do_not_fit(network: nn.Module, run: Path, tmp_path: Path) 
         load_classifier(str(tmp_path / "plain.pth"), arch=NAME, kernel_num=2, stem="small", image_size=300)
 
 
-def test_temperatures_and_sizes_of_nothing_are_refused(run: Path) -> None:
+def test_temperatures_and_sizes_of_nothing_are_refused(run: Path, tmp_path: Path) -> None:
     for name in ("kernel_num", "reduction", "image_size", "resize_size", "temperature"):
         with pytest.raises(ValueError, match=f"{name} must be .*, got 0"):
             load_classifier(str(run / "last.ckpt"), **{name: 0})
+    static = odconv.create_model("mobilenetv2_050", num_classes=5)
+    torch.save(static.state_dict(), tmp_path / "static.pth")
+    with pytest.raises(ValueError, match="temperature must not be given: no layer of mobilenetv2_050 has one"):
+        load_classifier(str(tmp_path / "static.pth"), arch="mobilenetv2_050", temperature=1.0)
     for name in ("top", "batch_size"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             predict(["x.png"], weights=str(run / "last.ckpt"), **{name: 0})

@@ -55,7 +55,7 @@ RECIPES: dict[str, dict[tuple[str, str], Recipe]] = {
     # hours on one core of a processor
     "small": {
         ("imagenette", "mobilenetv2_050"): Recipe(64, 10, 0.02, temp_share=2.0),
-        ("cifar10", "resnet18"): Recipe(32, 8, 0.02, stem="small", augment="small", images=10_000, temp_share=2.0),
+        ("cifar10", "resnet18"): Recipe(32, 5, 0.02, stem="small", augment="small", images=10_000),
     },
     # long enough to converge, for a GPU
     "full": {
@@ -65,6 +65,30 @@ RECIPES: dict[str, dict[tuple[str, str], Recipe]] = {
         ("cifar10", "resnet18"): Recipe(32, 100, 0.05, stem="small", augment="small"),
     },
 }
+
+
+TRIED: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
+    "mobilenetv2_050": (
+        6,
+        [
+            *[("static", {"lr": lr}) for lr in (0.01, 0.02, 0.05, 0.1)],
+            *[("odconv_4x", {"temp_share": share, "lr": 0.05}) for share in (0.1, 0.5, 1.0, 2.0)],
+            *[("odconv_4x", {"temp_share": 2.0, "lr": lr}) for lr in (0.01, 0.02, 0.1)],
+            ("odconv_4x", {"temp_share": 5.0, "lr": 0.02}),
+            ("odconv_4x", {"temp_share": 2.0, "lr": 0.02, "dropout": 0.2}),
+            *[("zero_heads", {"temp_share": share, "lr": 0.02}) for share in (0.1, 2.0)],
+        ],
+    ),
+    "resnet18": (
+        4,
+        [
+            ("odconv_4x", {"temp_share": 0.1, "lr": 0.05}),
+            *[("static", {"lr": lr}) for lr in (0.05, 0.02, 0.1)],
+            *[("odconv_4x", {"temp_share": share, "lr": 0.05}) for share in (1.0, 2.0)],
+        ],
+    ),
+}
+"""Where recipes are chosen: for how many epochs, and what with which changes."""
 
 
 def main_cells(scale: str, seeds: int) -> Iterator[Cell]:
@@ -88,13 +112,8 @@ def ablation_cells(scale: str, seeds: int) -> Iterator[Cell]:
 def tuning_cells(scale: str, seeds: int) -> Iterator[Cell]:
     """Recipes to choose from, on images cut from the training images: how 4x is annealed, and the learning rate."""
     for (dataset, network), recipe in RECIPES[scale].items():
-        short = replace(recipe, epochs=6, images=4000, temp_share=0.1)
-        tried: list[tuple[str, dict[str, Any]]] = [("static", {"lr": lr}) for lr in (0.01, 0.02, 0.05, 0.1)]
-        tried += [("odconv_4x", {"temp_share": share, "lr": 0.05}) for share in (0.1, 0.5, 1.0, 2.0)]
-        tried += [("odconv_4x", {"temp_share": 2.0, "lr": lr}) for lr in (0.01, 0.02, 0.1)]
-        tried += [("odconv_4x", {"temp_share": 5.0, "lr": 0.02})]
-        tried += [("odconv_4x", {"temp_share": 2.0, "lr": 0.02, "dropout": 0.2})]
-        tried += [("zero_heads", {"temp_share": share, "lr": 0.02}) for share in (0.1, 2.0)]
+        epochs, tried = TRIED[network]
+        short = replace(recipe, epochs=epochs, images=4000, temp_share=0.1)
         for seed in range(seeds):
             for method, change in tried:
                 yield Cell("tuning", dataset, network, method, seed, replace(short, **change), "validation")

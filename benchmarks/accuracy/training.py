@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.networks import ABLATIONS, METHODS, build
-from benchmarks.common import origin
+from benchmarks.common import origin, subset
 
 from odconv.data import Images, open_data
 from odconv.train.config import TrainConfig
@@ -94,18 +94,12 @@ def open_images(cell: Cell, data: Path) -> tuple[Images, Images, list[str]]:
     shuffled = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
     cut = len(shuffled) // VALIDATION
     if cell.split == "test":
-        return some(splits.train, shuffled[: recipe.images]), splits.val, splits.classes
+        return subset(splits.train, shuffled[: recipe.images]), splits.val, splits.classes
     held_out = Images(splits.train.sources, splits.train.labels, splits.val.transform, recipe.image_size)
     kept = shuffled[cut:][: recipe.images]
-    return some(splits.train, kept), some(held_out, shuffled[:cut]), splits.classes
+    return subset(splits.train, kept), subset(held_out, shuffled[:cut]), splits.classes
 
 
 @cache
 def opened(folder: str, image_size: int, augment: Any) -> Any:
     return open_data(folder, image_size=image_size, resize_size=image_size, augment=augment, min_scale=0.35)
-
-
-def some(images: Images, indices: list[int]) -> Images:
-    """Some of the images."""
-    sources, labels = [images.sources[i] for i in indices], [images.labels[i] for i in indices]
-    return Images(sources, labels, images.transform, images.image_size, images.read)

@@ -37,7 +37,8 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"the output folder {folder} cannot be written: {error.strerror}") from error
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise OSError(f"the output folder {folder} cannot be written: {reason}") from error
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:

@@ -66,7 +66,14 @@ def export(
         (3, restored.image_size, restored.image_size),
         f"(batch, {restored.num_classes})",
         {name: note for name, note in notes.items() if note is not None},
-        **_options(locals()),
+        out=out,
+        format=format,
+        form=form,
+        opset=opset,
+        precision=precision,
+        batch_one=batch_one,
+        dynamic_size=dynamic_size,
+        verify=verify,
     )
 
 
@@ -114,13 +121,21 @@ def export_backbone(
     backbone: Any = restored.model.backbone
     title = f"backbone of {restored.name}"
     notes = {"detector": restored.name, "classes": restored.classes, "mean": MEAN, "std": STD}
-    return _export(backbone, title, (3, height, width), "", notes, **_options(locals()))
-
-
-def _options(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that both commands have."""
-    names = ("out", "format", "form", "opset", "precision", "batch_one", "dynamic_size", "verify")
-    return {name: given[name] for name in names}
+    return _export(
+        backbone,
+        title,
+        (3, height, width),
+        "",
+        notes,
+        out=out,
+        format=format,
+        form=form,
+        opset=opset,
+        precision=precision,
+        batch_one=batch_one,
+        dynamic_size=dynamic_size,
+        verify=verify,
+    )
 
 
 def _export(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve
-from odconv.layers import set_temperature
+from odconv.layers import Attention, set_temperature
 from odconv.models import BACKBONES, METHODS, create_model
 from odconv.train.config import Stem, check
 
@@ -61,8 +61,8 @@ def restore(
         The network and how to use it.
 
     Raises:
-        ValueError: `arch` is needed, or a number is out of range, or the weights do not fit the network. The message
-            says which network of the zoo they fit, if any.
+        ValueError: `arch` is needed, or a number is out of range, or the weights do not fit the network, or it has no
+            temperature to set. The message says which network of the zoo the weights fit, if any.
         OSError: the file cannot be read.
     """
     numbers = {"kernel_num": kernel_num, "reduction": reduction, "image_size": image_size, "resize_size": resize_size}
@@ -95,6 +95,8 @@ def restore(
     except ValueError as error:
         raise ValueError(f"{error}{'' if recorded else _hint(state)}") from error
     if temperature is not None:
+        if not any(isinstance(part, Attention) and part.temperature is not None for part in model.modules()):
+            raise ValueError(f"temperature must not be given: no layer of {options['arch']} has one")
         set_temperature(model, temperature)
     return Restored(
         model.eval(),
