@@ -21,7 +21,8 @@ from odconv.train.module import Training
 from odconv.train.resume import find_resumed
 
 FOLDERS = {"imagenette": "imagenette96", "cifar10": "cifar10"}
-VALIDATION = 10  # one in so many training images, where recipes are chosen
+VALIDATION = 10  # one in so many training images is cut off, where recipes are chosen
+MEASURED = 2000  # so many of them at most are measured on
 SPLIT_SEED = 0  # the same images for every cell
 
 
@@ -97,7 +98,7 @@ def open_images(cell: Cell, data: Path) -> tuple[Images, Images, list[str]]:
         return subset(splits.train, shuffled[: recipe.images]), splits.val, splits.classes
     held_out = Images(splits.train.sources, splits.train.labels, splits.val.transform, recipe.image_size)
     kept = shuffled[cut:][: recipe.images]
-    return subset(splits.train, kept), subset(held_out, shuffled[:cut]), splits.classes
+    return subset(splits.train, kept), subset(held_out, shuffled[:cut][:MEASURED]), splits.classes
 
 
 @cache
