@@ -16,12 +16,13 @@ from small_runs import checkpoint, same_weights, start, wait_until, weights
 
 import odconv
 from odconv.cli import main, parse_options
-from odconv.detect import DetectConfig, evaluate, predict, train
+from odconv.detect import DetectConfig, conventions, evaluate, predict, train
 from odconv.detect.coco import read_annotations
 from odconv.detect.images import UNREADABLE, CocoImages
 from odconv.detect.module import DetectorTraining
 from odconv.detect.restore import RestoredDetector, build, coco_classes
 from odconv.detect.schedule import learning_rate
+from odconv.layers import Attention
 
 OPTIONS = {
     "detector": "mask_rcnn",
@@ -309,6 +310,11 @@ def test_conventions_stay_with_the_weights(coco: Path, tmp_path: Path, caplog) -
     train(
         **options | {"weights": str(tmp_path / "moved.ckpt"), "epochs": 2}, out=two, resume="auto"
     )  # needs it no more
+    built = odconv.create_detector(
+        options["detector"], options["arch"], kernel_num=2, num_classes=3, weights=f"{one}/last.ckpt"
+    )
+    assert isinstance(built.transform, conventions.Transform)
+    assert {layer.temperature.item() for layer in built.modules() if isinstance(layer, Attention)} == {10.0}
     with pytest.raises(ValueError, match="its conventions are mmdetection, those of this run torchvision"):
         train(**options | {"epochs": 3}, out=two, resume="auto", conventions="torchvision")
     for given, message in (

@@ -44,7 +44,7 @@ def create_detector(
     new_predictor: bool = False,
     frozen_stages: int = 1,
     norm_eval: bool = True,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     min_size: int | Sequence[int] = 800,
     max_size: int = 1333,
     anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
@@ -80,7 +80,7 @@ def create_detector(
             first stage (`layer1` of a ResNet, `features` 0 to 3 of a MobileNetV2).
         norm_eval: keep the backbone's batch norm, the attentions' included, in evaluation mode while training. Default
             True; its weights and biases are trained where their stage is. That of frozen stages always stays there.
-        temperature: temperature of the attentions, above 0, whatever a checkpoint says. Default 1.
+        temperature: temperature of the attentions, above 0. Default: what `weights` record, else 1.
         min_size: length in pixels to which the shorter side of an image is resized; of several one is drawn for each
             image in training, and the last serves in evaluation. Default 800.
         max_size: limit of the longer side in pixels, which goes before. Default 1333.
@@ -90,7 +90,7 @@ def create_detector(
         nms_threshold: overlap (IoU) above which the lesser of two detections of a class is dropped. Default 0.5.
         detections_per_image: how many are kept at most. Default 100.
         conventions: "torchvision" or "mmdetection": whose arithmetic of anchors, pooling, boxes, image sizes and masks
-            is used. Default None: mmdetection's where `weights` are, else torchvision's.
+            is used. Default: what `weights` record; mmdetection's for its own files, else torchvision's.
         **options: further arguments of torchvision's class, `rpn_post_nms_top_n_test` for example.
 
     Returns:
@@ -127,7 +127,7 @@ def create_detector(
         )
 
     network = build_network(backbone, kernel_num, reduction, weights_backbone, warm_start)
-    set_temperature(network, temperature)
+    set_temperature(network, 1.0 if temperature is None else temperature)  # whatever a classifier was trained with
 
     from torchvision.models import detection
     from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -162,14 +162,21 @@ def create_detector(
         adopt(model)
     if weights is not None:
         load_detector(model, weights, new_predictor)
-        set_temperature(model, temperature)
+        if temperature is not None:
+            set_temperature(model, temperature)
     return model
 
 
 def find_conventions(weights: str | Path | None) -> Literal["torchvision", "mmdetection"]:
     """Say with whose arithmetic a checkpoint was trained."""
-    published = weights is not None and mmdetection.is_checkpoint(read_state_dict(resolve(weights)))
-    return "mmdetection" if published else "torchvision"
+    if weights is None:
+        return "torchvision"
+    from odconv.train.restore import saved_by_training
+
+    path = resolve(weights)
+    published = mmdetection.is_checkpoint(read_state_dict(path))
+    options, _ = saved_by_training(path)
+    return options.get("conventions", "mmdetection" if published else "torchvision")
 
 
 def build_network(

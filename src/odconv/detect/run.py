@@ -99,7 +99,6 @@ def _conventions(config: DetectConfig, resumed: Resumed) -> Any:
                 f"cannot resume {resumed.path}: its conventions are {before}, those of this run {config.conventions}"
             )
         return before
-    options: dict[str, Any] = {}
     if config.weights:
         options, _ = saved_by_training(resolve(config.weights))
         for name in ("anchor_sizes", "temperature"):
@@ -107,7 +106,7 @@ def _conventions(config: DetectConfig, resumed: Resumed) -> Any:
                 logger.warning(
                     "%s was trained with %s %s, and goes on with %s", config.weights, name, options[name], now
                 )
-    return config.conventions or options.get("conventions") or find_conventions(config.weights)
+    return config.conventions or find_conventions(config.weights)
 
 
 def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:
