@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="ImageNet weights of MobileNetV2 1.0")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--lr", type=float, default=0.0025)
     parser.add_argument(
         "--attention-lr", type=float, help="learning rate of the attentions (default: that of the rest)"
     )

@@ -54,7 +54,7 @@ def main() -> None:
     rows = []
     for static in args.models:
         for prefix, n, temperatures in (
-            ("", None, [1]), ("dy_", 4, [30, 15, 5, 1]), ("od_", 1, [30, 15, 5, 1]), ("od_", 4, [30, 15, 5, 1]),
+            ("", None, [1]), ("cond_", 8, [1]), ("dy_", 4, [30, 15, 5, 1]), ("od_", 1, [30, 15, 5, 1]), ("od_", 4, [30, 15, 5, 1]),
         ):  # fmt: skip
             for temperature in temperatures:
                 torch.manual_seed(0)
