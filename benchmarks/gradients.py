@@ -53,10 +53,8 @@ def main() -> None:
     x, labels = normalise(torch.stack([image for image, _ in batch])), torch.tensor([label for _, label in batch])
     rows = []
     for static in args.models:
-        for prefix, n, temperatures in (
-            ("", None, [1]), ("cond_", 8, [1]), ("dy_", 4, [30, 15, 5, 1]), ("od_", 1, [30, 15, 5, 1]), ("od_", 4, [30, 15, 5, 1]),
-        ):  # fmt: skip
-            for temperature in temperatures:
+        for prefix, n in (("", None), ("cond_", 8), ("dy_", 4), ("od_", 1), ("od_", 4)):
+            for temperature in (30, 15, 5, 1) if prefix in ("dy_", "od_") else [1]:
                 torch.manual_seed(0)
                 model = odconv.create_model(prefix + static, kernel_num=n, num_classes=10)
                 odconv.set_temperature(model, temperature)
