@@ -143,9 +143,14 @@ def test_recipes_are_not_mixed():
 
 def test_ablations_alone_are_reported():
     row = dict.fromkeys(MAIN_SETTINGS, "1") | {"network": "resnet18", "dataset": "cifar10", "study": "ablation"}
-    row |= {"seed": "0", "split": "test", "method": "norm_none", "top1": "50"}
-    text = "\n".join(ablation_tables([row]))
-    assert "| 4x, no norm in the attention, temperature 1 to 1 in the first 100 % | 1 | 50.00 |  |" in text
+    row |= {"seed": "0", "split": "test", "temp_init": "30", "temp_share": "2.0"}
+    trained = [("odconv_4x", "52", "2.0"), ("norm_none", "50", "2.0"), ("odconv_4x", "10", "0.1")]
+    rows = [row | {"method": method, "top1": top1, "temp_share": share} for method, top1, share in trained]
+    text = "\n".join(ablation_tables(rows))
+    assert "temperature 30 to 15.5\n" in text
+    assert "| ODConv 4x | 1 | 52.00 |  |" in text
+    assert "| 4x, no norm in the attention | 1 | 50.00 | -2.00 |" in text
+    assert "| ODConv 4x, temperature 30 to 1 in the first 10 % | 1 | 10.00 | -42.00 |" in text
 
 
 def test_mistakes(monkeypatch, tmp_path, capsys):

@@ -67,6 +67,9 @@ RECIPES: dict[str, dict[tuple[str, str], Recipe]] = {
 }
 
 
+ABLATION_EPOCHS = {"small": 5, "full": 150}
+"""How long an ablation trains: on a processor shorter than the main study, as there are many of them."""
+
 TRIED: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
     "mobilenetv2_050": (
         6,
@@ -101,10 +104,12 @@ def main_cells(scale: str, seeds: int) -> Iterator[Cell]:
 
 
 def ablation_cells(scale: str, seeds: int) -> Iterator[Cell]:
-    """What the paper varies, on the first network of the scale, beside the cells of the main study."""
-    (dataset, network), recipe = next(iter(RECIPES[scale].items()))
+    """What the paper varies, on the first network of the scale, with what it is compared to where main has it not."""
+    (dataset, network), main = next(iter(RECIPES[scale].items()))
+    recipe = replace(main, epochs=ABLATION_EPOCHS[scale])
+    compared = () if recipe == main else ("static", "odconv_1x", "odconv_4x")
     for seed in range(seeds):
-        for method in ABLATIONS:
+        for method in (*compared, *ABLATIONS):
             yield Cell("ablation", dataset, network, method, seed, recipe)
         for share in {0.0, 0.1, 0.5, 1.0} - {recipe.temp_share}:
             yield Cell("ablation", dataset, network, "odconv_4x", seed, replace(recipe, temp_share=share))
