@@ -270,18 +270,19 @@ def draw(main: Sequence[Row], costs: dict[tuple[str, ...], Row], path: Path) -> 
         title = f"{s['network']}, {DATASETS[s['dataset']]} at {s['image_size']} pixels, {s['epochs']} epochs"
         line[0].set_title(title, loc="left", size=12, weight="bold", color=INK)
         line[0].set_ylabel("top-1, %", color=INK)
+    named = {title: bar for axes in panels.flat for bar, title in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def point(axes: "Axes", x: float, values: list[float], title: str, colour: str) -> None:
-    """A method: a dot a seed, and its name beside their mean."""
+    """A method: a dot a seed, and a bar for their mean."""
     axes.plot([x] * len(values), values, "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
-    axes.plot([x], [mean(values)], "_", color=colour, markersize=22, markeredgewidth=3)
-    axes.annotate(title, (x, mean(values)), (8, 6), textcoords="offset points", size=9, color=colour)
+    axes.plot([x], [mean(values)], "_", color=colour, markersize=22, markeredgewidth=3, label=title)
 
 
 def tidy(axes: "Axes") -> None:
-    axes.margins(x=0.25, y=0.12)
+    axes.margins(x=0.15, y=0.12)
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
