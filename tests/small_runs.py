@@ -20,6 +20,14 @@ from odconv.train.loaders import evaluation_loader, training_loader
 from odconv.train.module import Training
 from odconv.train.trainer import make_trainer
 
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from odconv.cli import main; sys.exit(main(sys.argv[1:]))",
+]
+"""Starts odconv listening to Ctrl-C even where the tests run as a background job, which ignores it."""
+
 OPTIONS = {
     "arch": "od_mobilenetv2_050",
     "stem": "small",

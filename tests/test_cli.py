@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from small_runs import COMMAND
 
 from odconv import __version__, create_model
 from odconv.cli import COMMANDS, Command, main, parse_options
@@ -274,13 +275,9 @@ def test_debug_shows_where_an_error_arose(tmp_path: Path) -> None:
 
 def test_signals_end_a_run_quietly(tmp_path: Path) -> None:
     signals = {signal.SIGINT: 130, signal.SIGTERM: 143}
-    start = (  # listening to Ctrl-C even where the tests run as a background job, which ignores it
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from odconv.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
     processes = {
         sent: subprocess.Popen(
-            [sys.executable, "-c", start, *TRAIN, str(tmp_path / sent.name), "--epochs", "1000"],
+            [*COMMAND, *TRAIN, str(tmp_path / sent.name), "--epochs", "1000"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

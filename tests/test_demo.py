@@ -9,7 +9,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import httpx
 import pytest
 import torch
 from PIL import Image
-from small_runs import wait_until
+from small_runs import COMMAND, wait_until
 
 import odconv
 from odconv.cli import main
@@ -210,8 +209,7 @@ def demo(networks: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
         proxy = f"http://127.0.0.1:{outside.getsockname()[1]}"
         environment = {**os.environ, "TMPDIR": str(folder), "http_proxy": proxy, "https_proxy": proxy}
         options = [f"--{name}={value}" for name, value in {**networks, "port": port}.items()]
-        command = [sys.executable, "-m", "odconv", "demo", *options]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([*COMMAND, "demo", *options], env=environment, stdout=subprocess.PIPE, text=True)
         try:
             wait_until(lambda: listens("127.0.0.1", port), process)
             yield Demo(process, f"http://127.0.0.1:{port}", folder, outside)
