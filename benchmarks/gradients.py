@@ -1,6 +1,6 @@
 """How new networks amplify, by temperature: why dynamic convolutions are trained from 30 down.
 
-python benchmarks/gradients.py --data ../shared/data/imagenette96
+    python -m benchmarks.gradients --data ../shared/data/imagenette96
 
 Of each network, on one batch with batch norm in training mode: the norm of the gradient; the same with no gradient
 through the input of the attentions; and by what factor a change of the pixels, relative to them, changes the logits
@@ -11,7 +11,8 @@ import argparse
 from statistics import median
 
 import torch
-from common import RESULTS, origin, write_rows
+from benchmarks.accuracy.networks import build
+from benchmarks.common import RESULTS, origin, write_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,9 @@ import odconv
 from odconv.data import normalise, open_data
 from odconv.layers import Attention
 
+METHODS = ("static", "condconv", "dyconv", "odconv_1x", "odconv_4x")
+VARIANTS = ("reduction_4", "reduction_8", "reduction_32", "norm_group", "norm_layer", "norm_none")
+"""Ablations of ODConv 4x."""
 NUDGE = 1e-9
 """Of the pixels, relative to them: small enough that the answer is proportional."""
 
@@ -52,13 +56,13 @@ def main() -> None:
     batch = [images[index] for index in torch.randperm(len(images))[:64].tolist()]
     x, labels = normalise(torch.stack([image for image, _ in batch])), torch.tensor([label for _, label in batch])
     rows = []
-    for static in args.models:
-        for prefix, n in (("", None), ("cond_", 8), ("dy_", 4), ("od_", 1), ("od_", 4)):
-            for temperature in (30, 15, 5, 1) if prefix in ("dy_", "od_") else [1]:
+    for network in args.models:
+        for method in METHODS + VARIANTS:
+            for temperature in [1] if method in ("static", "condconv") else [30, 15, 5, 1]:
                 torch.manual_seed(0)
-                model = odconv.create_model(prefix + static, kernel_num=n, num_classes=10)
+                model = build(network, method, "standard", 10)
                 odconv.set_temperature(model, temperature)
-                row = {"model": prefix + static, "kernel_num": n, "temperature": temperature}
+                row = {"network": network, "method": method, "temperature": temperature}
                 row["gradient_norm"] = f"{gradient_norm(model, x, labels):.4g}"
                 for attention in model.modules():
                     if isinstance(attention, Attention):
