@@ -81,6 +81,7 @@ TRIED: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
             ("odconv_4x", {"temp_share": 2.0, "lr": 0.02, "dropout": 0.2}),
             *[("zero_heads", {"temp_share": share, "lr": 0.02}) for share in (0.1, 2.0)],
             ("norm_layer", {"temp_share": 0.1, "lr": 0.02}),
+            *[(method, {"temp_share": 2.0, "lr": 0.02, "temp_init": 10.0}) for method in ("odconv_4x", "norm_layer")],
             *[("dyconv", {"temp_share": 2.0, "lr": 0.02, "temp_init": start}) for start in (30.0, 150.0)],
         ],
     ),
