@@ -90,6 +90,7 @@ TRIED: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
         [
             *[("odconv_4x", {"temp_share": share, "lr": 0.02}) for share in (1.0, 2.0, 0.1)],
             *[("static", {"lr": lr}) for lr in (0.02, 0.05)],
+            ("norm_layer", {"temp_share": 0.1, "lr": 0.02}),
         ],
     ),
 }
