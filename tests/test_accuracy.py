@@ -157,6 +157,7 @@ def test_mistakes(monkeypatch, tmp_path, capsys):
     for mistake, reason in (
         (["--methods", "odconv4x"], "invalid choice"),
         (["--seeds", "0"], "nothing is to be trained"),
+        (["--threads", "0"], "must be at least 1, got 0"),
     ):
         with pytest.raises(SystemExit):
             call(monkeypatch, "--data", tmp_path, *mistake)

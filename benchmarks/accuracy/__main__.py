@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of this process")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report of what is finished")
     args = parser.parse_args()
+    if args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
     torch.set_num_threads(args.threads)
     if args.report:
         from benchmarks.accuracy.report import write_report  # with scipy and matplotlib, which training does without
