@@ -1,6 +1,6 @@
 """Accuracy on real images: static networks, squeeze-and-excitation and dynamic convolutions, by one recipe.
 
-    python -m benchmarks.accuracy --data ../shared/data --studies tuning main ablation --seeds 2
+    python -m benchmarks.accuracy --data ../shared/data --studies tuning main longer ablation --seeds 2
     python -m benchmarks.accuracy --report
 
 Safe to stop at any time, to call again (finished trainings are kept, an unfinished one goes on from its last epoch),

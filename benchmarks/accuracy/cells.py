@@ -36,7 +36,7 @@ class Recipe:
 class Cell:
     """A training: `split` says what it is measured on, the test images or a tenth of the training images, cut off."""
 
-    study: Literal["main", "ablation", "tuning"]
+    study: Literal["main", "longer", "ablation", "tuning"]
     dataset: str
     network: str
     method: str
@@ -66,6 +66,9 @@ RECIPES: dict[str, dict[tuple[str, str], Recipe]] = {
     },
 }
 
+
+LONGER = 3
+"""How many times as long the main study is tried."""
 
 ABLATION_EPOCHS = {"small": 5, "full": 150}
 """How long an ablation trains: on a processor shorter than the main study, as there are many of them."""
@@ -105,6 +108,15 @@ def main_cells(scale: str, seeds: int) -> Iterator[Cell]:
                 yield Cell("main", dataset, network, method, seed, recipe)
 
 
+def longer_cells(scale: str, seeds: int) -> Iterator[Cell]:
+    """Whether more epochs change the picture: some methods, on the first network of the scale."""
+    (dataset, network), main = next(iter(RECIPES[scale].items()))
+    recipe = replace(main, epochs=LONGER * main.epochs)
+    for seed in range(seeds):
+        for method in ("static", "odconv_4x", "odconv_1x", "dyconv"):
+            yield Cell("longer", dataset, network, method, seed, recipe)
+
+
 def ablation_cells(scale: str, seeds: int) -> Iterator[Cell]:
     """What the paper varies, on the first network of the scale, with what it is compared to where main has it not."""
     (dataset, network), main = next(iter(RECIPES[scale].items()))
@@ -127,4 +139,4 @@ def tuning_cells(scale: str, seeds: int) -> Iterator[Cell]:
                 yield Cell("tuning", dataset, network, method, seed, replace(short, **change), "validation")
 
 
-STUDIES = {"main": main_cells, "ablation": ablation_cells, "tuning": tuning_cells}
+STUDIES = {"main": main_cells, "longer": longer_cells, "ablation": ablation_cells, "tuning": tuning_cells}

@@ -38,7 +38,7 @@ def write_report(results: Path, costs: Path, out: Path) -> None:
     rows = read_rows(results)
     if not rows:
         raise FileNotFoundError(f"there are no rows to report in {results}")
-    main = [row for row in rows if row["study"] == "main"]
+    main = [row for row in rows if row["study"] in ("main", "longer")]
     measured = measure_costs(main, costs)
     tables = [*main_tables(main, measured), *ablation_tables(rows), *tuning_tables(rows)]
     text = "\n".join(["# Accuracy on real images", "", *tables]).rstrip()
