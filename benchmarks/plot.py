@@ -118,14 +118,14 @@ def draw_networks(path: Path) -> None:
     rows, plt = read_rows(path), pyplot()
     if plt is None or not rows:
         return
-    models, numbers = (
-        list(dict.fromkeys(row["model"] for row in rows)),
-        sorted({row["kernel_num"] for row in rows}, key=int),
+    panels = sorted(
+        {(row["model"], row["kernel_num"]) for row in rows},
+        key=lambda panel: (panel[0] not in MODELS, panel[0], int(panel[1])),
     )
     plans = sorted({(row["mode"], int(row["batch"])) for row in rows}, key=lambda plan: (MODES.index(plan[0]), plan[1]))
     forms = [form for form in FORMS if any((row["form"], row["compiled"]) == form[:2] for row in rows)]
     figure, axes = plt.subplots(
-        len(models), len(numbers), figsize=(1.3 + len(numbers) * (0.8 + 1.05 * len(plans)), 0.9 + 2.3 * len(models)),
+        math.ceil(len(panels) / 2), 2, figsize=(2.9 + 2.1 * len(plans), 0.9 + 2.3 * math.ceil(len(panels) / 2)),
         sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
     ratios = {
@@ -136,33 +136,32 @@ def draw_networks(path: Path) -> None:
     }
     targets = {(mode, batch): (limits, mobile) for mode, batch, _, limits, mobile in CPU_TARGETS}
     width = 0.84 / len(forms)
-    for i, model in enumerate(models):
-        for j, n in enumerate(numbers):
-            axis = axes[i][j]
-            for k, (form, compiled, label, colour) in enumerate(forms):
-                for at, (mode, batch) in enumerate(plans):
-                    ratio = ratios.get((model, n, mode, batch, form, compiled))
-                    if ratio is None:
-                        continue
-                    x = at - 0.42 + width * (k + 0.5)
-                    axis.bar(x, ratio - 1, 0.92 * width, bottom=1, color=colour, label=label)
-                    shown = f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.0f}"
-                    axis.text(x, max(ratio, 1) * 1.03, shown, ha="center", va="bottom", size=7)
-            for at, plan in enumerate(plans):
-                if plan in targets and n in ("1", "4"):
-                    target = targets[plan]["mobilenet" in model][int(n) // 4]
-                    axis.hlines(
-                        target, at - 0.45, at + 0.45, color="black", linestyle=":", linewidth=1.2, label="target"
-                    )
-            axis.axhline(1, color="black", linewidth=0.8)
-            axis.set_yscale("log", base=2)
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.set_xticks(range(len(plans)), [f"{mode}\nbatch {batch}" for mode, batch in plans], size=8)
-            axis.set_title(f"{title(model)}, n = {n}", size=10)
-            axis.margins(y=0.12)
-            axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-            axis.set_axisbelow(True)
-            axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (model, n) in zip(axes.flat, panels, strict=False):
+        for k, (form, compiled, label, colour) in enumerate(forms):
+            for at, (mode, batch) in enumerate(plans):
+                ratio = ratios.get((model, n, mode, batch, form, compiled))
+                if ratio is None:
+                    continue
+                x = at - 0.42 + width * (k + 0.5)
+                axis.bar(x, ratio - 1, 0.92 * width, bottom=1, color=colour, label=label)
+                shown = f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.0f}"
+                axis.text(x, max(ratio, 1) * 1.03, shown, ha="center", va="bottom", size=7, bbox=PLATE)
+        for at, plan in enumerate(plans):
+            if plan in targets and model in MODELS and n in ("1", "4"):
+                target = targets[plan]["mobilenet" in model][int(n) // 4]
+                axis.hlines(target, at - 0.45, at + 0.45, color="black", linestyle=":", linewidth=1.2, label="target")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_xticks(range(len(plans)), [f"{mode}\nbatch {batch}" for mode, batch in plans], size=8)
+        axis.set_title(f"{title(model)}, {FAMILIES[model.partition('_')[0]]}, n = {n}", size=10)
+        axis.set_xlim(-0.6, len(plans) - 0.4)
+        axis.margins(y=0.12)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
     handles = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
@@ -174,6 +173,8 @@ def draw_networks(path: Path) -> None:
     save(figure, path)
 
 
+FAMILIES = {"od": "ODConv", "cond": "CondConv", "dy": "DyConv"}
+PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}  # a figure on a line stays readable
 MODES = ("inference", "training", "memory")
 FORMS = (
     ("ours", "no", "odconv, eager", "#1b7f4b"),
