@@ -309,6 +309,7 @@ def test_evaluation_is_that_of_torchvision(size: tuple[int, int]) -> None:
         ]
     )
     torch.testing.assert_close(normalise(evaluation_transform()(image)), reference(image))
+    torch.testing.assert_close(evaluation_transform(112)(image), evaluation_transform(112, 128)(image))
 
 
 @pytest.mark.parametrize("augment", ["imagenet", "small", "none"])

@@ -235,6 +235,21 @@ def exported(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_another_size_is_resized_in_proportion(run: Path, network: nn.Module, tmp_path: Path) -> None:
+    torch.save(network.state_dict(), tmp_path / "plain.pth")
+    known = {"arch": NAME, "kernel_num": 2, "stem": "small"}
+    recorded = OPTIONS["image_size"], OPTIONS["resize_size"]
+    for weights, options, wanted in [
+        (run / "last.ckpt", {}, recorded),
+        (run / "last.ckpt", {"image_size": 2 * recorded[0]}, (2 * recorded[0], 2 * recorded[1])),
+        (run / "last.ckpt", {"image_size": 8, "resize_size": 8}, (8, 8)),
+        (tmp_path / "plain.pth", known, (224, 256)),
+        (tmp_path / "plain.pth", known | {"image_size": 112}, (112, 128)),
+    ]:
+        classifier = load_classifier(str(weights), **options)
+        assert (classifier.image_size, classifier.resize_size) == wanted
+
+
 @pytest.mark.parametrize("name", ["any.onnx", "any.pt2", "one.pt2"])
 def test_exported_files_say_what_they_need(name: str, exported: Path, tiny: nn.Module, caplog) -> None:
     classifier = load_classifier(str(exported / name))
@@ -247,7 +262,7 @@ def test_exported_files_say_what_they_need(name: str, exported: Path, tiny: nn.M
     assert not [record for record in caplog.records if record.name.startswith("odconv")]
     if name.startswith("any"):
         larger = load_classifier(str(exported / name), image_size=24)
-        assert (larger.image_size, larger.resize_size) == (24, 27)
+        assert (larger.image_size, larger.resize_size) == (24, 30)  # in proportion
         assert_computes(larger, tiny, torch.zeros(3, 3, 24, 24, dtype=torch.uint8), NOTES["mean"], NOTES["std"])
     else:
         with pytest.raises(ValueError, match=r"image_size must be 16, the only size that .*one.* takes, got 24"):
@@ -405,7 +420,7 @@ def test_weights_that_do_not_fit(network: nn.Module, run: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"classes must be a file of 5 lines, one an output, but .*names\.txt has 2"):
         load_classifier(str(run / "last.ckpt"), classes=str(tmp_path / "names.txt"))
     with pytest.raises(ValueError, match="resize_size must be at least image_size = 300, got 256"):
-        load_classifier(str(tmp_path / "plain.pth"), arch=NAME, kernel_num=2, stem="small", image_size=300)
+        load_classifier(str(run / "last.ckpt"), image_size=300, resize_size=256)
 
 
 def test_temperatures_and_sizes_of_nothing_are_refused(run: Path, tmp_path: Path) -> None:

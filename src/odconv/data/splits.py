@@ -37,7 +37,7 @@ def open_data(
     data: str | Path,
     *,
     image_size: int = 224,
-    resize_size: int = 256,
+    resize_size: int | None = None,
     augment: Augment = "imagenet",
     min_scale: float = 0.08,
     need_train: bool = True,
@@ -54,7 +54,8 @@ def open_data(
             one where torchvision put CIFAR-10 (cifar-10-batches-py);
             or the word "digits" for the 8 x 8 digits that come with scikit-learn (1,437 and 360 images).
         image_size: side of the images, in pixels.
-        resize_size: length of the shorter side before the centre is cropped in evaluation, in pixels.
+        resize_size: length of the shorter side before the centre is cropped in evaluation, in pixels; default: 8/7 of
+            `image_size`, which is 256 for 224.
         augment: "imagenet", "small" or "none"; see :func:`training_transform`. Digits are never flipped.
         min_scale: smallest share of an image's area that "imagenet" cuts out.
         need_train: False to open the validation images alone; nothing else needs to be there then.

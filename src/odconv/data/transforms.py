@@ -14,12 +14,26 @@ Transform: TypeAlias = Callable[[Image.Image | Tensor], Tensor]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def evaluation_transform(image_size: int = 224, resize_size: int = 256) -> Transform:
+def side_before_crop(image_size: int, like: tuple[int, int] = (224, 256)) -> int:
+    """The length that the shorter side is resized to, for a crop as large a part of it as in `like`.
+
+    Args:
+        image_size: side of the square that is cropped, in pixels.
+        like: another such side and the length that was resized to for it; default: those of ImageNet.
+
+    Returns:
+        The length in pixels.
+    """
+    return round(image_size * like[1] / like[0])
+
+
+def evaluation_transform(image_size: int = 224, resize_size: int | None = None) -> Transform:
     """Resize and crop the centre, as published ImageNet accuracies are measured.
 
     Args:
         image_size: side of the square that is cropped, in pixels.
-        resize_size: length that the shorter side is resized to first (bilinear, antialiased), in pixels.
+        resize_size: length that the shorter side is resized to first (bilinear, antialiased), in pixels; default: 8/7
+            of `image_size`, which is 256 for 224.
 
     Returns:
         A function from an RGB PIL image to bytes (3, image_size, image_size), for :func:`normalise`.
@@ -28,12 +42,13 @@ def evaluation_transform(image_size: int = 224, resize_size: int = 256) -> Trans
         ValueError: `image_size` is not positive, or `resize_size` is smaller.
     """
     _check_sizes(image_size, resize_size)
-    return v2.Compose([v2.Resize(resize_size), v2.CenterCrop(image_size), v2.PILToTensor()])
+    resized = resize_size or side_before_crop(image_size)
+    return v2.Compose([v2.Resize(resized), v2.CenterCrop(image_size), v2.PILToTensor()])
 
 
 def training_transform(
     image_size: int = 224,
-    resize_size: int = 256,
+    resize_size: int | None = None,
     augment: Augment = "imagenet",
     *,
     min_scale: float = 0.08,

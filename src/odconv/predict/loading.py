@@ -9,6 +9,7 @@ from torch import nn
 
 from odconv.checkpoints import SUFFIXES as CHECKPOINTS
 from odconv.checkpoints import resolve
+from odconv.data.transforms import side_before_crop
 from odconv.export.opened import SUFFIXES as EXPORTED
 from odconv.layers import set_temperature
 from odconv.predict.classifier import Classifier
@@ -41,8 +42,8 @@ def load_classifier(
         stem: Its first layers; default: what the checkpoint says, else standard.
         temperature: Temperature of the attentions; default: what the checkpoint says, else 1.
         image_size: Side of the images, in pixels; default: what the file says, else 224.
-        resize_size: Shorter side before the centre is cropped, in pixels; default: what the file says, else 256, or for
-            an exported file 8/7 of the side.
+        resize_size: Shorter side before the centre is cropped, in pixels; default: what the file says, in proportion
+            where image_size is another, else 8/7 of image_size.
         classes: Text file with the name of a class in each line; default: what the file says, else ImageNet's names for
             1,000 classes.
 
@@ -109,4 +110,5 @@ def _from_hub(
     if temperature is not None:
         set_temperature(model, temperature)
     names = class_names(classes, None, model.config["num_classes"])
-    return _of_model(model.model, model.config["name"], names, image_size or 224, resize_size or 256)
+    size = image_size or 224
+    return _of_model(model.model, model.config["name"], names, size, resize_size or side_before_crop(size))

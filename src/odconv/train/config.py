@@ -136,8 +136,8 @@ class TrainConfig(RunConfig):
     """Folder with train/ and val/ (or archives of them), folder of CIFAR-10, or the word digits."""
     image_size: int = 224
     """Side of the images that the network sees, in pixels."""
-    resize_size: int = 256
-    """Shorter side before the centre is cropped in evaluation, in pixels."""
+    resize_size: int | None = None
+    """Shorter side before the centre is cropped in evaluation, in pixels; default: 8/7 of image_size, 256 for 224."""
     augment: Literal["imagenet", "small", "none"] = "imagenet"
     """Augmentation: imagenet (random crop of random size, flip), small (shift, flip) or none."""
     min_scale: float = 0.08

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve
+from odconv.data.transforms import side_before_crop
 from odconv.layers import Attention, set_temperature
 from odconv.models import BACKBONES, METHODS, create_model
 from odconv.train.config import Stem, check
@@ -54,7 +55,8 @@ def restore(
         reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
         stem: Its first layers; default: what the checkpoint says, else standard.
         image_size: Side of the images, in pixels; default: what the checkpoint says, else 224.
-        resize_size: Shorter side before the centre is cropped, in pixels; default: what the checkpoint says, else 256.
+        resize_size: Shorter side before the centre is cropped, in pixels; default: what the checkpoint says, in
+            proportion where image_size is another, else 8/7 of image_size.
         temperature: Temperature of the attentions; default: what the checkpoint says, else 1.
 
     Returns:
@@ -75,6 +77,8 @@ def restore(
         raise ValueError(f"{path} is a detector, {options['detector']}: see odconv detect")
     if arch is not None and options.get("arch", arch) != arch:
         raise ValueError(f"arch must be {options['arch']}, the network of {path}, got {arch}")
+    recorded_size = options.get("image_size", 224)
+    sides = (recorded_size, options.get("resize_size") or side_before_crop(recorded_size))
     given = {"arch": arch, "stem": stem, **numbers}
     options |= {name: value for name, value in given.items() if value is not None}
     if "arch" not in options:
@@ -103,8 +107,8 @@ def restore(
         options["arch"],
         notes.get("classes"),
         num_classes,
-        options.get("image_size", 224),
-        options.get("resize_size", 256),
+        image_size or recorded_size,
+        resize_size or side_before_crop(image_size or recorded_size, sides),
     )
 
 
