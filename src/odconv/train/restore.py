@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve
-from odconv.data.transforms import side_before_crop
 from odconv.layers import Attention, set_temperature
 from odconv.models import BACKBONES, METHODS, create_model
 from odconv.train.config import Stem, check
@@ -67,6 +66,8 @@ def restore(
             temperature to set. The message says which network of the zoo the weights fit, if any.
         OSError: the file cannot be read.
     """
+    from odconv.data.transforms import side_before_crop  # with torchvision, which the command's help does without
+
     numbers = {"kernel_num": kernel_num, "reduction": reduction, "image_size": image_size, "resize_size": resize_size}
     check({**numbers, "temperature": temperature})
     path = resolve(weights)
