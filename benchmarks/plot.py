@@ -124,8 +124,9 @@ def draw_networks(path: Path) -> None:
     )
     plans = sorted({(row["mode"], int(row["batch"])) for row in rows}, key=lambda plan: (MODES.index(plan[0]), plan[1]))
     forms = [form for form in FORMS if any((row["form"], row["compiled"]) == form[:2] for row in rows)]
+    lines = math.ceil(len(panels) / 2)
     figure, axes = plt.subplots(
-        math.ceil(len(panels) / 2), 2, figsize=(2.9 + 2.1 * len(plans), 0.9 + 2.3 * math.ceil(len(panels) / 2)),
+        lines, 2, figsize=(2.9 + 2.1 * len(plans), 0.9 + 2.3 * lines),
         sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
     ratios = {

@@ -1,7 +1,7 @@
 """From an image to bytes of one size: the published evaluation, and three ways to augment; then normalising."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from PIL import Image
@@ -14,17 +14,26 @@ Transform: TypeAlias = Callable[[Image.Image | Tensor], Tensor]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def side_before_crop(image_size: int, like: tuple[int, int] = (224, 256)) -> int:
-    """The length that the shorter side is resized to, for a crop as large a part of it as in `like`.
+def evaluation_sizes(
+    image_size: int | None = None, resize_size: int | None = None, said: Mapping[str, Any] | None = None
+) -> tuple[int, int]:
+    """Both sizes of the evaluation: as given, else as a file says, in proportion where its image_size is another.
 
     Args:
-        image_size: side of the square that is cropped, in pixels.
-        like: another such side and the length that was resized to for it; default: those of ImageNet.
+        image_size: side of the square that is cropped, in pixels; default: what the file says, else 224.
+        resize_size: length that the shorter side is resized to first, in pixels; default: what the file says, else 8/7
+            of the side, which is 256 for 224.
+        said: what a file says of the two by these names, if anything.
 
     Returns:
-        The length in pixels.
+        `image_size` and `resize_size`.
     """
-    return round(image_size * like[1] / like[0])
+    side, resized = 224, 256
+    if said and said.get("image_size"):
+        side = said["image_size"]
+        resized = said.get("resize_size") or round(side * 256 / 224)
+    size = image_size or side
+    return size, resize_size or round(size * resized / side)
 
 
 def evaluation_transform(image_size: int = 224, resize_size: int | None = None) -> Transform:
@@ -42,7 +51,7 @@ def evaluation_transform(image_size: int = 224, resize_size: int | None = None) 
         ValueError: `image_size` is not positive, or `resize_size` is smaller.
     """
     _check_sizes(image_size, resize_size)
-    resized = resize_size or side_before_crop(image_size)
+    _, resized = evaluation_sizes(image_size, resize_size)
     return v2.Compose([v2.Resize(resized), v2.CenterCrop(image_size), v2.PILToTensor()])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from odconv.data.transforms import MEAN, STD, side_before_crop
+from odconv.data.transforms import MEAN, STD, evaluation_sizes
 from odconv.export.opened import open_exported
 from odconv.predict.classifier import Classifier
 from odconv.predict.names import class_names
@@ -27,12 +27,10 @@ def exported_classifier(path: Path, image_size: int | None, resize_size: int | N
     batch, side = _batch_and_side(path, file.shape)
     if image_size is not None and side not in (image_size, None):
         raise ValueError(f"image_size must be {side}, the only size that {path} takes, got {image_size}")
-    size = image_size or side or notes.get("image_size", 224)
-    said = {"image_size", "resize_size"} <= notes.keys()
-    sides = (notes["image_size"], notes["resize_size"]) if said else (224, 256)
+    size, resized = evaluation_sizes(image_size or side, resize_size, notes)
     known: dict[str, Any] = {
         "image_size": image_size or side or "image_size" in notes,
-        "resize_size": resize_size or said,
+        "resize_size": resize_size or {"image_size", "resize_size"} <= notes.keys(),
     }
     output = _output(path, file.outputs)
     classifier = Classifier(
@@ -40,7 +38,7 @@ def exported_classifier(path: Path, image_size: int | None, resize_size: int | N
         compute=lambda images: file.compute(images)[output],
         classes=class_names(classes, notes.get("classes"), _number_of_classes(path, file.compute, output, batch, size)),
         image_size=size,
-        resize_size=resize_size or side_before_crop(size, sides),
+        resize_size=resized,
         device=torch.device("cpu"),
         mean=notes.get("mean", MEAN),
         std=notes.get("std", STD),

@@ -9,7 +9,7 @@ from torch import nn
 
 from odconv.checkpoints import SUFFIXES as CHECKPOINTS
 from odconv.checkpoints import resolve
-from odconv.data.transforms import side_before_crop
+from odconv.data.transforms import evaluation_sizes
 from odconv.export.opened import SUFFIXES as EXPORTED
 from odconv.layers import set_temperature
 from odconv.predict.classifier import Classifier
@@ -110,5 +110,4 @@ def _from_hub(
     if temperature is not None:
         set_temperature(model, temperature)
     names = class_names(classes, None, model.config["num_classes"])
-    size = image_size or 224
-    return _of_model(model.model, model.config["name"], names, size, resize_size or side_before_crop(size))
+    return _of_model(model.model, model.config["name"], names, *evaluation_sizes(image_size, resize_size))

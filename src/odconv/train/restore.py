@@ -66,7 +66,7 @@ def restore(
             temperature to set. The message says which network of the zoo the weights fit, if any.
         OSError: the file cannot be read.
     """
-    from odconv.data.transforms import side_before_crop  # with torchvision, which the command's help does without
+    from odconv.data.transforms import evaluation_sizes  # with torchvision, which the command's help does without
 
     numbers = {"kernel_num": kernel_num, "reduction": reduction, "image_size": image_size, "resize_size": resize_size}
     check({**numbers, "temperature": temperature})
@@ -78,8 +78,7 @@ def restore(
         raise ValueError(f"{path} is a detector, {options['detector']}: see odconv detect")
     if arch is not None and options.get("arch", arch) != arch:
         raise ValueError(f"arch must be {options['arch']}, the network of {path}, got {arch}")
-    recorded_size = options.get("image_size", 224)
-    sides = (recorded_size, options.get("resize_size") or side_before_crop(recorded_size))
+    sizes = evaluation_sizes(image_size, resize_size, options)
     given = {"arch": arch, "stem": stem, **numbers}
     options |= {name: value for name, value in given.items() if value is not None}
     if "arch" not in options:
@@ -108,8 +107,7 @@ def restore(
         options["arch"],
         notes.get("classes"),
         num_classes,
-        image_size or recorded_size,
-        resize_size or side_before_crop(image_size or recorded_size, sides),
+        *sizes,
     )
 
 

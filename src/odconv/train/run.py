@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from odconv.data import open_data
-from odconv.data.transforms import side_before_crop
+from odconv.data.transforms import evaluation_sizes
 from odconv.models import create_model, split_name
 from odconv.report.callback import AttentionStatistics
 from odconv.train.claim import claim
@@ -107,7 +107,7 @@ def _resolve(config: TrainConfig, classes: int) -> TrainConfig:
     if config.num_classes is not None and config.num_classes < classes:
         raise ValueError(f"num_classes must be at least {classes}, the classes in the data, got {config.num_classes}")
     chosen = resolve_layers(config.arch, config.kernel_num, config.reduction)
-    resized = config.resize_size or side_before_crop(config.image_size)
+    _, resized = evaluation_sizes(config.image_size, config.resize_size)
     return replace(config, num_classes=config.num_classes or classes, resize_size=resized, **chosen)
 
 
