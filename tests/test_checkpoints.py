@@ -2,10 +2,12 @@
 
 import argparse
 import copy
+import json
 import os
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -385,13 +387,51 @@ def test_the_gains_come_with_the_weights(form: str, wrap: Callable, tmp_path: Pa
     assert [module.attention.gain for module in loaded.modules() if isinstance(module, ODConv2d)] == [2.0, 1.0]
 
 
-def test_a_file_without_gains_leaves_them(tmp_path: Path) -> None:
-    torch.save(dict(warm(1.0).state_dict()), tmp_path / "published.pth")
-    safetensors_torch.save_file(warm(1.0).state_dict(), tmp_path / "others.safetensors")
-    for file in ("published.pth", "others.safetensors"):
-        model = warm(2.0)
+def test_a_file_that_lost_its_metadata_keeps_the_factors(tmp_path: Path) -> None:
+    torch.save(dict(warm(2.0).state_dict()), tmp_path / "plain.pth")
+    safetensors_torch.save_file(warm(2.0).state_dict(), tmp_path / "others.safetensors")
+    for file in ("plain.pth", "others.safetensors"):
+        model, x = warm(1.0), torch.randn(2, 3, 8, 8)
         load_checkpoint(model, tmp_path / file)
-        assert model[1].attention.gain == 2.0
+        torch.testing.assert_close(model(x), warm(2.0)(x), rtol=0, atol=0)
+
+
+def test_other_factors_than_those_of_the_model_are_said_in_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_safetensors(warm(2.0), tmp_path / "warm.safetensors")
+    load_checkpoint(warm(2.0), tmp_path / "warm.safetensors")
+    assert not caplog.messages
+    load_checkpoint(warm(1.0), tmp_path / "warm.safetensors")
+    assert "1.attention: (2.0, 1.0), were (1.0, 1.0)" in caplog.text
+
+
+def test_a_published_file_does_not_fit_layers_with_factors(tmp_path: Path) -> None:
+    torch.save(dict(warm(1.0).state_dict()), path := tmp_path / "published.pth")
+    model = warm(2.0)
+    with pytest.raises(ValueError, match=r"factor 1, as published; the model's layers were made with gain=2"):
+        load_checkpoint(model, path)
+    with pytest.raises(RuntimeError, match=r"Missing key.*1\.attention\.factors"):
+        model.load_state_dict(warm(1.0).state_dict())
+    load_checkpoint(model, path, strict=False)
+    assert model[1].attention.gain == 2.0
+
+
+@pytest.mark.parametrize("gain", [2.0, 1.0])
+def test_files_of_version_0_1_0_noted_the_gain_beside_the_tensors(gain: float, tmp_path: Path) -> None:
+    state = {key: tensor for key, tensor in warm(gain).state_dict().items() if "factors" not in key}
+    save_safetensors(state, tmp_path / "old.safetensors", {"odconv.gains": json.dumps({"1.attention": gain})})
+    noted = OrderedDict(state)
+    noted._metadata = {"1.attention": {"gain": gain}}  # type: ignore[attr-defined]
+    torch.save(noted, tmp_path / "old.pth")
+    x = torch.randn(2, 3, 8, 8)
+    for model in (warm(1.0), warm(2.0)):
+        for file in ("old.safetensors", "old.pth"):
+            load_checkpoint(model, tmp_path / file)
+            torch.testing.assert_close(model(x), warm(gain)(x), rtol=0, atol=0)
+        loaded = warm(3 - gain)
+        loaded.load_state_dict(torch.load(tmp_path / "old.pth", weights_only=True))
+        torch.testing.assert_close(loaded(x), warm(gain)(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("gains", ['{"1.attention": -2}', '{"1.attention": "two"}', "[1]", "{", '{"1.attention": NaN}'])
@@ -399,7 +439,7 @@ def test_bad_gains_leave_the_model_untouched(gains: str, tmp_path: Path) -> None
     path = tmp_path / "model.safetensors"
     save_safetensors({key: tensor + 1 for key, tensor in warm(1.0).state_dict().items()}, path, {"odconv.gains": gains})
     model = warm(1.0)
-    with pytest.raises(ValueError, match=r"model\.safetensors records gains that are no"):
+    with pytest.raises(ValueError, match=r"model\.safetensors records (gains|factors) that are no"):
         load_checkpoint(model, path)
     assert_same(model.state_dict(), warm(1.0).state_dict())
 

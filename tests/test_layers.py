@@ -160,7 +160,7 @@ def test_defaults_and_keys_are_the_published_ones():
 
 def test_initialisation_is_kaiming_for_each_kernel_alone():
     torch.manual_seed(0)
-    layer = odconv.ODConv2d(256, 128, 3, groups=2)
+    layer = odconv.ODConv2d(256, 128, 3, groups=2, init="published")
     expected = math.sqrt(2 / (128 * 9))  # fan-out of one kernel
     for kernel in layer.weight:
         assert kernel.std().item() == pytest.approx(expected, rel=0.02)
@@ -299,7 +299,7 @@ def test_half_precision_models_keep_their_attention_exact(dtype, norm, train):
 
 
 def test_large_float16_activations_do_not_overflow_the_attention():
-    layer = odconv.ODConv2d(512, 8, 1).half().eval()
+    layer = odconv.ODConv2d(512, 8, 1, init="published").half().eval()
     with torch.no_grad():
         layer.attention.fc.weight.fill_(60)
     assert torch.isfinite(layer(torch.full((2, 512, 2, 2), 3000.0).half())).all()

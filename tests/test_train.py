@@ -116,7 +116,7 @@ def test_a_moved_run_keeps_its_best(copy: Path, folder: Path, capsys: pytest.Cap
 
 
 def test_going_on_in_another_folder(trained: Path, copy: Path, folder: Path, tmp_path: Path) -> None:
-    options = AGAIN | {"epochs": 4, "lr": 0.05, "data": str(folder), "resume": str(trained / "last.ckpt")}
+    options = AGAIN | {"epochs": 4, "lr": 1.0, "data": str(folder), "resume": str(trained / "last.ckpt")}
     with pytest.raises(FileExistsError, match="copy is not empty"):
         train(**options, out=str(copy))
     train(**options, out=str(tmp_path / "new"))

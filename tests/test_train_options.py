@@ -1,6 +1,7 @@
 """What the options of training do: parts of a step, limits, averages, layouts, compilation, traces."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_runs import OPTIONS, checkpoint, fit_tiny, rows, weights
+from small_runs import OPTIONS, Tiny, checkpoint, fit_tiny, rows, same_weights, weights
 from torch.distributed.run import main as torchrun
 from torchvision.transforms import v2
 
@@ -16,6 +17,8 @@ from odconv import create_model
 from odconv.data import Images, evaluation_transform
 from odconv.train import TrainConfig, evaluate, train
 from odconv.train.loaders import training_loader
+from odconv.train.module import Training, mixing
+from odconv.train.restore import restore
 from odconv.train.schedule import learning_rate, temperature
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -86,6 +89,116 @@ def test_averages_of_the_weights(folder: Path, tmp_path: Path) -> None:
     again = evaluate(weights=str(tmp_path / "average" / "last.ckpt"), data=str(folder), workers=0)
     assert again["loss"] == pytest.approx(rows(tmp_path / "average")[-1]["val_loss"], rel=1e-5)
     assert again["loss"] != pytest.approx(rows(tmp_path / "plain")[-1]["val_loss"], rel=1e-5)
+
+
+def test_the_learning_rate_rises_in_the_warm_up() -> None:
+    watch, _ = fit_tiny(epochs=3, warmup_epochs=1.5)  # 4 steps an epoch
+    rates = [rate for rate, _ in watch.steps]
+    assert rates == pytest.approx([0.1 * min(1, step / 6) for step in range(1, 13)])
+
+
+def test_adamw_decays_weights_alone_and_sgd_everything() -> None:
+    for optimizer, kind in (("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
+        config = TrainConfig(arch="tiny", data="", out="", optimizer=optimizer, lr=0.1, wd=0.05, attention_lr=0.5)
+        made = Training(Tiny(), config, list("abcd")).configure_optimizers()
+        assert type(made) is kind
+        groups = {(group["lr"], group["weight_decay"]) for group in made.param_groups}
+        plain = {(0.1, 0), (0.05, 0)} if optimizer == "adamw" else set()
+        assert groups == {(0.1, 0.05), (0.05, 0.05)} | plain
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_attentions_learn_at_their_own_rate(optimizer: str) -> None:
+    options = {"optimizer": optimizer, "lr": 0.01, "wd": 0.0, "epochs": 1}
+    torch.manual_seed(0)
+    start = Tiny().state_dict()
+    whole, still = fit_tiny(**options)[0].weights, fit_tiny(**options, attention_lr=1e-9)[0].weights
+    for name, weight in start.items():
+        if ".attention." in name:
+            assert torch.allclose(still[name], weight, atol=1e-6)
+    moved, held = (
+        (w["2.attention.filter_fc.bias"] - start["2.attention.filter_fc.bias"]).norm() for w in (whole, still)
+    )
+    assert moved > 100 * held
+    assert not torch.equal(still["2.weight"], start["2.weight"])
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_images_and_labels_are_mixed_alike(options: dict) -> None:
+    mix = mixing(TrainConfig(arch="tiny", data="", out="", **options), 4)
+    labels = torch.tensor([0, 1, 2, 3])
+    images = labels.view(-1, 1, 1, 1).float().expand(-1, 4, 8, 8) == torch.arange(4.0).view(1, 4, 1, 1)
+    torch.manual_seed(0)
+    for _ in range(20):  # channel c of an image is 1 where class c is seen
+        mixed, shares = mix(images.float(), labels)
+        assert torch.allclose(mixed.mean((2, 3)), shares, atol=1e-6)
+
+
+def test_mixing_and_smoothing_change_the_loss_and_nothing_is_mixed_by_default(folder: Path, tmp_path: Path) -> None:
+    plain, _ = fit_tiny(epochs=1)
+    for options in ({"mixup": 0.4}, {"cutmix": 1.0}, {"label_smoothing": 0.1}):
+        other, _ = fit_tiny(epochs=1, **options)
+        assert other.losses != pytest.approx(plain.losses, rel=1e-3)
+    assert mixing(TrainConfig(arch="tiny", data="", out=""), 4) is None
+    # a modern recipe, on images of which one cannot be read
+    broken = tmp_path / "data"
+    shutil.copytree(folder, broken)
+    next((broken / "train").rglob("*.png")).write_bytes(b"no image")
+    modern = {
+        "optimizer": "adamw",
+        "wd": 0.05,
+        "warmup_epochs": 1.0,
+        "label_smoothing": 0.1,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+    }
+    result = train(**OPTIONS | modern, data=str(broken), out=str(tmp_path / "run"))
+    assert np.isfinite(result["top1"])
+    (row,) = rows(tmp_path / "run")
+    assert row["train_corrupt"] == 1
+    assert np.isfinite(row["train_loss"])
+
+
+def test_a_modern_run_goes_on_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    modern = {"optimizer": "adamw", "attention_lr": 0.5, "warmup_epochs": 0.5, "mixup": 0.2, "cutmix": 1.0}
+    options = OPTIONS | modern | {"data": str(folder), "lr_decay": "step"}
+    train(**options | {"epochs": 2}, out=str(tmp_path / "whole"))
+    train(**options, out=str(tmp_path / "parts"))
+    train(**options | {"epochs": 2}, out=str(tmp_path / "parts"), resume="auto")
+    assert same_weights(tmp_path / "whole" / "last.ckpt", tmp_path / "parts" / "last.ckpt")
+    with pytest.raises(ValueError, match="its optimizer is adamw, that of this run sgd"):
+        train(**options | {"epochs": 3, "optimizer": "sgd"}, out=str(tmp_path / "parts"), resume="auto")
+
+
+def test_the_options_of_layers_come_back_with_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    chosen = {"norm": "layer", "gain": 2.0, "kernel_gain": "sqrt"}
+    train(**OPTIONS | {"kernel_num": 4, "layer_options": chosen}, data=str(folder), out=str(tmp_path))
+    attention = restore(str(tmp_path / "last.ckpt")).model.features[3].conv[0][0].attention
+    assert (attention.norm, attention.gain, attention.kernel_gain) == ("layer", 2.0, 2.0)
+    assert rows(tmp_path)[-1]["val_loss"] == pytest.approx(
+        evaluate(weights=str(tmp_path / "last.ckpt"), data=str(folder), workers=0)["loss"], rel=1e-5
+    )
+    content = checkpoint(tmp_path / "last.ckpt")
+    content["hyper_parameters"]["layer_options"] = {"weights": "other.pth"}
+    torch.save(content, tmp_path / "hostile.ckpt")
+    with pytest.raises(TypeError, match="'weights' is no option of a ODConv2d"):
+        restore(str(tmp_path / "hostile.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "lion"}, "optimizer must be one of sgd, adamw, got 'lion'"),
+        ({"init": "warm"}, "init must be one of calm, published, got 'warm'"),
+        ({"attention_lr": 0.0}, "attention_lr must be above 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
+        ({"mixup": -1.0}, "mixup must be at least 0"),
+        ({"warmup_epochs": -0.5}, "warmup_epochs must be at least 0"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(arch="od_resnet18", data="", out="", **options)
 
 
 @pytest.mark.parametrize("option", ["channels_last", pytest.param("compile", marks=pytest.mark.slow)])

@@ -7,6 +7,7 @@ from odconv.detect import create_detector
 from odconv.export import export_onnx
 from odconv.freeze import to_static
 from odconv.fusion import fuse
+from odconv.groups import parameter_groups
 from odconv.layers import (
     CondConv1d,
     CondConv2d,
@@ -63,6 +64,7 @@ __all__ = [
     "fuse",
     "list_models",
     "load_checkpoint",
+    "parameter_groups",
     "profile",
     "set_temperature",
     "to_static",

@@ -5,7 +5,7 @@ No code in a file is ever run: everything is read with ``weights_only=True``.
 
 import difflib
 import json
-import math
+import logging
 import re
 import zipfile
 from collections import OrderedDict
@@ -27,7 +27,12 @@ TEMPERATURE = "odconv.temperature"
 """Where a safetensors file's header records the temperature, which is no weight."""
 
 GAINS = "odconv.gains"
-"""Where it records the gains of the gates, as JSON: name of the attention -> gain."""
+"""Where version 0.1.0 recorded the gains of the gates there, as JSON: name of the attention -> gain."""
+
+FACTORS = "attention.factors"
+"""What the keys end with that hold an attention's factors, where they are not the published ones."""
+
+logger = logging.getLogger(__name__)
 
 
 class Content(NamedTuple):
@@ -35,12 +40,10 @@ class Content(NamedTuple):
 
     Attributes:
         state: the tensors by name, without what wraps the names.
-        gains: the gains of the gates, by the name of the attention; empty where the file says nothing of them.
         temperature: the temperature of the attentions; None where the file does not say.
     """
 
     state: dict[str, Tensor]
-    gains: dict[str, float]
     temperature: float | None
 
 
@@ -86,8 +89,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     both sides. `num_batches_tracked` may be missing, as PyTorch allows too.
 
     Where the file records the temperature at which its dynamic layers were trained (checkpoints of `odconv train` and
-    of :func:`save_safetensors` do), it is set in the model's; else the model keeps its own. So it is with the gains of
-    the gates, which tell a network with a warm start from a published one; PyTorch's own state dicts record them too.
+    of :func:`save_safetensors` do), it is set in the model's; else the model keeps its own. Factors of gates and shares
+    that a file holds (those of a network with a warm start) are taken over, and a warning says so where the model had
+    others. A file without them is a published one: it does not fit a model that has some.
 
     Args:
         model: the network.
@@ -101,9 +105,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
         FileNotFoundError, ValueError, OSError: as :func:`read_state_dict`.
         ValueError: `strict`, and something does not fit. The message lists it and guesses the cause; the model is left
             untouched.
-        ValueError: the model is on the meta device, or the temperature or a gain in the file is no positive number.
+        ValueError: the model is on the meta device, or the temperature or a factor in the file is no positive number.
     """
-    state, gains, temperature = _read(Path(path))
+    state, temperature = _read(Path(path))
     own_keys = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     names = {bare: key for key, bare in _bare_names(own_keys).items()}
     own = {bare: own_keys[key] for bare, key in names.items()}
@@ -113,9 +117,12 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
             "model.to_empty(device=...) first"
         )
     fits = {key: names[key] for key, tensor in state.items() if key in own and own[key].shape == tensor.shape}
+    attentions = {_attention(key): _attention(name) for key, name in names.items()}
+    new = {key: attentions[_attention(key)] for key in state if key.endswith(FACTORS) and _attention(key) in attentions}
+    fits |= {key: f"{attention}.factors" if attention else "factors" for key, attention in new.items()}
     mismatch = Mismatch(
         missing=[key for key in own if key not in state and not key.endswith("num_batches_tracked")],
-        unexpected=[key for key in state if key not in own],
+        unexpected=[key for key in state if key not in own and key not in new],
         mismatched=[
             (key, tuple(tensor.shape), tuple(own[key].shape))
             for key, tensor in state.items()
@@ -127,13 +134,11 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     if temperature is not None:
         for layer in _with_temperature(model):
             layer.set_temperature(temperature)
-    fitting: Any = OrderedDict((own_name, state[key]) for key, own_name in fits.items())
-    fitting._metadata = {  # where the layers look for their gain
-        _attention(own_name): {"gain": gains[_attention(key)]}
-        for key, own_name in fits.items()
-        if _attention(key) in gains
-    }
-    model.load_state_dict(fitting, strict=False)
+    before = _factors(model)
+    model.load_state_dict(OrderedDict((own_name, state[key]) for key, own_name in fits.items()), strict=False)
+    after = _factors(model)
+    if changed := [f"{name}: {after[name]}, were {before[name]}" for name in after if after[name] != before[name]]:
+        logger.warning("factors of gates and shares were taken from %s: %s", path, _some(changed, "; "))
     return mismatch
 
 
@@ -142,8 +147,8 @@ def save_safetensors(
 ) -> None:
     """Write weights as a safetensors file, whole or not at all.
 
-    Tensors that share memory are written once for each of their names. The temperature and the gains of a model's
-    dynamic layers are recorded in the header, for :func:`load_checkpoint`.
+    Tensors that share memory are written once for each of their names. The temperature of a model's dynamic layers is
+    recorded in the header, for :func:`load_checkpoint`.
 
     Args:
         weights: a model, or its state dict.
@@ -164,8 +169,6 @@ def save_safetensors(
         if isinstance(tensor, Tensor)
     }
     record = _record_temperature(weights) if isinstance(weights, nn.Module) else {}
-    if gains := _gains_beside(state, {key: key for key in tensors}):
-        record[GAINS] = json.dumps(gains)
     content = save(tensors, {"format": "pt", **record, **(metadata or {})})
     check_writable(path.parent)
     with replacing(path) as partial:
@@ -233,16 +236,17 @@ def _read(path: Path) -> Content:
         raise IsADirectoryError(f"the checkpoint {path} is a folder, not a file{_similar_files(path / path.name)}")
     path.open("rb").close()  # whatever fails from here on is the fault of the content
     found, temperature = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
-    names = _bare_names(found)
-    gains = _gains_beside(found, names)
+    state = {bare: found[key] for key, bare in _bare_names(found).items()}
+    state |= _factors_beside(found, path)
     try:
         temperature = None if temperature is None else float(temperature)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} records a temperature that is no number: {temperature!r}") from error
-    if not all(isinstance(gain, float | int) and 0 < gain < math.inf for gain in gains.values()):
-        raise ValueError(f"{path} records gains that are no positive numbers: {_some(map(str, gains.values()))}")
+    for key, tensor in state.items():
+        if key.endswith(FACTORS) and not (tensor.shape == (2,) and (tensor > 0).all() and tensor.isfinite().all()):
+            raise ValueError(f"{path} records factors that are no two positive numbers: {key} is {tensor.tolist()}")
     # copies, for memory that is mapped from a file changes with the file
-    return Content({bare: found[key].detach().clone() for key, bare in names.items()}, gains, temperature)
+    return Content({key: tensor.detach().clone() for key, tensor in state.items()}, temperature)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -260,16 +264,27 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise ValueError(f"{path} records gains that are no JSON object: {header[GAINS]!r}") from error
 
 
-def _gains_beside(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Any]:
-    """Collect the gains that dynamic layers note beside the tensors, where PyTorch keeps the versions of modules."""
-    notes = getattr(state, "_metadata", None) or {}
-    gains = {_attention(name): notes.get(_attention(key), {}).get("gain") for key, name in names.items()}
-    return {attention: gain for attention, gain in gains.items() if gain is not None}
+def _factors_beside(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the factors that version 0.1.0 noted as gains beside the tensors, where PyTorch keeps versions."""
+    notes, factors = getattr(state, "_metadata", None) or {}, {}
+    for key, bare in _bare_names(state).items():
+        gain = notes.get(_attention(key), {}).get("gain")
+        if isinstance(gain, float | int):
+            factors[f"{_attention(bare)}.factors".removeprefix(".")] = torch.tensor((gain, 1.0), dtype=torch.float64)
+        elif gain is not None:
+            raise ValueError(f"{path} records gains that are no numbers: {gain!r}")
+    return factors
+
+
+def _factors(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Return the factors of gates and shares by the attentions' names."""
+    attentions = ((name, module) for name, module in model.named_modules() if hasattr(module, "set_factors"))
+    return {name: (attention.gain, attention.kernel_gain) for name, attention in attentions}
 
 
 def _attention(key: str) -> str:
     """Return the attention's name in the key of a tensor: "conv1.attention" of "conv1.attention.fc.weight"."""
-    return key.rsplit(".", 2)[0]
+    return key.rsplit(".", 1 if key.endswith(FACTORS) else 2)[0]
 
 
 def _with_temperature(model: nn.Module) -> list[Any]:
@@ -346,7 +361,15 @@ def _explain(
     if mismatch.mismatched:
         shapes = [f"{key} {theirs} in the file, {ours} in the model" for key, theirs, ours in mismatch.mismatched]
         lines.append(f"{len(shapes)} of another shape: {_some(shapes, '; ')}")
-    lines += [f"probable cause: {cause}" for cause in _causes(mismatch, state, own)]
+    without = [key for key in mismatch.missing if key.endswith(FACTORS)]
+    if without and len(without) == sum(len(part) for part in mismatch):
+        gain, kernel_gain = own[without[0]].tolist()
+        lines.append(
+            "probable cause: a file without factors is one whose gates and shares have factor 1, as published; the "
+            f"model's layers were made with gain={gain:.4g} and kernel_gain={kernel_gain:.4g}, as by a warm start"
+        )
+    else:
+        lines += [f"probable cause: {cause}" for cause in _causes(mismatch, state, own)]
     return "\n  ".join(lines)
 
 

@@ -85,8 +85,8 @@ def convert(
         include: which convolutions to replace, by name: a glob such as "layer4.*", several of them, or a function of
             name and module. Default: all but stem and shortcuts.
         exclude: which of these to leave, likewise. Default none.
-        warm_start: start from the trained weights. False for freshly drawn layers, as published.
-        **layer_options: options of the layers: `kernel_num`, `reduction`, `attentions`, `norm` and so on.
+        warm_start: start from the trained weights. False for freshly drawn layers.
+        **layer_options: options of the layers: `kernel_num`, `reduction`, `attentions`, `norm`, `init` and so on.
 
     Returns:
         The model, or its replacement where the model is a convolution itself.
@@ -291,16 +291,17 @@ def dynamic_like(
 def start_from(layer: DynamicConv, conv: Convolution) -> None:
     """Let a freshly drawn layer compute what a convolution does.
 
-    With heads of zero every sigmoid is 1/2 and every softmax 1/n. So the shares of the n kernels sum to 1, or n/2 for
-    CondConv, and the gates are gain/2; the kernels are divided by both. What they deviate by from the trained kernel is
-    drawn at random and sums to zero: kernels that are alike would stay alike, and the kernel head get no gradient.
+    With heads of zero every sigmoid is 1/2 and every softmax 1/n. So the shares of the n kernels sum to kernel_gain, or
+    n/2 for CondConv, and the gates are gain/2; the kernels are divided by both. What they deviate by from the trained
+    kernel is drawn at random and sums to zero: kernels that are alike would stay alike, and the kernel head get no
+    gradient.
     """
     attention, n = layer.attention, layer.kernel_num
     for name in attention.heads:
         head = getattr(attention, f"{name}_fc")
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-    shares = n / 2 if attention.kernel_gate == "sigmoid" else 1.0
+    shares = n / 2 if attention.kernel_gate == "sigmoid" else attention.kernel_gain if n > 1 else 1.0
     gates = (attention.gain / 2) ** len(attention.heads.keys() - {"kernel"})
     trained = conv.weight.to(torch.promote_types(conv.weight.dtype, torch.float32))
     kernels = trained[None]

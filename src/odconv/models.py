@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from odconv.checkpoints import load_checkpoint, resolve
-from odconv.convert import convert
+from odconv.convert import check_options, convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 
 
@@ -62,6 +62,7 @@ def create_model(
     weights: str | Path | None = None,
     stem: str = "standard",
     warm_start: bool = False,
+    **layer_options: Any,
 ) -> nn.Module:
     """Build a network of the zoo.
 
@@ -76,6 +77,7 @@ def create_model(
         stem: "standard", or "small" for images of about 32 pixels: a stem that keeps their size.
         warm_start: `weights` are those of the static network of the same name; the dynamic one starts from them, see
             :func:`odconv.convert`.
+        **layer_options: further options of the dynamic layers: `init`, `norm`, `gain`, `kernel_gain` and so on.
 
     Returns:
         The network, in training mode; its state dict has the keys and shapes of the published checkpoints.
@@ -83,6 +85,7 @@ def create_model(
     Raises:
         ValueError: an unknown name (the nearest are listed), an option that the network does not take or that is out
             of range, or weights that do not fit.
+        TypeError: an option that the layers do not have.
         ImportError: torchvision is not installed.
     """
     if name not in NAMES:
@@ -103,14 +106,19 @@ def create_model(
         raise ValueError("warm_start needs the weights of the static network, got weights=None")
     if weights is not None and warm_start:
         load_checkpoint(model, resolve(weights))
-    make_dynamic(model, name, kernel_num, reduction, warm_start)
+    make_dynamic(model, name, kernel_num, reduction, warm_start, **layer_options)
     if weights is not None and not warm_start:
         load_checkpoint(model, resolve(weights))
     return model
 
 
 def make_dynamic(
-    model: nn.Module, name: str, kernel_num: int | None = None, reduction: float | None = None, warm_start: bool = False
+    model: nn.Module,
+    name: str,
+    kernel_num: int | None = None,
+    reduction: float | None = None,
+    warm_start: bool = False,
+    **layer_options: Any,
 ) -> None:
     """Replace the convolutions of a static network of the zoo, in place, to make that of a name; see create_model."""
     method_name, backbone = split_name(name)
@@ -119,6 +127,7 @@ def make_dynamic(
         method = METHODS[method_name]
         given = {"kernel_num": kernel_num, "reduction": reduction}
         options = method.options | {option: value for option, value in given.items() if value is not None}
+        options |= layer_options  # convert checks them
         if reduction is not None and method.layer is CondConv2d:
             raise ValueError(f"reduction must be None for {name}, whose attention has no hidden layer, got {reduction}")
 
@@ -130,6 +139,17 @@ def make_dynamic(
         raise ValueError(f"{name} is static: kernel_num and reduction must be None, got {kernel_num} and {reduction}")
     elif warm_start:
         raise ValueError(f"{name} is static: warm_start is for dynamic networks")
+    else:
+        check_layer_options(name, layer_options)
+
+
+def check_layer_options(name: str, options: dict[str, Any]) -> None:
+    """Raise a TypeError for an option that the dynamic layers of a network of the zoo do not have."""
+    method, _ = split_name(name)
+    if method is None and options:
+        raise TypeError(f"{name} is static and has no options of dynamic layers: {', '.join(options)}")
+    if method is not None:
+        check_options(METHODS[method].layer, options)
 
 
 def split_name(name: str) -> tuple[str | None, str]:

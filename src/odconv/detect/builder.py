@@ -12,7 +12,7 @@ from odconv.checkpoints import read_state_dict, resolve
 from odconv.detect import mmdetection
 from odconv.detect.weights import load_backbone, load_detector
 from odconv.layers import set_temperature
-from odconv.models import create_model, make_dynamic, split_name
+from odconv.models import check_layer_options, create_model, make_dynamic, split_name
 
 
 class Detector(NamedTuple):
@@ -37,6 +37,7 @@ def create_detector(
     *,
     kernel_num: int | None = None,
     reduction: float | None = None,
+    layer_options: dict[str, Any] | None = None,
     num_classes: int = 81,
     weights: str | Path | None = None,
     weights_backbone: str | Path | None = None,
@@ -67,6 +68,7 @@ def create_detector(
             :func:`odconv.convert` for example. It becomes part of the detector, without its classifier.
         kernel_num: number of kernels n of a dynamic backbone that is given by name; see :func:`odconv.create_model`.
         reduction: width of its attention's hidden layer as a share of the channels.
+        layer_options: further options of its dynamic layers: `init`, `norm` and so on. Default: none.
         num_classes: classes with the background, at least 2, as torchvision counts them: label 0 is the background,
             labels 1 .. num_classes - 1 are the objects. Default 81, for the 80 classes of COCO.
         weights: a checkpoint of the whole detector, ours, torchvision's or mmdetection's: a path, or a name on the
@@ -126,7 +128,7 @@ def create_detector(
             "mmdetection's conventions and checkpoints are known for faster_rcnn and mask_rcnn, not retinanet"
         )
 
-    network = build_network(backbone, kernel_num, reduction, weights_backbone, warm_start)
+    network = build_network(backbone, kernel_num, reduction, layer_options or {}, weights_backbone, warm_start)
     set_temperature(network, 1.0 if temperature is None else temperature)  # whatever a classifier was trained with
 
     from torchvision.models import detection
@@ -183,27 +185,30 @@ def build_network(
     backbone: str | nn.Module,
     kernel_num: int | None,
     reduction: float | None,
+    layer_options: dict[str, Any],
     weights: str | Path | None,
     warm_start: bool,
 ) -> nn.Module:
     """The network whose maps the pyramid reads, with its weights."""
     if warm_start and (weights is None or not isinstance(backbone, str)):
         raise ValueError("warm_start needs a backbone given by name and weights_backbone, those of its static network")
+    if isinstance(backbone, str):
+        check_layer_options(backbone, layer_options)
     if not isinstance(backbone, str):
-        if kernel_num is not None or reduction is not None:
+        if kernel_num is not None or reduction is not None or layer_options:
             raise ValueError(
-                "kernel_num and reduction must be None for a backbone that is built already, got "
-                f"{kernel_num} and {reduction}"
+                "kernel_num, reduction and layer_options must be None for a backbone that is built already, got "
+                f"{kernel_num}, {reduction} and {layer_options or None}"
             )
         network = backbone
     elif warm_start:
         network = create_model(split_name(backbone)[1])
     else:
-        network = create_model(backbone, kernel_num=kernel_num, reduction=reduction)
+        network = create_model(backbone, kernel_num=kernel_num, reduction=reduction, **layer_options)
     if weights is not None:
         load_backbone(network, weights)
     if warm_start:
-        make_dynamic(network, str(backbone), kernel_num, reduction, warm_start)
+        make_dynamic(network, str(backbone), kernel_num, reduction, warm_start, **layer_options)
     return network
 
 

@@ -17,12 +17,6 @@ class DetectConfig(RunConfig):
 
     detector: DetectorName
     """Detector: faster_rcnn, mask_rcnn or retinanet."""
-    arch: str
-    """Network of the backbone, such as od_resnet50; odconv.list_models() has all names."""
-    kernel_num: int | None = None
-    """Kernels a dynamic layer mixes; default: that of the network."""
-    reduction: float | None = None
-    """Width of the attention's hidden layer, as a share of the channels; default: that of the network."""
     weights: str | None = None
     """File of weights of a whole detector to start from."""
     new_predictor: bool = False

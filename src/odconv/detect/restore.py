@@ -10,10 +10,11 @@ from odconv.checkpoints import read_state_dict, resolve
 from odconv.detect.builder import create_detector
 from odconv.detect.config import DetectConfig, names
 from odconv.train.config import check
+from odconv.train.launch import layer_options
 from odconv.train.restore import saved_by_training
 
 DESCRIPTION = (
-    *("kernel_num", "reduction", "conventions", "temperature", "anchor_sizes", "min_size", "max_size"),
+    *("kernel_num", "reduction", "layer_options", "conventions", "temperature", "anchor_sizes", "min_size", "max_size"),
     *("score_threshold", "nms_threshold", "detections_per_image"),
 )
 """Options of a run that describe its detector, besides its kind and its backbone."""
@@ -61,7 +62,7 @@ def build(config: DetectConfig, classes: int) -> nn.Module:
         warm_start=config.warm_start,
         frozen_stages=config.frozen_stages,
         norm_eval=config.norm_eval,
-        **{name: getattr(config, name) for name in DESCRIPTION},
+        **{name: getattr(config, name) for name in DESCRIPTION} | {"layer_options": layer_options(config)},
         **config.options or {},
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from odconv.layers.starts import check_start, draw_calm, draw_published
 from odconv.ops import cpu
 from odconv.ops.contract import Attentions, is_exporting
 
@@ -30,7 +31,9 @@ class Attention(nn.Module):
         norm: normalisation of the hidden layer: "batch", "group", "layer" or "none".
         kernel_gate: what makes shares of the kernel head's logits: "softmax" or "sigmoid".
         gain: factor of the other gates, above 0: with 2, a head of zeros gives gates of exactly 1.
+        kernel_gain: factor of the shares, above 0: with sqrt(n), a mixture of n new kernels is as large as one.
         temperature: divisor of every logit, above 0; None for a method that has none.
+        init: how the parameters are drawn, "calm" or "published"; see :mod:`odconv.layers.starts`.
         device: where the parameters live.
         dtype: dtype of the parameters. The attention is computed in at least float32 whatever it is.
 
@@ -46,19 +49,21 @@ class Attention(nn.Module):
         norm: str = "none",
         kernel_gate: str = "softmax",
         gain: float = 1.0,
+        kernel_gain: float = 1.0,
         temperature: float | None = 1.0,
+        init: str = "calm",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-        if not 0 < gain < math.inf:
-            raise ValueError(f"gain must be a positive number, got {gain!r}")
+        check_start(init)
         self.dims = dims
         self.heads = heads
+        self.norm = norm
         self.kernel_gate = kernel_gate
-        self.gain = float(gain)
+        self.init = init
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fc: Pointwise | None = None
         self.bn: nn.Module | None = None  # so named in published checkpoints, whatever norm it is
@@ -77,19 +82,35 @@ class Attention(nn.Module):
         self._temperature = temperature  # what the buffer holds, for when it is made anew
         self._place_temperature(device)
         self.register_load_state_dict_post_hook(place_temperature)
-        self.register_state_dict_post_hook(note_gain)
-        self.register_load_state_dict_pre_hook(take_gain)
+        self.factors: Tensor | None
+        self.register_buffer("factors", None)
+        self.set_factors(gain, kernel_gain)
+        self.register_load_state_dict_pre_hook(take_factors)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights as published: Kaiming normal (fan-out, ReLU), zero biases."""
-        for module in self.children():
-            if isinstance(module, Pointwise):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, BatchNorm | nn.GroupNorm):
-                module.reset_parameters()
+        """Draw the parameters as `init` says."""
+        if isinstance(self.bn, BatchNorm | nn.GroupNorm):
+            self.bn.reset_parameters()
+        (draw_calm if self.init == "calm" else draw_published)(self)
+
+    def linear_layers(self) -> list[Pointwise]:
+        """The hidden layer, where there is one, and the heads."""
+        return [module for module in self.children() if isinstance(module, Pointwise)]
+
+    def set_factors(self, gain: float, kernel_gain: float) -> None:
+        """Multiply the gates by `gain` and the shares by `kernel_gain` from now on.
+
+        Other factors than the published ones, 1 and 1, are a buffer too, so that no state dict is without them.
+
+        Raises:
+            ValueError: a factor is not a positive, finite number.
+        """
+        for name, value in (("gain", gain), ("kernel_gain", kernel_gain)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        self.gain, self.kernel_gain = float(gain), float(kernel_gain)
+        self._place_factors(self.temperature.device if self.temperature is not None else None)
 
     def set_temperature(self, value: float) -> None:
         """Divide every logit by `value` from now on; a method without a temperature keeps none.
@@ -125,8 +146,9 @@ class Attention(nn.Module):
         if self.temperature is not None:
             logits = logits / self.temperature
         if name == "kernel":
-            return logits.softmax(1) if self.kernel_gate == "softmax" else logits.sigmoid()
-        gate = logits.sigmoid() if self.gain == 1 else self.gain * logits.sigmoid()
+            shares = logits.softmax(1) if self.kernel_gate == "softmax" else logits.sigmoid()
+            return shares if self.factors is None else self.kernel_gain * shares
+        gate = logits.sigmoid() if self.factors is None else self.gain * logits.sigmoid()
         return gate.reshape(-1, *self.heads[name])  # unflatten would fix the batch in PyTorch's older ONNX exporter
 
     def _normalise(self, z: Tensor) -> Tensor:
@@ -147,10 +169,16 @@ class Attention(nn.Module):
             check_temperature(self._temperature)
             self.temperature = torch.full((), self._temperature, dtype=torch.float32, device=device)
 
+    def _place_factors(self, device: torch.device | str | None) -> None:
+        factors = (self.gain, self.kernel_gain)
+        self.factors = None if factors == (1, 1) else torch.tensor(factors, dtype=torch.float64, device=device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
         super()._apply(fn, recurse)
         if self.temperature is not None:  # stays float32 through .half(), and keeps its value through .to_empty()
             self._place_temperature(self.temperature.device)
+        if self.factors is not None:
+            self._place_factors(self.factors.device)
         return self
 
 
@@ -185,17 +213,26 @@ def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
         attention.temperature,
     )
     shapes = attention.heads.values()
-    return Attentions(**{n: g.view(-1, *s) for n, g, s in zip(attention.heads, gates, shapes, strict=True)})
+    found = {n: g.view(-1, *s) for n, g, s in zip(attention.heads, gates, shapes, strict=True)}
+    if "kernel" in found and attention.factors is not None:
+        found["kernel"] = attention.kernel_gain * found["kernel"]
+    return Attentions(**found)
 
 
-def note_gain(attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Write the gain beside the tensors of a state dict, where PyTorch keeps the versions of modules."""
-    metadata["gain"] = attention.gain
+def take_factors(attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """Take the factors that these weights were trained with; a state dict without them is a published one.
 
-
-def take_gain(attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
-    """Take the gain that these weights were trained with, where the state dict says it: no key or shape would tell."""
-    attention.gain = metadata.get("gain", attention.gain)
+    Version 0.1.0 noted the gain in the metadata instead.
+    """
+    key = f"{prefix}factors"
+    if key in state and state[key].shape == (2,) and not state[key].is_meta:
+        attention.set_factors(*state[key].tolist())
+        if attention.factors is None:
+            del state[key]
+    elif "gain" in metadata:
+        attention.set_factors(metadata["gain"], 1.0)
+        if attention.factors is not None:
+            state[key] = attention.factors
 
 
 def pointwise(layer: Pointwise, z: Tensor) -> Tensor:
@@ -207,7 +244,7 @@ def pointwise(layer: Pointwise, z: Tensor) -> Tensor:
 def batch_norm(bn: BatchNorm | nn.SyncBatchNorm, z: Tensor) -> Tensor:
     """``bn(z)`` in z's dtype; one sample has no variance, so it is normalised by the running statistics."""
     by_batch = bn.training and z.shape[0] > 1
-    if bn.weight.dtype == z.dtype and by_batch == bn.training:
+    if bn.weight.dtype == z.dtype and (by_batch or not bn.training):
         return bn(z)
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odconv.layers.attention import Attention
+from odconv.layers.starts import draw_kernels, mixture_size
 from odconv.ops.contract import Attentions, Geometry, check_map, per_axis, positive
 from odconv.ops.dynamic_conv import compute, pad_by_name
 
@@ -80,10 +81,11 @@ class DynamicConv(nn.Module):
         self.kernel_bias = None if mixed is None else nn.Parameter(mixed)
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as published: Kaiming normal (fan-out, ReLU) for each kernel, biases as nn.Conv2d's."""
-        kernels = self.weight.detach()
-        for kernel in kernels.transpose(1, 2) if self.transposed else kernels:  # filters first
-            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+        """Draw the parameters: kernels Kaiming normal, biases as nn.Conv2d's, the attention as its `init` says."""
+        draw_kernels(self.weight, self.transposed)
+        if self.attention.init == "calm" and self.groups == self.in_channels:
+            # these are drawn small already, and the batch norm behind them begins with a variance of 1
+            self.weight.data /= mixture_size(self.attention, self.kernel_num)
         bound = 1 / math.sqrt(self.weight[0, 0].numel())
         for bias in (self.bias, self.kernel_bias):
             if bias is not None:
@@ -172,7 +174,8 @@ class DynamicConv(nn.Module):
         parts += [f"padding_mode={self.padding_mode!r}"] if self.padding_mode != "zeros" else []
         parts += [f"kernel_num={self.kernel_num}"]
         parts += [f"context_channels={self.context_channels}"] if self.context_channels is not None else []
-        parts += [f"gain={self.attention.gain}"] if self.attention.gain != 1 else []
+        factors = {"gain": self.attention.gain, "kernel_gain": self.attention.kernel_gain}
+        parts += [f"{name}={round(value, 4)}" for name, value in factors.items() if value != 1]
         return ", ".join(parts)
 
 
@@ -195,6 +198,10 @@ class _ODConv(DynamicConv):
         temperature: divisor of the attention's logits. Default 1; see :func:`odconv.set_temperature`.
         gain: factor of the sigmoid gates (channel, filter, spatial). Default 1, as published; 2 in layers that
             :func:`odconv.convert` started from trained kernels.
+        kernel_gain: factor of the kernels' shares, or "sqrt" for sqrt(n), with which a mixture of n freshly drawn
+            kernels is as large as one of them. Default 1, as published.
+        init: how the parameters are drawn: "calm", to train from the first step, or "published". Default "calm"; see
+            :mod:`odconv.layers.starts`.
         context_channels: channels of the context that :meth:`forward` then takes for the attention, C'. Default None: x
             itself, or a context of C channels where one is given.
         device: where the parameters live.
@@ -225,6 +232,8 @@ class _ODConv(DynamicConv):
         norm: str = "batch",
         temperature: float = 1.0,
         gain: float = 1.0,
+        kernel_gain: float | str = 1.0,
+        init: str = "calm",
         context_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -252,7 +261,9 @@ class _ODConv(DynamicConv):
             hidden_width(context_channels or in_channels, reduction, min_channels),
             norm,
             gain=gain,
+            kernel_gain=share_factor(kernel_gain, kernel_num),
             temperature=temperature,
+            init=init,
             device=device,
             dtype=dtype,
         )
@@ -273,6 +284,10 @@ class _DyConv(DynamicConv):
         reduction: width of the attention's hidden layer as a share of C. Default 1/4.
         min_channels: least width of that hidden layer. Default 4.
         temperature: divisor of the attention's logits. Default 1; see :func:`odconv.set_temperature`.
+        kernel_gain: factor of the kernels' shares, or "sqrt" for sqrt(n), with which a mixture of n freshly drawn
+            kernels is as large as one of them. Default 1, as published.
+        init: how the parameters are drawn: "calm", to train from the first step, or "published". Default "calm"; see
+            :mod:`odconv.layers.starts`.
         context_channels: channels of the context that :meth:`forward` then takes for the attention, C'. Default None: x
             itself, or a context of C channels where one is given.
         device: where the parameters live.
@@ -302,6 +317,8 @@ class _DyConv(DynamicConv):
         reduction: float = 0.25,
         min_channels: int = 4,
         temperature: float = 1.0,
+        kernel_gain: float | str = 1.0,
+        init: str = "calm",
         context_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -315,7 +332,9 @@ class _DyConv(DynamicConv):
             context_channels or in_channels,
             {"kernel": (kernel_num,)},
             hidden_width(context_channels or in_channels, reduction, min_channels),
+            kernel_gain=share_factor(kernel_gain, kernel_num),
             temperature=temperature,
+            init=init,
             device=device,
             dtype=dtype,
         )
@@ -333,6 +352,8 @@ class _CondConv(DynamicConv):
             ``torch.nn.Conv2d``, with its defaults.
         bias: add a bias of n rows, (n, O), mixed like the kernels. Default False.
         kernel_num: number n of experts. Default 8.
+        init: how the parameters are drawn: "calm", to train from the first step, or "published". Default "calm"; see
+            :mod:`odconv.layers.starts`.
         context_channels: channels of the context that :meth:`forward` then takes for the attention, C'. Default None: x
             itself, or a context of C channels where one is given.
         device: where the parameters live.
@@ -359,6 +380,7 @@ class _CondConv(DynamicConv):
         padding_mode: str = "zeros",
         *,
         kernel_num: int = 8,
+        init: str = "calm",
         context_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -374,10 +396,18 @@ class _CondConv(DynamicConv):
             hidden=None,
             kernel_gate="sigmoid",
             temperature=None,
+            init=init,
             device=device,
             dtype=dtype,
         )
         self.reset_parameters()
+
+
+def share_factor(kernel_gain: float | str, kernel_num: int) -> float:
+    """Return the factor of the shares as a number."""
+    if isinstance(kernel_gain, str) and kernel_gain != "sqrt":
+        raise ValueError(f"kernel_gain must be a positive number or 'sqrt', got {kernel_gain!r}")
+    return math.sqrt(kernel_num) if isinstance(kernel_gain, str) else kernel_gain
 
 
 def hidden_width(in_channels: int, reduction: float, min_channels: int) -> int:

@@ -17,13 +17,13 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "test_batch step temp_init devices top accumulate nan_steps",
     ),
     ("at least 1", lambda value: 1 <= value < inf, "save_every detections_per_image max_size"),
-    ("at least 0", lambda value: 0 <= value < inf, "workers wd temp_epoch warmup_steps"),
+    ("at least 0", lambda value: 0 <= value < inf, "workers wd temp_epoch warmup_steps warmup_epochs mixup cutmix"),
     ("at least 0 and at most 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
-    ("above 0", lambda value: 0 < value < inf, "lr temperature clip timeout"),
+    ("above 0", lambda value: 0 < value < inf, "lr temperature clip timeout attention_lr"),
     ("above 0 and below 1", lambda value: 0 < value < 1, "average"),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "reduction min_scale gamma warmup_factor"),
     ("at least 0 and at most 1", lambda value: 0 <= value <= 1, "score_threshold nms_threshold threshold"),
-    ("at least 0 and below 1", lambda value: 0 <= value < 1, "dropout momentum"),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, "dropout momentum label_smoothing"),
 )
 
 
@@ -49,6 +49,16 @@ class RunConfig:
 
     out: str
     """Folder for checkpoints, logs, the resolved options and the result."""
+    arch: str
+    """Network, of a detector its backbone, such as od_resnet18; odconv.list_models() has all names."""
+    kernel_num: int | None = None
+    """Kernels a dynamic layer mixes; default: that of the network."""
+    reduction: float | None = None
+    """Width of the attention's hidden layer, as a share of the channels; default: that of the network."""
+    init: Literal["calm", "published"] = "calm"
+    """How new dynamic layers are drawn: calm, to train from the first step at temperature 1, or published."""
+    layer_options: dict[str, Any] | None = None
+    """Further options of the dynamic layers, such as {norm: layer, gain: 2.0}."""
     epochs: int
     """Passes over the training images."""
     batch_size: int
@@ -65,10 +75,14 @@ class RunConfig:
     """Epochs at which the learning rate drops."""
     gamma: float = 0.1
     """Factor of each drop."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer: sgd, with weight decay on every parameter, or adamw, with none on biases and norms."""
     momentum: float = 0.9
     """Momentum of SGD."""
     wd: float = 1e-4
-    """Weight decay, on every parameter."""
+    """Weight decay; some 0.05 suits adamw."""
+    attention_lr: float = 1.0
+    """Learning rate of the attentions, as a factor of lr."""
     clip: float | None = None
     """Largest norm of the gradient; longer ones are scaled down to it. Default: no limit."""
     average: float | None = None
@@ -115,12 +129,6 @@ def defaults(config: type[RunConfig]) -> dict[str, Any]:
 class TrainConfig(RunConfig):
     """Options of `odconv train`; the defaults are those of the published ResNets."""
 
-    arch: str
-    """Network, such as od_resnet18; odconv.list_models() has all names."""
-    kernel_num: int | None = None
-    """Kernels a dynamic layer mixes; default: that of the network."""
-    reduction: float | None = None
-    """Width of the attention's hidden layer, as a share of the channels; default: that of the network."""
     num_classes: int | None = None
     """Outputs of the classifier; default: the number of classes in the data."""
     dropout: float = 0.0
@@ -152,7 +160,15 @@ class TrainConfig(RunConfig):
     schedule: Sequence[int] = (30, 60, 90)
     step: int = 30
     """Epochs between the drops of lr_decay step."""
-    temp_epoch: int = 10
+    warmup_epochs: float = 0.0
+    """Epochs in which the learning rate rises in a straight line, with every step."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread over all classes."""
+    mixup: float = 0.0
+    """Parameter of the beta distribution that mixes pairs of images (mixup); 0: none are mixed."""
+    cutmix: float = 0.0
+    """The same for parts of images cut into others (cutmix); with both, each batch draws one of them."""
+    temp_epoch: int = 0
     """Epochs in which the temperature of dynamic layers falls to 1, with every step; 0: it is 1 from the start."""
     temp_init: float = 30.0
     """Temperature at the start."""

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from odconv.files import replacing
-from odconv.models import METHODS, split_name
+from odconv.models import METHODS, check_layer_options, split_name
 from odconv.report import write_machine, write_report
 from odconv.train.average import Average
 from odconv.train.claim import CONFIG, RESULT
@@ -76,6 +76,13 @@ def resolve_layers(arch: str, kernel_num: int | None, reduction: float | None) -
     method = METHODS[method_name]
     defaults = {name: parameter.default for name, parameter in inspect.signature(method.layer).parameters.items()}
     return {name: (defaults | method.options).get(name) if value is None else value for name, value in given.items()}
+
+
+def layer_options(config: RunConfig) -> dict[str, Any]:
+    """Return the further options of the dynamic layers of a run: `init` and others; none for a static network."""
+    given = config.layer_options or {}
+    check_layer_options(config.arch, given)
+    return {"init": config.init, **given} if split_name(config.arch)[0] else {}
 
 
 def is_finished(config: RunConfig, resumed: Resumed) -> bool:

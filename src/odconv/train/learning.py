@@ -12,6 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import SumMetric
 
+from odconv.groups import parameter_groups
 from odconv.layers import set_temperature
 from odconv.train.config import RunConfig
 
@@ -67,10 +68,20 @@ class Learning(pl.LightningModule):
         return math.ceil(self.trainer.num_training_batches / self.config.accumulate)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return SGD with weight decay on every parameter, as published."""
+        """Return the optimizer; SGD has weight decay on every parameter, as published."""
         config = self.config
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.wd)
+        groups = parameter_groups(
+            self.model,
+            lr=config.lr,
+            weight_decay=config.wd,
+            attention_lr=config.attention_lr,
+            decay="all" if config.optimizer == "sgd" else "weights",
+        )
+        for group in groups:
+            group["factor"] = group["lr"] / config.lr  # of the learning rate of a step
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(groups, config.lr)
+        return torch.optim.SGD(groups, config.lr, config.momentum)
 
     def on_train_start(self) -> None:
         """Have gradients compressed between processes."""
@@ -82,7 +93,7 @@ class Learning(pl.LightningModule):
         """Set the learning rate, the temperature, and the seed of dropout and the like."""
         lr, temperature = self.schedule()
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("factor", 1.0)  # version 0.1.0 saved none
         if temperature != self.temperature:
             self.set_temperature(temperature)
         torch.manual_seed(hash((self.config.seed, self.current_epoch, batch_idx, self.global_rank)))

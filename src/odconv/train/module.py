@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
+from torchvision.transforms import v2
 
 from odconv.data import IGNORE, normalise
 from odconv.train.config import TrainConfig
 from odconv.train.learning import Learning
-from odconv.train.schedule import learning_rate, temperature
+from odconv.train.schedule import learning_rate, temperature, warmup
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) and labels (B); IGNORE marks what must not count."""
@@ -78,6 +79,7 @@ class Training(Learning, Evaluation):
         *_, last = model.parameters()  # of the classifier
         super().__init__(model, config, {"classes": classes}, last)
         self.set_temperature(1.0)  # weights to start from may have brought another
+        self.mix = mixing(config, config.num_classes or len(classes))
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         if config.compile:
@@ -85,9 +87,9 @@ class Training(Learning, Evaluation):
 
     def schedule(self) -> tuple[float, float]:
         """Return the learning rate and the temperature of the step that comes next."""
-        config = self.config
-        value = temperature(config, self.global_step + 1, self.steps_per_epoch())
-        return learning_rate(config, self.current_epoch), value
+        config, step, steps = self.config, self.global_step + 1, self.steps_per_epoch()
+        rate = learning_rate(config, self.current_epoch) * warmup(config, step, steps)
+        return rate, temperature(config, step, steps)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Leave unreadable images out of training, so that their blanks do not count in batch norm either."""
@@ -111,8 +113,23 @@ class Training(Learning, Evaluation):
         """Return the mean loss of the images that count; 0 where none does."""
         images, labels = batch
         count = (labels != IGNORE).sum()
-        total = F.cross_entropy(self.model(images), labels, ignore_index=IGNORE, reduction="sum")
+        if self.mix is not None and count == len(labels):
+            images, labels = self.mix(images, labels)  # now a distribution over the classes for each image
+        total = F.cross_entropy(
+            self.model(images),
+            labels,
+            ignore_index=IGNORE,
+            reduction="sum",
+            label_smoothing=self.config.label_smoothing,
+        )
         return self.weigh(total / count.clamp(min=1), count, batch_idx)
+
+
+def mixing(config: TrainConfig, classes: int) -> v2.Transform | None:
+    """Return what mixes the images of a batch, drawing one way for each batch where there are two; None for none."""
+    ways = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+    chosen = [way(alpha=alpha, num_classes=classes) for way, alpha in ways if alpha > 0]
+    return v2.RandomChoice(chosen) if chosen else None
 
 
 def _mean() -> MeanMetric:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve
 from odconv.layers import Attention, set_temperature
-from odconv.models import BACKBONES, METHODS, create_model
+from odconv.models import BACKBONES, METHODS, check_layer_options, create_model
 from odconv.train.config import Stem, check
 
 
@@ -87,12 +87,15 @@ def restore(
     if not classifier:
         raise ValueError(f"{path} holds no classifier")
     num_classes = classifier[-1].shape[0]
+    layer_options = options.get("layer_options") or {}
+    check_layer_options(options["arch"], layer_options)  # what a file says must not be any argument of create_model
     model = create_model(
         options["arch"],
         kernel_num=options.get("kernel_num"),
         reduction=options.get("reduction"),
         num_classes=num_classes,
         stem=options.get("stem", "standard"),
+        **layer_options,
     )
     try:
         load_checkpoint(model, path)  # with the temperature that the file records

@@ -10,8 +10,11 @@ from odconv.checkpoints import read_state_dict
 from odconv.train.config import RunConfig
 from odconv.train.files import LAST, PREVIOUS, CheckpointFiles
 
-FIXED = ("arch", "kernel_num", "reduction", "seed", "batch_size", "accumulate", "average")
-"""Options that a resumed run of any kind must share with its checkpoint: the network, the order of the images."""
+FIXED = (
+    *("arch", "kernel_num", "reduction", "layer_options", "optimizer", "attention_lr"),
+    *("seed", "batch_size", "accumulate", "average"),
+)
+"""Options that a resumed run of any kind must share with its checkpoint: network, optimizer, order of the images."""
 
 logger = logging.getLogger(__name__)
 

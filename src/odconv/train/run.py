@@ -23,6 +23,7 @@ from odconv.train.history import History, Row
 from odconv.train.launch import (
     count_parameters,
     describe_resumption,
+    layer_options,
     make_run,
     resolve_layers,
     write_beginning,
@@ -72,6 +73,7 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: History) -> dict[s
         weights=None if resumed.path else config.weights,
         stem=config.stem,
         warm_start=config.warm_start and not resumed.path,
+        **layer_options(config),
     )
     if trainer.is_global_zero:
         write_beginning(config, resumed, trainer.world_size)

@@ -5,6 +5,11 @@ from math import cos, pi
 from odconv.train.config import TrainConfig
 
 
+def warmup(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Return the share of the learning rate that a step has, counted from 1 over the whole run; 1 after the warm-up."""
+    return min(1.0, step / max(1.0, config.warmup_epochs * steps_per_epoch))
+
+
 def learning_rate(config: TrainConfig, epoch: int) -> float:
     """Return the learning rate of an epoch, counted from 0; it stays the same within the epoch."""
     if config.lr_decay == "cos":

@@ -58,7 +58,7 @@ def describe_attentions(model: nn.Module, recorded: Mapping[str, Attentions]) ->
             row = {
                 "layer": name,
                 "attention": kind,
-                **_spread(values, 1.0 if kind == "kernel" else layer.attention.gain),
+                **_spread(values, layer.attention.kernel_gain if kind == "kernel" else layer.attention.gain),
             }
             if kind == "kernel" and layer.kernel_num > 1:
                 row |= {"kernel_distance": kernel_distance(layer.weight.detach()), "entropy": mixture_entropy(values)}

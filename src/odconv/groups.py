@@ -1,0 +1,61 @@
+"""Groups of parameters for any optimizer: a pace of their own for attentions, and no weight decay where it harms."""
+
+import logging
+from typing import Any, Literal
+
+from torch import nn
+
+from odconv.layers import Attention
+
+logger = logging.getLogger(__name__)
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    attention_lr: float = 1.0,
+    decay: Literal["weights", "all"] = "weights",
+) -> list[dict[str, Any]]:
+    """Sort the parameters of a network into groups, as optimizers of PyTorch take them.
+
+    Attentions learn at their own rate. Weight decay leaves biases and norms alone, where it would close the gates of
+    new attentions::
+
+        optimizer = torch.optim.AdamW(odconv.parameter_groups(model, lr=1e-3, weight_decay=0.05, attention_lr=0.5))
+
+    Args:
+        model: any network; of one without dynamic layers a warning says that attention_lr has no effect.
+        lr: learning rate, above 0.
+        weight_decay: of the weights, at least 0. Default 0.
+        attention_lr: learning rate of the attentions as a factor of lr, at least 0. Default 1.
+        decay: "weights", or "all" for weight decay on every parameter, as published. Default "weights".
+
+    Returns:
+        Up to four groups of the parameters that are not frozen, each with `params`, `lr` and `weight_decay`.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    for name, value, allowed in (
+        ("lr", lr, lr > 0),
+        ("weight_decay", weight_decay, weight_decay >= 0),
+        ("attention_lr", attention_lr, attention_lr >= 0),
+    ):
+        if not allowed or value == float("inf"):
+            raise ValueError(f"{name} must be a {'positive' if name == 'lr' else 'non-negative'} number, got {value!r}")
+    if decay not in ("weights", "all"):
+        raise ValueError(f"decay must be 'weights' or 'all', got {decay!r}")
+    attentions = {
+        parameter for part in model.modules() if isinstance(part, Attention) for parameter in part.parameters()
+    }
+    if not attentions:
+        logger.warning("the %s has no dynamic layers: attention_lr has no effect", type(model).__name__)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = lr * attention_lr if parameter in attentions else lr
+            plain = decay == "weights" and (parameter.ndim <= 1 or name.endswith("bias"))
+            groups.setdefault((rate, 0.0 if plain else weight_decay), []).append(parameter)
+    return [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]

@@ -1,0 +1,93 @@
+"""How dynamic layers are drawn: so that they train from the first step, or as the authors of their method draw them.
+
+A start is initialisation alone: keys, shapes and formulas are the same under both, and every checkpoint fits either.
+docs/starts.md derives the constants.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from odconv.layers.attention import Attention
+
+STARTS = ("calm", "published")
+
+LOGIT = 0.03
+"""Standard deviation of a new logit over images: about 0.2 / sqrt(L) for L = 50 dynamic layers."""
+
+PACE = {"batch": 0.2, "group": 0.5, "layer": 0.5, "none": 0.2}
+"""Size of what the heads read, by the norm before them: a step of SGD moves their logits by its square, one of Adam by
+itself. Batch norm spreads the images of a batch however alike they are; the others leave them as alike as they were."""
+
+OPEN = 0.98
+"""Where sigmoid gates begin, or at 1 where their gain allows it: they take little off a kernel's size."""
+
+
+def check_start(init: str) -> None:
+    """Raise a ValueError unless `init` names a start."""
+    if init not in STARTS:
+        raise ValueError(f"init must be one of {STARTS}, got {init!r}")
+
+
+@torch.no_grad()
+def draw_kernels(weight: Tensor, transposed: bool) -> None:
+    """Draw each of n kernels as a convolution's, Kaiming normal (fan-out, ReLU).
+
+    Args:
+        weight: (n, O, C/groups, *kernel_size), or (n, C, O/groups, *kernel_size) of a transposed layer; drawn as one,
+            for a sharded tensor has no kernels to loop over.
+        transposed: which of the two it is.
+    """
+    filters = weight.shape[2 if transposed else 1]
+    nn.init.normal_(weight, std=math.sqrt(2 / (filters * math.prod(weight.shape[3:]))))
+
+
+def mixture_size(attention: "Attention", kernel_num: int) -> float:
+    """Return how large a mixture of n new kernels of size 1 is under a calm start, which hardly moves the logits."""
+    softmax = attention.kernel_gate == "softmax"
+    shares = attention.kernel_gain / math.sqrt(kernel_num) if softmax else math.sqrt(kernel_num) / 2
+    gates = len(attention.heads.keys() - {"kernel"})
+    return shares * (attention.gain * open_share(attention.gain)) ** gates
+
+
+def open_share(gain: float) -> float:
+    """Return where the sigmoid of a gate begins: at `OPEN`, or below, where its gain makes 1 of it."""
+    return min(OPEN, 1 / gain)
+
+
+@torch.no_grad()
+def draw_published(attention: "Attention") -> None:
+    """Draw an attention as published: Kaiming normal (fan-out, ReLU), CondConv's router Glorot uniform, biases 0."""
+    for layer in attention.linear_layers():
+        if attention.kernel_gate == "sigmoid":
+            nn.init.xavier_uniform_(layer.weight)
+        else:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def draw_calm(attention: "Attention") -> None:
+    """Draw an attention whose logits are small, alike for all widths and methods, and move slowly.
+
+    A head of h inputs is normal with variance 2 LOGIT^2 / h, whatever its outputs. What it reads has the size PACE,
+    by the weight of the norm before it or else of the hidden layer, and the head is divided by that. CondConv's router
+    reads the pooled input, whose size is the network's.
+    """
+    draw_published(attention)
+    pace = 1.0
+    if attention.fc is not None:
+        pace = PACE[attention.norm]
+        if attention.bn is None:
+            nn.init.normal_(attention.fc.weight, std=pace * math.sqrt(2 / attention.fc.weight.shape[1]))
+        elif isinstance(scale := attention.bn.weight, Tensor):
+            nn.init.constant_(scale, pace)
+    share = open_share(attention.gain)
+    for name in attention.heads:
+        head = getattr(attention, f"{name}_fc")
+        nn.init.normal_(head.weight, std=LOGIT / pace * math.sqrt(2 / head.weight.shape[1]))
+        nn.init.constant_(head.bias, 0.0 if name == "kernel" else math.log(share / (1 - share)))
