@@ -1,28 +1,33 @@
-"""How new networks amplify, by temperature: why dynamic convolutions are trained from 30 down.
+"""How new networks begin, by method and start: their logits, their shares, and how much they amplify.
 
     python -m benchmarks.gradients --data ../shared/data/imagenette96
 
-Of each network, on one batch with batch norm in training mode: the norm of the gradient; the same with no gradient
-through the input of the attentions; and by what factor a change of the pixels, relative to them, changes the logits
-(float64, median of five random directions).
+Of each network, on one batch of 64 images with batch norm in training mode: the standard deviation of a logit over
+images; the entropy of the shares, divided by log n; the share of the mixed kernels' energy that all images have in
+common, multiplied through the layers (log10); the norm of the gradient; and by what factor a change of the pixels,
+relative to them, changes the logits of the network (float64, median of five random directions).
 """
 
 import argparse
-from statistics import median
+from math import log, log10
+from statistics import mean, median
+from typing import Any
 
 import torch
-from benchmarks.accuracy.networks import build
 from benchmarks.common import RESULTS, origin, write_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import odconv
 from odconv.data import normalise, open_data
-from odconv.layers import Attention
+from odconv.layers import Attention, Attentions, DynamicConv
 
-METHODS = ("static", "condconv", "dyconv", "odconv_1x", "odconv_4x")
-VARIANTS = ("reduction_4", "reduction_8", "reduction_32", "norm_group", "norm_layer", "norm_none")
-"""Ablations of ODConv 4x."""
+STARTS: dict[str, tuple[dict[str, Any], list[float]]] = {  # options, and the temperatures to look at
+    "published": ({"init": "published"}, [30, 5, 1]),
+    "calm": ({}, [1]),
+}
+METHODS = {"static": ("", None), "CondConv": ("cond_", 8), "DyConv": ("dy_", 4), "ODConv 1x": ("od_", 1)}
+METHODS |= {"ODConv 4x": ("od_", 4), "ODConv 1x, settled": ("odl_", 1), "ODConv 4x, settled": ("odl_", 4)}
 NUDGE = 1e-9
 """Of the pixels, relative to them: small enough that the answer is proportional."""
 
@@ -46,6 +51,66 @@ def amplification(model: nn.Module, x: Tensor) -> float:
     return median(factors)
 
 
+def spread(values: Tensor) -> float:
+    """Standard deviation over images, (B, outputs), averaged over the outputs."""
+    return values.std(0).square().mean().sqrt().item()
+
+
+def logit_spread(attention: Attention, found: Attentions) -> float:
+    """Standard deviation of a layer's logits over images, from its gates and shares; over all heads."""
+    spreads = []
+    for name, weights in found._asdict().items():
+        if weights is None:
+            continue
+        if name == "kernel" and attention.kernel_gate == "softmax":
+            logits = weights.clamp(min=1e-30).log()
+            logits = logits - logits.mean(1, keepdim=True)  # softmax does not feel what all have in common
+        else:
+            gain = attention.kernel_gain if name == "kernel" else attention.gain
+            logits = (weights.flatten(1) / gain).clamp(1e-7, 1 - 1e-7).logit()
+        spreads.append(spread(logits))
+    return mean(spreads)
+
+
+def common_energy(layer: DynamicConv, found: Attentions) -> float:
+    """|mean of the mixed kernels over images|^2 / mean of |mixed kernel|^2, of a dense or depth-wise 2-d layer."""
+    batch, weight = next(len(a) for a in found if a is not None), layer.weight
+    shares = weight.new_ones(batch, 1) if found.kernel is None else found.kernel
+    mixed = (shares @ weight.flatten(1)).view(batch, *weight.shape[1:])
+    if found.filter is not None:
+        mixed = mixed * found.filter[:, :, None, None, None]
+    if found.channel is not None:
+        mixed = mixed * (
+            found.channel[:, None, :, None, None] if layer.groups == 1 else found.channel[..., None, None, None]
+        )
+    if found.spatial is not None:
+        mixed = mixed * found.spatial[:, None, None]
+    return (mixed.mean(0).square().sum() / mixed.square().flatten(1).sum(1).mean()).item()
+
+
+@torch.no_grad()
+def look(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """What the attentions of a new network are."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DynamicConv)}
+    if not layers:
+        return {"logit_std": "", "entropy": "", "common": ""}
+    found: dict[str, Attentions] = {}
+    hooks = [
+        layer.attention.register_forward_hook(lambda _, inputs, given, name=name: found.update({name: given}))
+        for name, layer in layers.items()
+    ]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    shares = [a.kernel / a.kernel.sum(1, keepdim=True) for a in found.values() if a.kernel is not None]
+    entropies = [-(s * s.clamp(min=1e-30).log()).sum(1).mean().item() / log(s.shape[1]) for s in shares]
+    return {
+        "logit_std": f"{mean(logit_spread(layer.attention, found[name]) for name, layer in layers.items()):.3g}",
+        "entropy": f"{mean(entropies):.3f}" if entropies else "",
+        "common": f"{sum(log10(common_energy(layer, found[name])) for name, layer in layers.items()):.3g}",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of Imagenette")
@@ -57,20 +122,20 @@ def main() -> None:
     x, labels = normalise(torch.stack([image for image, _ in batch])), torch.tensor([label for _, label in batch])
     rows = []
     for network in args.models:
-        for method in METHODS + VARIANTS:
-            for temperature in [1] if method in ("static", "condconv") else [30, 15, 5, 1]:
-                torch.manual_seed(0)
-                model = build(network, method, "standard", 10)
-                odconv.set_temperature(model, temperature)
-                row = {"network": network, "method": method, "temperature": temperature}
-                row["gradient_norm"] = f"{gradient_norm(model, x, labels):.4g}"
-                for attention in model.modules():
-                    if isinstance(attention, Attention):
-                        attention.register_forward_pre_hook(lambda _, inputs: tuple(x.detach() for x in inputs))
-                row["stopped_norm"] = f"{gradient_norm(model, x, labels):.4g}"
-                row["amplification"] = f"{amplification(model, x):.4g}"
-                print(*row.values(), flush=True)
-                rows.append(row | origin())
+        for method, (prefix, n) in METHODS.items():
+            for start, (options, temperatures) in STARTS.items() if prefix else [("", ({}, [1.0]))]:
+                if start == "published" and prefix == "odl_":
+                    continue
+                for temperature in temperatures if prefix != "cond_" else [1]:
+                    torch.manual_seed(0)
+                    model = odconv.create_model(prefix + network, kernel_num=n, num_classes=10, **options).train()
+                    odconv.set_temperature(model, temperature)
+                    row = {"network": network, "method": method, "start": start, "temperature": temperature}
+                    row |= look(model, x)
+                    row["gradient_norm"] = f"{gradient_norm(model, x, labels):.4g}"
+                    row["amplification"] = f"{amplification(model, x):.4g}"
+                    print(*row.values(), sep="\t", flush=True)
+                    rows.append(row | origin())
     write_rows(RESULTS / "gradients.csv", rows)
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.starts --methods odconv_4x --lr 0.02 0.2 --optimizer adamw
 
 Eight inverted residuals, 24 convolutions besides the stem, learn 1,200 digits of 8 x 8 pixels by plain SGD with
-momentum and a cosine, at temperature 1, and are tested on the other 597. Every option of a layer is its default but
-those named in VARIANTS.
+momentum and a cosine, at temperature 1, and are tested on the other 597. The starts: settled, the default of
+odconv.convert(warm_start=False); calm, the default of the layers, with the published formula; published.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 import odconv
+from odconv.convert import find_family, options_of
 
 METHODS = {  # options of odconv.convert; None stays static
     "static": None,
@@ -28,11 +29,12 @@ METHODS = {  # options of odconv.convert; None stays static
     "odconv_4x": {"to": "odconv"},
 }
 VARIANTS = {  # further options
-    "calm": {},
+    "settled": {},
+    "calm": {"norm": "batch", "gain": 1.0, "kernel_gain": 1.0},
     "published": {"init": "published"},
-    "layer": {"norm": "layer"},
-    "layer_gains": {"norm": "layer", "gain": 2.0, "kernel_gain": "sqrt"},
 }
+HAVE_SETTLED = ("dyconv_4x", "odconv_1x", "odconv_4x")
+"""Methods whose layers have options besides the published formula's; that of the others is calm."""
 TRAINED = 1200
 WIDTH, BLOCKS, CLASSES, BATCH = 16, 8, 10, 64
 
@@ -64,7 +66,11 @@ def network(method: str, variant: str, seed: int) -> nn.Module:
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
     options = METHODS[method]
-    return model if options is None else odconv.convert(model, warm_start=False, **options | VARIANTS[variant])
+    if options is None:
+        return model
+    known = options_of(find_family(options["to"])[0])
+    chosen = {name: value for name, value in VARIANTS[variant].items() if name in known}
+    return odconv.convert(model, warm_start=False, **options | chosen)
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, lr: float, steps: int, seed: int, optimizer: str) -> float:
@@ -109,7 +115,7 @@ def accuracies(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["calm", "published"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--lr", nargs="+", type=float, default=[0.1])
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
     parser.add_argument("--seeds", type=int, default=3)
@@ -119,7 +125,7 @@ def main() -> None:
     rows = []
     for method in args.methods:
         for variant in args.variants if method != "static" else ["calm"]:
-            if variant.startswith("layer") and not method.startswith("odconv"):
+            if variant == "settled" and method not in HAVE_SETTLED:
                 continue
             for lr in args.lr:
                 found = accuracies(method, variant, lr, args.seeds, args.steps, args.optimizer)

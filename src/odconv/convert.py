@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from odconv import layers
 from odconv.layers import DynamicConv
+from odconv.layers.starts import SETTLED
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Chosen = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -85,7 +86,10 @@ def convert(
         include: which convolutions to replace, by name: a glob such as "layer4.*", several of them, or a function of
             name and module. Default: all but stem and shortcuts.
         exclude: which of these to leave, likewise. Default none.
-        warm_start: start from the trained weights. False for freshly drawn layers.
+        warm_start: start from the trained weights. False for freshly drawn layers, with the options with which these
+            learn best (:data:`odconv.layers.starts.SETTLED`) where `to` is a word: ODConv with layer norm in the
+            attention and gain 2, ODConv and DyConv with shares times sqrt(n). What you choose goes before, and
+            ``init="published"`` takes none of them.
         **layer_options: options of the layers: `kernel_num`, `reduction`, `attentions`, `norm`, `init` and so on.
 
     Returns:
@@ -97,6 +101,8 @@ def convert(
             wrapped for distributed training; an option is out of range. The network is left as it was.
         TypeError: an argument of another type, or an option that the layers do not have.
     """
+    if not warm_start and isinstance(to, str) and layer_options.get("init") != "published":
+        layer_options = SETTLED.get(to, {}) | layer_options
     decisions = decide(model, to, include, exclude, layer_options)
     made: dict[nn.Module, DynamicConv] = {
         decision.module: replacement(decision.module, decision.layer, warm_start, layer_options)

@@ -13,7 +13,7 @@ from odconv.models import create_model
 from odconv.profile import profile
 from odconv.profile.table import short
 
-START = ("weights", "warm_start")
+START = ("weights", "warm_start", "init")
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CARD = """---
@@ -48,7 +48,7 @@ class HubModel(
 ):
     """A network of the zoo with `save_pretrained`, `from_pretrained` and `push_to_hub` of huggingface_hub.
 
-    A repository has model.safetensors, with the published keys, the temperature and the gains of the gates;
+    A repository has model.safetensors, with the published keys and the temperature;
     config.json, the arguments that build the network; and a card. ``create_model(..., weights="owner/name")`` reads the
     weights too.
 
@@ -66,7 +66,8 @@ class HubModel(
         self.model = create_model(name, **options)
         arguments = inspect.signature(create_model).bind(name, **options)
         arguments.apply_defaults()
-        self.config = {name: value for name, value in arguments.arguments.items() if name not in START}
+        layer_options = arguments.arguments.pop("layer_options")
+        self.config = {k: v for k, v in (arguments.arguments | layer_options).items() if k not in START}
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of images (B, 3, H, W)."""

@@ -10,6 +10,7 @@ from torch import nn
 from odconv.checkpoints import load_checkpoint, resolve
 from odconv.convert import check_options, convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
+from odconv.layers.starts import SETTLED
 
 
 class Backbone(NamedTuple):
@@ -37,6 +38,7 @@ BACKBONES = {
 }
 METHODS = {
     "od": Method(ODConv2d, {"kernel_num": 1}, shortcuts=False),
+    "odl": Method(ODConv2d, {"kernel_num": 1, **SETTLED["odconv"]}, shortcuts=False),
     "dy": Method(DyConv2d, {}, shortcuts=True),
     "cond": Method(CondConv2d, {}, shortcuts=False),
 }
@@ -67,9 +69,12 @@ def create_model(
     """Build a network of the zoo.
 
     Args:
-        name: one of :func:`list_models`: a ResNet or MobileNetV2, static or with a method's prefix (od_, dy_, cond_).
-        kernel_num: number of kernels n of a dynamic network. Default 1 for od_, 4 for dy_, 8 for cond_.
-        reduction: width of the attention's hidden layer as a share of the channels. Default 1/16 for od_, 1/4 for dy_.
+        name: one of :func:`list_models`: a ResNet or MobileNetV2, static or with a method's prefix: od_, dy_ and cond_
+            as published; odl_ for ODConv with layer norm in the attention, gates of 1 and shares times sqrt(n), which
+            learns best from nothing.
+        kernel_num: number of kernels n of a dynamic network. Default 1 for od_ and odl_, 4 for dy_, 8 for cond_.
+        reduction: width of the attention's hidden layer as a share of the channels. Default 1/16 for od_ and odl_, 1/4
+            for dy_.
         num_classes: outputs of the classifier, at least 1. Default 1000.
         dropout: share dropped before the classifier, at least 0 and below 1. Default 0.
         weights: a checkpoint to load: a path, or owner/name or hf://owner/name/file for the Hugging Face Hub; see
@@ -80,7 +85,7 @@ def create_model(
         **layer_options: further options of the dynamic layers: `init`, `norm`, `gain`, `kernel_gain` and so on.
 
     Returns:
-        The network, in training mode; its state dict has the keys and shapes of the published checkpoints.
+        The network, in training mode; the state dict of od_ has the keys and shapes of the published checkpoints.
 
     Raises:
         ValueError: an unknown name (the nearest are listed), an option that the network does not take or that is out

@@ -5,7 +5,7 @@ docs/starts.md derives the constants.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ STARTS = ("calm", "published")
 
 LOGIT = 0.03
 """Standard deviation of a new logit over images: about 0.2 / sqrt(L) for L = 50 dynamic layers."""
+
+SETTLED: dict[str, dict[str, Any]] = {
+    "odconv": {"norm": "layer", "gain": 2.0, "kernel_gain": "sqrt"},
+    "dyconv": {"kernel_gain": "sqrt"},
+    "condconv": {},
+}
+"""Options with which new layers learn best: gates of 1, mixtures as large as a kernel, and images that stay as alike as
+they are. They are no defaults of the layers, since they make another formula than the published one."""
 
 PACE = {"batch": 0.2, "group": 0.5, "layer": 0.5, "none": 0.2}
 """Size of what the heads read, by the norm before them: a step of SGD moves their logits by its square, one of Adam by
