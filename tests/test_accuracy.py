@@ -103,7 +103,7 @@ def test_trains_once_goes_on_and_reports(tmp_path, data, monkeypatch, capsys):
     assert float(static["top1"]) in [100 * right / 8 for right in range(9)]
     assert not list((tmp_path / "runs").rglob("last.ckpt"))
 
-    call(monkeypatch, *arguments, "--methods", "zero_heads", "--studies", "tuning")
+    call(monkeypatch, *arguments, "--methods", "odconv_1x", "--studies", "tuning")
     tuned = [row for row in rows(out) if row["study"] == "tuning"]
     assert {row["split"] for row in tuned} == {"validation"}
     assert {row["train_images"] for row in tuned} == {"36"}  # a tenth was cut off

@@ -21,7 +21,7 @@ from odconv.train.files import LAST, PREVIOUS
 
 KEYS = (
     "dataset", "network", "method", "seed", "split", "epochs", "image_size", "train_images", "batch_size", "lr", "wd",
-    "dropout", "temp_init", "temp_share",
+    "dropout", "temp_init", "temp_share", "start",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """The networks that are compared: a static one of the zoo, and what each method makes of it."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
+from unittest.mock import patch
 
 from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
@@ -9,6 +10,16 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import SqueezeExcitation
 
 import odconv
+from odconv.layers import starts
+
+Start: TypeAlias = Literal["settled", "calm", "calm heads", "published"]
+STARTS: dict[Start, dict[str, Any]] = {
+    "settled": starts.SETTLED["odconv"],
+    "calm": {},
+    "calm heads": {},  # at the full pace
+    "published": {"init": "published"},
+}
+"""How dynamic layers begin, and the options of ODConv that this means."""
 
 ATTENTIONS = ("channel", "filter", "spatial", "kernel")
 
@@ -58,17 +69,24 @@ ABLATIONS = {
 }
 
 
-def build(network: str, method: str, stem: str, classes: int, dropout: float = 0.0) -> nn.Module:
+def build(
+    network: str, method: str, stem: str, classes: int, dropout: float = 0.0, start: Start = "settled"
+) -> nn.Module:
     """Build a network of the zoo with a method, freshly drawn."""
     chosen = (METHODS | ABLATIONS)[method]
     create = {"num_classes": classes, "dropout": dropout, "stem": stem}
     if method == "se":
         return add_squeeze_excitation(odconv.create_model(network, **create))
-    if chosen.options:  # which the zoo does not have
+    begun = STARTS[start]
+    if start == "settled":
+        begun = {"": {}, "dy_": starts.SETTLED["dyconv"], "cond_": {}, "od_": begun}[chosen.prefix]
+    options = (begun if chosen.prefix else {}) | chosen.options
+    if options.pop("warm_start", False):
         model = odconv.create_model(network, **create)
-        options = {"warm_start": False, "kernel_num": chosen.kernel_num} | chosen.options
-        return odconv.convert(model, "odconv", **options)
-    return odconv.create_model(chosen.prefix + network, kernel_num=chosen.kernel_num, **create)
+        return odconv.convert(model, kernel_num=chosen.kernel_num, **options)
+    paces = dict.fromkeys(starts.PACE, 1.0) if start == "calm heads" else {}
+    with patch.dict(starts.PACE, paces):
+        return odconv.create_model(chosen.prefix + network, kernel_num=chosen.kernel_num, **create, **options)
 
 
 def add_squeeze_excitation(model: nn.Module, reduction: int = 16) -> nn.Module:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 TITLES = {name: method.title for name, method in (METHODS | ABLATIONS).items()}
 DATASETS = {"imagenette": "Imagenette", "cifar10": "CIFAR-10"}
-RECIPE = ("train_images", "image_size", "epochs", "batch_size", "lr", "wd", "dropout", "temp_init", "stem", "augment")
+RECIPE = ("train_images", "image_size", "epochs", "batch_size", "lr", "wd", "dropout", "stem", "augment")
 SETTINGS = ("dataset", "network", *RECIPE)
 """What the trainings of a table of ablations share."""
-MAIN_SETTINGS = (*SETTINGS, "temp_share")
+MAIN_SETTINGS = (*SETTINGS, "temp_init", "temp_share", "start")
 """What the trainings of a main table share."""
 CHANCE = 10.0
 """Top-1 of guessing, in %: all data sets have ten classes."""
@@ -96,7 +96,7 @@ def describe(setting: tuple[str, ...]) -> str:
         f"{s['network']}{stem}, {DATASETS[s['dataset']]}: {s['train_images']} training images of {s['image_size']} "
         f"pixels, {s['epochs']} epochs from scratch, batches of {s['batch_size']}, lr {s['lr']} (cosine), weight decay "
         f"{s['wd']}, dropout {s['dropout']}, augmentation {s['augment']}"
-        + (f", temperature {anneal(s)}" if "temp_share" in s else "")
+        + (f", start {s['start']}, temperature {anneal(s)}" if "temp_share" in s else "")
     )
 
 
@@ -132,20 +132,28 @@ def ablation_tables(rows: Sequence[Row]) -> Iterator[str]:
     for setting, own in groups(tested).items():
         if not any(row["study"] == "ablation" for row in own):
             continue
-        variants = groups(own, ["method", "temp_share"])
-        usual, _ = Counter(row["temp_share"] for row in own).most_common(1)[0]
-        base = top1(variants.get(("odconv_4x", usual), []))
-        yield f"## Ablations: {describe((*setting, usual))}"
+        begun = ("temp_init", "temp_share", "start")
+        variants = groups(own, ["method", *begun])
+        usual, _ = Counter(tuple(row[name] for name in begun) for row in own).most_common(1)[0]
+        base = top1(variants.get(("odconv_4x", *usual), []))
+        yield f"## Ablations: {describe((*setting, *usual))}"
         yield ""
         yield "| network | seeds | top-1, % | difference to ODConv 4x (95 % interval) |"
         yield "| --- | --- | --- | --- |"
-        for (method, share), group in variants.items():
+        for (method, *beginning), group in variants.items():
             if method in ("static", "odconv_1x", "odconv_4x") or group[0]["study"] == "ablation":
-                annealed = "" if share == usual else f", temperature {anneal(group[0])}"
+                same = tuple(beginning) == usual
+                how = "" if same else differing(group[0], dict(zip(begun, usual, strict=True)))
                 scores = top1(group)
-                compared = "" if (method, share) == ("odconv_4x", usual) else difference(scores, base)
-                yield f"| {TITLES[method]}{annealed} | {seeds(group)} | {spread([*scores.values()])} | {compared} |"
+                compared = "" if same and method == "odconv_4x" else difference(scores, base)
+                yield f"| {TITLES[method]}{how} | {seeds(group)} | {spread([*scores.values()])} | {compared} |"
         yield ""
+
+
+def differing(row: Row, usual: Row) -> str:
+    """In what a training began otherwise than usual, in words."""
+    start = "" if row["start"] == usual["start"] else f", start {row['start']}"
+    return start + ("" if anneal(row) == anneal(usual) else f", temperature {anneal(row)}")
 
 
 def tuning_tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -158,11 +166,12 @@ def tuning_tables(rows: Sequence[Row]) -> Iterator[str]:
             f"pixels, {epochs} epochs, batches of {batch}, measured on a tenth of the training images that was cut off"
         )
         yield ""
-        yield "| method | lr | temperature | dropout | top-1, % |"
-        yield "| --- | --- | --- | --- | --- |"
+        yield "| method | start | lr | temperature | dropout | top-1, % |"
+        yield "| --- | --- | --- | --- | --- | --- |"
         for row in own:
-            annealed = "" if row["method"] == "static" else anneal(row)
-            yield f"| {TITLES[row['method']]} | {row['lr']} | {annealed} | {row['dropout']} | {shown(row['top1'])} |"
+            start, annealed = ("", "") if row["method"] == "static" else (row["start"], anneal(row))
+            recipe = f"{start} | {row['lr']} | {annealed} | {row['dropout']}"
+            yield f"| {TITLES[row['method']]} | {recipe} | {shown(row['top1'])} |"
         yield ""
 
 

@@ -57,7 +57,7 @@ def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
     history = History(out)
     trainer = make_run(config, "val_top1", [history])
     pl.seed_everything(cell.seed, verbose=False)
-    model = build(cell.network, cell.method, recipe.stem, len(classes), recipe.dropout)
+    model = build(cell.network, cell.method, recipe.stem, len(classes), recipe.dropout, recipe.start)
     loader = training_loader(images, config.batch_size, workers, seed=cell.seed)
     loader.go_to(resumed.epoch, resumed.batch)
     tests = evaluation_loader(tested, config.test_batch, workers)
