@@ -21,6 +21,7 @@ RECIPES = {
     "+ ODConv 1x": "digits_od_resnet18_1x",
     "+ ODConv 4x": "digits_od_resnet18_4x",
 }
+CHANCE = 2.0  # points of top-1
 SHOWN = (0, 0, 1, 1, 4, 4, 7, 7)  # digits in the picture of the attentions
 
 
@@ -33,8 +34,8 @@ def main() -> None:
     runs = {name: train(recipe, out) for name, recipe in RECIPES.items()}
     print()
     show(compare(runs))
-    print("top-1 after the last epoch; 360 images: a difference below two points is chance. Small images hold few")
-    print("positions and many weights to mix for each: on them dynamic layers cost the most.\n")
+    print("top-1 after the last epoch. " + verdict(runs))
+    print("Small images hold few positions and many weights to mix for each: on them dynamic layers cost the most.\n")
     pictures = draw(runs, out)
     print(f"{time.perf_counter() - start:.0f} s in all. Pictures: {', '.join(map(str, pictures))}")
 
@@ -65,6 +66,23 @@ def compare(runs: dict[str, Path]) -> Table:
             f"{seconds:.1f}", f"{seconds / static:.1f}",
         ))  # fmt: skip
     return Table(header, rows, left=1)
+
+
+def verdict(runs: dict[str, Path]) -> str:
+    """Which networks are ahead of the first, level with it or behind."""
+    scores = {name: json.loads((run / "result.json").read_text())["top1"] for name, run in runs.items()}
+    static, *_ = scores
+    places = {
+        name: "level with"
+        if abs(score - scores[static]) < CHANCE
+        else "ahead of"
+        if score > scores[static]
+        else "behind"
+        for name, score in scores.items()
+        if name != static
+    }
+    said = ", ".join(f"{name.removeprefix('+ ')} is {place} {static}" for name, place in places.items())
+    return f"{said}; a difference below {CHANCE:g} points is chance with 360 images."
 
 
 def draw(runs: dict[str, Path], out: Path) -> list[Path]:
