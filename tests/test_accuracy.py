@@ -115,6 +115,20 @@ def test_trains_once_goes_on_and_reports(tmp_path, data, monkeypatch, capsys):
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
 
 
+def test_minutes_train_what_has_no_row_yet(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "tiny", {NETWORK: Recipe(32, 1, 0.02, batch_size=20)})
+    out = tmp_path / "accuracy.csv"
+    arguments = ["--data", data, "--scale", "tiny", "--out", out, "--seeds", 1, "--device", "cpu", "--minutes", 5]
+    call(monkeypatch, *arguments, "--methods", "static", "--commit", "abc")
+    assert [(row["method"], row["device"], row["commit"]) for row in rows(out)] == [("static", "cpu", "abc")]
+    call(monkeypatch, *arguments, "--methods", "static", "odconv_1x")
+    assert [row["method"] for row in rows(out)] == ["static", "odconv_1x"]
+    assert rows(out)[0]["commit"] == "abc"
+    capsys.readouterr()
+    call(monkeypatch, *arguments[:-1], 1e-9, "--methods", "odconv_4x")
+    assert "odconv_4x seed 0: skipped" in capsys.readouterr().out
+
+
 def test_differences_are_paired():
     one, other = {"0": 61.0, "1": 63.0, "2": 65.0}, {"0": 60.0, "1": 62.5, "2": 63.5, "3": 0.0}
     assert difference(one, other) == "+1.00 (-0.24 to +2.24)"  # t = 4.303 of two degrees of freedom

@@ -596,7 +596,10 @@ def test_a_published_detector_from_picture_to_masks(published):
         ({"name": "yolo"}, "known are faster_rcnn, mask_rcnn, retinanet"),
         ({"backbone": "od_resnet81"}, "unknown model 'od_resnet81'; did you mean"),
         ({"backbone": nn.Conv2d(3, 3, 3)}, "backbone must be a ResNet or a MobileNetV2 of torchvision, got a Conv2d"),
-        ({"backbone": odconv.create_model("resnet18"), "kernel_num": 4}, "kernel_num, reduction and layer_options must be None"),
+        (
+            {"backbone": odconv.create_model("resnet18"), "kernel_num": 4},
+            "kernel_num, reduction and layer_options must be None",
+        ),
         ({"kernel_num": 4}, "mobilenetv2_050 is static"),
         ({"num_classes": 1}, "num_classes must be an int of at least 2, the background and one class, got 1"),
         ({"num_classes": 2.0}, "num_classes must be an int"),

@@ -2,6 +2,9 @@
 
 import logging
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import nn
 
 import odconv
 from odconv import convert
-from odconv.layers import Attention, DynamicConv
+from odconv.layers import Attention, Attentions, DynamicConv
 from odconv.layers.starts import LOGIT, OPEN
 
 LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if name[-1] == "d" and "Conv" in name}
@@ -165,6 +168,63 @@ def test_a_new_network_learns_as_the_static_one(method: str, lr: float, steps: i
     static = digits.accuracies("static", "calm", lr, 3, steps)
     found = digits.accuracies(method, "calm", lr, 3, steps)
     assert sum(found) / 3 > sum(static) / 3 - 1.5
+
+
+@contextmanager
+def rearranged(layer: DynamicConv, rearrange: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let a layer compute with other attentions than those of its samples."""
+    hook = layer.attention.register_forward_hook(
+        lambda _, inputs, found: Attentions(*(None if a is None else rearrange(a).contiguous() for a in found))
+    )
+    yield
+    hook.remove()
+
+
+def two_sides(n: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples of two sides, told apart by a channel's mean, and what a teacher of its own makes of each side.
+
+    One kernel can follow teachers that look at other channels, n kernels any.
+    """
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 8, 8, 3, 3, generator=random) / 8
+    if n == 1:
+        weight = weight[:1] * (torch.arange(8) % 2 == torch.arange(2)[:, None])[:, None, :, None, None]
+    side = torch.randint(0, 2, (count,))
+    x = torch.randn(count, 8, 6, 6)
+    x[:, 0] += (2.0 * side - 1)[:, None, None]
+    targets = torch.stack([nn.functional.conv2d(x, kernel, padding=1) for kernel in weight])
+    return x, targets[side, torch.arange(count)]
+
+
+@pytest.mark.parametrize(
+    ("to", "n"), [("odconv", 4), ("odconv", 1), (odconv.ODConv2d, 4), ("dyconv", 4), ("condconv", 8)]
+)
+@pytest.mark.parametrize(
+    "optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.AdamW, lr=0.004)]
+)
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_a_calm_layer_becomes_dynamic(to: str, n: int, optimizer: Callable, warm_start: bool) -> None:
+    torch.manual_seed(0)
+    layer = convert(nn.Conv2d(8, 8, 3, padding=1), to, kernel_num=n, warm_start=warm_start)
+    steps = optimizer(layer.parameters())
+    for _ in range(600):
+        x, target = two_sides(n, 32)
+        loss = (layer(x) - target).square().mean()
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+    x, target = two_sides(n, 512)
+    layer.eval()
+
+    def error() -> float:
+        with torch.no_grad():
+            return (layer(x) - target).square().mean().item()
+
+    own = error()
+    with rearranged(layer, lambda a: a.mean(0, keepdim=True).expand_as(a)):
+        assert error() > 1.5 * own
+    with rearranged(layer, lambda a: a.roll(1, 0)):
+        assert error() > 2 * own
 
 
 @pytest.mark.parametrize("decay", ["weights", "all"])

@@ -1,17 +1,21 @@
 """Accuracy on real images: static networks, squeeze-and-excitation and dynamic convolutions, by one recipe.
 
     python -m benchmarks.accuracy --data ../shared/data --studies tuning main longer ablation --seeds 2
+    python -m benchmarks.accuracy --data data --scale full --device cuda --minutes 12
     python -m benchmarks.accuracy --report
 
 Safe to stop at any time, to call again (finished trainings are kept, an unfinished one goes on from its last epoch),
-and to call several times at once: each call takes trainings that no other has in hand.
+and to call several times at once: each call takes trainings that no other has in hand. With --minutes, trainings are
+done on one device, side by side, and those are begun that fit; what is unfinished then is lost.
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from benchmarks.accuracy.cells import RECIPES, STUDIES, Cell
+from benchmarks.accuracy.device import run_within
 from benchmarks.accuracy.networks import ABLATIONS, METHODS
 from benchmarks.accuracy.training import FOLDERS, train
 from benchmarks.common import RESULTS, Sheet
@@ -21,7 +25,7 @@ from odconv.train.files import LAST, PREVIOUS
 
 KEYS = (
     "dataset", "network", "method", "seed", "split", "epochs", "image_size", "train_images", "batch_size", "lr", "wd",
-    "dropout", "temp_init", "temp_share", "start",
+    "dropout", "temp_init", "temp_share", "start", "device",
 )  # fmt: skip
 
 
@@ -39,6 +43,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="folder for unfinished trainings")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.csv", help="a row for each finished one")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, help="train as many as fit, several side by side on the device")
+    parser.add_argument("--compile", action="store_true", help="with --minutes: compile the networks")
+    parser.add_argument("--commit", help="with --minutes: of the rows, where there is no git")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--threads", type=int, default=1, help="of this process")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report of what is finished")
@@ -61,9 +69,28 @@ def main() -> None:
     ]
     if not chosen:
         parser.error("nothing is to be trained: no cell has these studies, data sets, methods and seeds")
+    if args.minutes is not None:
+        run_for(args.minutes, chosen, args)
+        return
     for number, cell in enumerate(chosen, start=1):
         print(f"{number} of {len(chosen)}: {cell.study} {cell.name}", flush=True)
         run(cell, args)
+
+
+def run_for(minutes: float, cells: list[Cell], args: argparse.Namespace) -> None:
+    """Train those cells on one device that have no row from it and fit in the time, and add their rows."""
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    sheet = Sheet(args.out, KEYS)
+    waiting = [cell for cell in cells if not any(is_of(row, cell, name) for row in sheet.rows.values())]
+    for row in run_within(waiting, args.data, device, minutes, compile=args.compile):
+        sheet.add([row | ({"commit": args.commit} if args.commit else {})])
+
+
+def is_of(row: dict[str, str], cell: Cell, device: str) -> bool:
+    """Say whether a row is a cell's, trained on a device."""
+    said = {**asdict(cell.recipe), **vars(cell), "device": device}
+    return all(str(row[key]) == str(said[key]) for key in KEYS if key in said)
 
 
 def run(cell: Cell, args: argparse.Namespace) -> None:

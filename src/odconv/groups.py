@@ -26,7 +26,7 @@ def parameter_groups(
         optimizer = torch.optim.AdamW(odconv.parameter_groups(model, lr=1e-3, weight_decay=0.05, attention_lr=0.5))
 
     Args:
-        model: any network; of one without dynamic layers a warning says that attention_lr has no effect.
+        model: any network; a warning says where attention_lr has no effect, as it has no dynamic layers.
         lr: learning rate, above 0.
         weight_decay: of the weights, at least 0. Default 0.
         attention_lr: learning rate of the attentions as a factor of lr, at least 0. Default 1.
@@ -50,7 +50,7 @@ def parameter_groups(
     attentions = {
         parameter for part in model.modules() if isinstance(part, Attention) for parameter in part.parameters()
     }
-    if not attentions:
+    if not attentions and attention_lr != 1:
         logger.warning("the %s has no dynamic layers: attention_lr has no effect", type(model).__name__)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
