@@ -17,6 +17,7 @@ BELOW = {  # the rooms that a room may import from
     "convert": {"layers", "ops"},
     "freeze": {"convert", "layers", "ops"},
     "fusion": {"layers"},
+    "groups": {"layers"},
     "yolo": {"convert", "fusion", "layers"},
     "models": {"convert", "layers", "ops", "checkpoints", "files"},
 }

@@ -349,11 +349,20 @@ def test_the_effective_kernel_moves_at_least_half_an_nth_as_far_as_the_static_on
     assert moved >= 1 / (2 * n)
 
 
-def test_a_cold_start_is_the_published_layer():
-    layer = odconv.convert(nn.Conv2d(8, 8, 3), warm_start=False)
-    assert layer.attention.gain == 1
-    assert "gain" not in repr(layer)
-    assert layer.attention.channel_fc.weight.abs().max() > 0
+def test_a_cold_start_takes_the_settled_options_unless_others_are_chosen():
+    settled = odconv.convert(nn.Conv2d(8, 8, 3), warm_start=False).attention
+    assert (settled.norm, settled.gain, settled.kernel_gain) == ("layer", 2, 2)
+    assert settled.channel_fc.weight.abs().max() > 0
+    mixed = odconv.convert(nn.Conv2d(8, 8, 3), warm_start=False, norm="batch", kernel_num=9).attention
+    assert (mixed.norm, mixed.gain, mixed.kernel_gain) == ("batch", 2, 3)
+    assert odconv.convert(nn.Conv2d(8, 8, 3), "dyconv", warm_start=False).attention.kernel_gain == 2
+    for layer in (
+        odconv.convert(nn.Conv2d(8, 8, 3), warm_start=False, init="published"),
+        odconv.convert(nn.Conv2d(8, 8, 3), odconv.ODConv2d, warm_start=False),  # the layer's own defaults
+    ):
+        assert (layer.attention.norm, layer.attention.gain, layer.attention.kernel_gain) == ("batch", 1, 1)
+        assert "gain" not in repr(layer)
+        assert "attention.factors" not in layer.state_dict()
 
 
 def test_the_gain_survives_copies_and_travels_with_the_state_dict():
@@ -367,7 +376,7 @@ def test_the_gain_survives_copies_and_travels_with_the_state_dict():
     torch.save(model.state_dict(), file)
     file.seek(0)
     again = odconv.convert(Network().eval(), kernel_num=2)
-    cold = odconv.convert(Network().eval(), kernel_num=2, warm_start=False)
+    cold = odconv.convert(Network().eval(), kernel_num=2, warm_start=False, init="published")
     for loaded in (again, cold):
         file.seek(0)
         loaded.load_state_dict(torch.load(file, weights_only=True))

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_retinanet_has_the_parameters_of_torchvisions():
 def test_every_network_of_the_zoo_is_a_backbone(backbone):
     name = ["faster_rcnn", "mask_rcnn", "retinanet"][odconv.list_models().index(backbone) % 3]
     pyramid = meta(name, backbone).backbone
-    static = backbone.removeprefix("od_").removeprefix("dy_").removeprefix("cond_")
+    static = re.sub("^(odl?|dy|cond)_", "", backbone)
     channels = [block[0].in_channels for block in pyramid.fpn.inner_blocks]
     assert channels == CHANNELS[static][-len(channels) :]
     assert any(isinstance(module, odconv.DynamicConv) for module in pyramid.body.modules()) == (static != backbone)

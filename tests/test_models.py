@@ -17,7 +17,7 @@ def dynamic(model):
 
 
 def test_names():
-    assert len(odconv.list_models()) == 32
+    assert len(odconv.list_models()) == 40
     assert odconv.list_models("od_mobile*") == ["od_mobilenetv2_050", "od_mobilenetv2_075", "od_mobilenetv2_100"]
     assert odconv.list_models("nothing") == []
 
@@ -28,7 +28,8 @@ def test_every_network_is_built_with_its_defaults(name):
         model = odconv.create_model(name, num_classes=10)
     layers = dynamic(model)
     prefix = name.partition("_")[0]
-    expected = {"od": (odconv.ODConv2d, 1), "dy": (odconv.DyConv2d, 4), "cond": (odconv.CondConv2d, 8)}.get(prefix)
+    methods = {"dy": (odconv.DyConv2d, 4), "cond": (odconv.CondConv2d, 8)}
+    expected = (methods | dict.fromkeys(("od", "odl"), (odconv.ODConv2d, 1))).get(prefix)
     if expected is None:
         assert not layers
         return
@@ -38,6 +39,17 @@ def test_every_network_is_built_with_its_defaults(name):
     shortcuts = sum("downsample" in key and key.endswith("0.weight") for key in model.state_dict())
     static = 1 + (0 if prefix == "dy" else shortcuts)
     assert len(convolutions) - len(attention) == static
+
+
+def test_networks_from_nothing_differ_from_the_published_ones_in_their_keys():
+    published, settled = (odconv.create_model(f"{prefix}_resnet18", kernel_num=4) for prefix in ("od", "odl"))
+    keys, others = set(published.state_dict()), set(settled.state_dict())
+    assert {key.rpartition(".")[2] for key in keys - others} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert {key.rpartition(".")[2] for key in others - keys} == {"factors"}
+    with pytest.raises(RuntimeError, match=r"attention\.factors"):
+        settled.load_state_dict(published.state_dict())
+    attention = settled.layer1[0].conv1.attention
+    assert (attention.norm, attention.gain, attention.kernel_gain) == ("layer", 2, 2)
 
 
 def test_options_reach_the_layers():

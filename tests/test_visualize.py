@@ -193,11 +193,11 @@ def test_mixed_kernels_differ_as_the_static_ones_of_single_images_do(layer, numb
     )
     kernels = torch.stack([odconv.to_static(model, [image[None]]).model[0].weight.detach() for image in x])
     found = scatter_of_kernels(layer, record_attentions(model, x)["0"], labels)
-    assert found == pytest.approx(scatter(kernels, labels), rel=1e-4)
+    assert found == pytest.approx(scatter(kernels, labels), rel=1e-3)
 
 
 def test_shares_of_equal_kernels_come_to_nothing():
-    layer = odconv.ODConv2d(4, 4, 3, kernel_num=3, attentions=("kernel",)).eval()
+    layer = odconv.ODConv2d(4, 4, 3, kernel_num=3, attentions=("kernel",), init="published").eval()
     with torch.no_grad():
         layer.weight.copy_(layer.weight[:1].expand_as(layer.weight))
     model = nn.Sequential(layer)
@@ -309,7 +309,8 @@ def test_the_layer_of_grad_cam(name, side, expected):
 def save(path, arch, classes=(), **options):
     """A checkpoint as odconv train writes them."""
     torch.manual_seed(0)
-    model = odconv.create_model(arch, num_classes=3, stem="small", **options)
+    start = {"init": "published"} if "_" in arch else {}  # attentions that differ between images
+    model = odconv.create_model(arch, num_classes=3, stem="small", **options, **start)
     config = {"arch": arch, "stem": "small", "image_size": 16, "resize_size": 16, **options}
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     notes = {"classes": list(classes) or None, "temperature": 1.0}
@@ -389,7 +390,9 @@ def test_the_pictures(looked):
 
 def test_what_is_static_is_blank():
     torch.manual_seed(0)
-    model = nn.Sequential(odconv.ODConv2d(3, 4, 3, kernel_num=2), odconv.ODConv2d(4, 4, 1, kernel_num=2)).eval()
+    model = nn.Sequential(
+        odconv.ODConv2d(3, 4, 3, kernel_num=2), odconv.ODConv2d(4, 4, 1, kernel_num=2, init="published")
+    ).eval()
     for head in ("kernel", "spatial", "channel", "filter"):
         nn.init.zeros_(getattr(model[0].attention, f"{head}_fc").weight)
     x = torch.randn(6, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(6, 3, 9, 9)
