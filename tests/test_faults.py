@@ -207,10 +207,11 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(copy: Path)
 
 
 def test_weights_that_are_not_finite_are_not_saved(copy: Path, folder: Path) -> None:
+    before = (copy / LAST).read_bytes()
     options = AGAIN | {"data": str(folder), "out": str(copy), "resume": "auto", "epochs": 4, "save_every": 1}
     with pytest.raises(FloatingPointError, match="weights are not finite"):
-        train(**options | {"lr": 3e38})  # after one step, or two
-    assert all(tensor.isfinite().all() for tensor in weights(copy / LAST).values())
+        train(**options | {"lr": 3e38, "lr_decay": "step"})
+    assert (copy / LAST).read_bytes() == before
 
 
 @pytest.mark.parametrize("nan_steps", [1, 1000])

@@ -302,8 +302,8 @@ def test_large_float16_activations_do_not_overflow_the_attention():
     layer = odconv.ODConv2d(512, 8, 1, init="published").half().eval()
     with torch.no_grad():
         layer.attention.fc.weight.fill_(60)
-    attentions = layer.attention(torch.full((2, 512, 2, 2), 3000.0).half())
-    assert all(torch.isfinite(values).all() for values in attentions if values is not None)
+        layer.weight.mul_(0.1)  # nor the convolution
+    assert torch.isfinite(layer(torch.full((2, 512, 2, 2), 3000.0).half())).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

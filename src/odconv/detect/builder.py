@@ -192,8 +192,6 @@ def build_network(
     """The network whose maps the pyramid reads, with its weights."""
     if warm_start and (weights is None or not isinstance(backbone, str)):
         raise ValueError("warm_start needs a backbone given by name and weights_backbone, those of its static network")
-    if isinstance(backbone, str):
-        check_layer_options(backbone, layer_options)
     if not isinstance(backbone, str):
         if kernel_num is not None or reduction is not None or layer_options:
             raise ValueError(
@@ -204,6 +202,7 @@ def build_network(
     elif warm_start:
         network = create_model(split_name(backbone)[1])
     else:
+        check_layer_options(backbone, layer_options)  # what a file says must not be any argument of create_model
         network = create_model(backbone, kernel_num=kernel_num, reduction=reduction, **layer_options)
     if weights is not None:
         load_backbone(network, weights)

@@ -55,8 +55,10 @@ def draw_kernels(weight: Tensor, transposed: bool) -> None:
 
 def mixture_size(attention: "Attention", kernel_num: int) -> float:
     """Return how large a mixture of n new kernels of size 1 is under a calm start, which hardly moves the logits."""
-    softmax = attention.kernel_gate == "softmax"
-    shares = attention.kernel_gain / math.sqrt(kernel_num) if softmax else math.sqrt(kernel_num) / 2
+    shares = 1.0
+    if "kernel" in attention.heads:
+        softmax = attention.kernel_gate == "softmax"
+        shares = attention.kernel_gain / math.sqrt(kernel_num) if softmax else math.sqrt(kernel_num) / 2
     gates = len(attention.heads.keys() - {"kernel"})
     return shares * (attention.gain * open_share(attention.gain)) ** gates
 
