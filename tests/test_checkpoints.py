@@ -361,10 +361,32 @@ def test_a_bad_temperature_leaves_the_model_untouched(temperature: object, tmp_p
     assert_same(other.state_dict(), before)
 
 
-def test_layers_of_different_temperatures_have_no_safetensors(tmp_path: Path) -> None:
-    model = nn.Sequential(ODConv2d(4, 4, 3, temperature=2.0), ODConv2d(4, 4, 3, temperature=3.0))
-    with pytest.raises(ValueError, match=r"the layers have different temperatures, 2\.0, 3\.0"):
-        save_safetensors(model, tmp_path / "model.safetensors")
+@pytest.mark.parametrize("temperature", [float("nan"), -1.0, 0.0, float("inf"), [1.0, 2.0]])
+def test_a_bad_temperature_of_an_attention_leaves_the_model_untouched(temperature: object, tmp_path: Path) -> None:
+    other = nn.Sequential(ODConv2d(4, 4, 3))
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    torch.save(before | {"0.attention.temperature": torch.tensor(temperature)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"no positive number: 0\.attention\.temperature is"):
+        load_checkpoint(other, tmp_path / "weights.pth")
+    assert_same(other.state_dict(), before)
+
+
+def test_published_files_hold_the_published_keys_alone(tmp_path: Path) -> None:
+    model = nn.Sequential(ODConv2d(4, 4, 3, temperature=2.5), ODConv2d(4, 4, 3, temperature=2.5))
+    save_safetensors(model, path := tmp_path / "published.safetensors", published=True)
+    state = read_state_dict(path)
+    assert state.keys() == {key for key in model.state_dict() if "temperature" not in key}
+    again = nn.Sequential(ODConv2d(4, 4, 3), ODConv2d(4, 4, 3))
+    load_checkpoint(again, path)
+    assert_same(again.state_dict(), model.state_dict())
+    model[1].attention.set_temperature(3.0)
+    with pytest.raises(ValueError, match=r"published must be False for different temperatures: 2\.5, 3\.0"):
+        save_safetensors(model, path, published=True)
+    save_safetensors(model, path)  # each its own
+    load_checkpoint(again, path)
+    assert [layer.attention.temperature.item() for layer in again] == [2.5, 3.0]
+    with pytest.raises(ValueError, match="published must be False for layers with a gain or kernel_gain"):
+        save_safetensors(ODConv2d(4, 4, 3, gain=2), path, published=True)
 
 
 def warm(gain: float) -> nn.Module:

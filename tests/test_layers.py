@@ -13,6 +13,7 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 from torch.export import Dim, export
+from torch.optim.swa_utils import update_bn
 
 import odconv
 from odconv.layers import Attention, DynamicConv
@@ -49,7 +50,8 @@ def golden_state(key, tensor):
 
 
 def golden_model(model):
-    model.load_state_dict({key: golden_state(key, tensor) for key, tensor in model.state_dict().items()})
+    published = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("temperature")}
+    model.load_state_dict({key: golden_state(key, tensor) for key, tensor in published.items()})
     return model.double()
 
 
@@ -85,7 +87,7 @@ def test_networks_compute_what_the_published_networks_compute(golden, model_row)
     model = odconv.create_model(row["arch"], kernel_num=row["kernel_num"], dropout=0.2)
     state = model.state_dict()
     assert sum(p.numel() for p in model.parameters()) == row["parameters"]
-    lines = sorted(f"{key} {tuple(tensor.shape)}" for key, tensor in state.items())
+    lines = sorted(f"{key} {tuple(t.shape)}" for key, t in state.items() if not key.endswith("temperature"))
     assert hashlib.md5("\n".join(lines).encode()).hexdigest() == row["keys_md5"]
     golden_model(model).train()
     for module in model.modules():
@@ -145,7 +147,7 @@ def test_defaults_and_keys_are_the_published_ones():
     assert layer.attention.fc.weight.shape == (16, 64, 1, 1)
     assert odconv.ODConv2d(512, 64, 3).attention.fc.weight.shape[0] == 32
     assert set(layer.state_dict()) == {
-        "weight", "attention.fc.weight",
+        "weight", "attention.temperature", "attention.fc.weight",
         *(f"attention.bn.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
         *(f"attention.{h}_fc.{k}" for h in ("channel", "filter", "spatial", "kernel") for k in ("weight", "bias")),
     }  # fmt: skip
@@ -155,7 +157,8 @@ def test_defaults_and_keys_are_the_published_ones():
     assert "attention.fc.weight" in odconv.DyConv3d(8, 8, 3).state_dict()
     assert odconv.ODConv1d(8, 8, 3).attention.fc.weight.dim() == 3
     absent = set(odconv.ODConv2d(8, 8, 1, groups=8, kernel_num=1).state_dict())
-    assert {key.split(".")[1] for key in absent if key.startswith("attention")} == {"fc", "bn", "channel_fc"}
+    parts = {key.split(".")[1] for key in absent if key.startswith("attention")}
+    assert parts == {"temperature", "fc", "bn", "channel_fc"}
 
 
 def test_initialisation_is_kaiming_for_each_kernel_alone():
@@ -212,16 +215,61 @@ def test_training_on_small_batches_with_every_norm(norm, batch):
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
 
 
-def test_a_training_batch_of_one_takes_the_running_statistics_and_leaves_them():
-    layer = odconv.ODConv2d(**CHANNELS, kernel_size=3)
-    layer(map_of(layer, 4))  # statistics that are not the initial ones
-    before = copy.deepcopy(layer.state_dict())
-    x = map_of(layer, 1)
-    torch.testing.assert_close(layer(x), layer.eval()(x))
-    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_training_batch_of_one_takes_the_running_statistics_and_moves_them(momentum):
+    layer = odconv.ODConv2d(**CHANNELS, kernel_size=3, dtype=torch.float64)
+    bn = layer.attention.bn
+    bn.momentum = momentum
+    layer(map_of(layer, 4, dtype=torch.float64))  # statistics that are not the initial ones
+    before, x = copy.deepcopy(layer).eval(), map_of(layer, 1, dtype=torch.float64).requires_grad_()
+    y = layer(x)
+    torch.testing.assert_close(y, before(x))
+    y.sum().backward()  # through statistics that have moved since
+    read = []
+    layer.attention.bn.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(1)[0]))
+    layer.eval()(x)
+    share = 0.1 if momentum else 0.5
+    torch.testing.assert_close(bn.running_mean, before.attention.bn.running_mean.lerp(read[0], share))
+    squares = (read[0] - before.attention.bn.running_mean).square()
+    torch.testing.assert_close(bn.running_var, (1 - share) * (before.attention.bn.running_var + share * squares))
+    assert bn.num_batches_tracked == 2
 
 
-def test_temperature_divides_every_logit_and_stays_out_of_the_state_dict():
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_can_be_estimated_anew_in_any_dtype_by_any_batch(dtype, batch):
+    torch.manual_seed(0)
+    layer = odconv.ODConv2d(**CHANNELS, kernel_size=3, padding=1)
+    images = 2 + torch.randn(320, 8, 4, 4) * torch.rand(320, 1, 1, 1)
+    exact = (images.mean((2, 3)).double() @ layer.attention.fc.weight.double().flatten(1).T).detach()
+    layer.to(dtype)
+    update_bn(images.to(dtype).split(batch), nn.Sequential(layer))
+    bn = layer.attention.bn
+    assert (bn.num_batches_tracked, bn.momentum) == (320 // batch, 0.1)
+    tolerance = 0.02 if dtype == torch.float32 else 0.2  # a sum in bfloat16 loses what is small
+    torch.testing.assert_close(bn.running_mean.double(), exact.mean(0), rtol=tolerance, atol=0.02)
+    torch.testing.assert_close(bn.running_var.double(), exact.var(0), rtol=tolerance + 0.05, atol=0.01)
+
+
+def test_statistics_may_be_wider_than_the_parameters():
+    # FSDP2 and trainers that cast parameters alone
+    layer = odconv.ODConv2d(**CHANNELS, kernel_size=3, padding=1)
+    exact = copy.deepcopy(layer)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for parameter, wide in zip(layer.parameters(), exact.parameters(), strict=True):
+        wide.data = parameter.data.float()
+    x = map_of(layer).bfloat16()
+    for batch in (3, 1):
+        layer(x[:batch]).sum().backward()
+        exact(x[:batch].float())
+    for name, buffer in exact.attention.bn.named_buffers():
+        own = layer.attention.bn.get_buffer(name)
+        assert own.dtype == buffer.dtype
+        torch.testing.assert_close(own, buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_temperature_divides_every_logit():
     layer = odconv.ODConv2d(**CHANNELS, kernel_size=3, temperature=7.5, dtype=torch.float64).eval()
     x = map_of(layer, dtype=torch.float64)
     at_temperature = layer.attention(x)
@@ -232,20 +280,32 @@ def test_temperature_divides_every_logit_and_stays_out_of_the_state_dict():
     torch.testing.assert_close(
         layer.attention(x).kernel, torch.full((3, 4), 0.25, dtype=torch.float64), rtol=1e-4, atol=0
     )
-    assert not [key for key in layer.state_dict() if "temperature" in key]
+    with pytest.warns(UserWarning, match="no layer of the CondConv2d has a temperature"):
+        odconv.set_temperature(odconv.CondConv2d(8, 8, 3), 2.0)
     for value in (0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="temperature must be a positive number"):
             odconv.set_temperature(layer, value)
 
 
 def test_the_temperature_survives_half_to_empty_loading_and_copies():
-    layer = odconv.ODConv2d(**CHANNELS, kernel_size=3, temperature=12.3)
+    layer = odconv.ODConv2d(**CHANNELS, kernel_size=3, temperature=30.0)
+    odconv.set_temperature(layer, 12.3)  # nothing may bring the first one back
     state = layer.state_dict()
     meta = odconv.ODConv2d(**CHANNELS, kernel_size=3, temperature=12.3, device="meta")
     emptied = copy.deepcopy(meta).to_empty(device="cpu")
-    assigned = copy.deepcopy(meta)
+    assigned, published = copy.deepcopy(meta), copy.deepcopy(meta)
     assigned.load_state_dict(state, assign=True)
+    published.load_state_dict({k: v for k, v in state.items() if "temperature" not in k}, assign=True)
+    half = copy.deepcopy(layer).half().state_dict() | {"attention.temperature": torch.tensor(12.3).half()}
+    loaded = odconv.ODConv2d(**CHANNELS, kernel_size=3).half()
+    loaded.load_state_dict(half)
+    assert loaded.attention.temperature.item() == pytest.approx(12.3, rel=1e-3)
+    again = copy.deepcopy(layer)
+    again.load_state_dict({k: v for k, v in state.items() if "temperature" not in k})
     for same in (
+        published,
+        again,
+        copy.deepcopy(layer).to_empty(device="cpu"),
         layer,
         copy.deepcopy(layer).half(),
         copy.deepcopy(layer).bfloat16(),
@@ -257,6 +317,9 @@ def test_the_temperature_survives_half_to_empty_loading_and_copies():
         assert temperature.dtype == torch.float32
         assert temperature.device.type == "cpu"
         assert temperature.item() == pytest.approx(12.3)
+    layer.reset_parameters()
+    assert layer.attention.temperature == 30
+    layer.load_state_dict(state)
     assigned.load_state_dict(state)
     x = map_of(layer)
     torch.testing.assert_close(assigned.eval()(x), layer.eval()(x))
@@ -328,7 +391,8 @@ def test_compile_takes_the_whole_layer_and_no_recompilation_for_a_temperature(na
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x = map_of(layer)
     for temperature in (30.0, 12.5, 1.0):
-        odconv.set_temperature(layer, temperature)
+        if not name.startswith("CondConv"):
+            odconv.set_temperature(layer, temperature)
         state = copy.deepcopy(layer.state_dict())
         y = compiled(x)
         layer.load_state_dict(state)

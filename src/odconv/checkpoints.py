@@ -23,8 +23,11 @@ WRAPPERS = ("module.", "model.")
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
-TEMPERATURE = "odconv.temperature"
-"""Where a safetensors file's header records the temperature, which is no weight."""
+TEMPERATURE = "attention.temperature"
+"""What the keys end with that hold an attention's temperature; published files have none."""
+
+NOTED_TEMPERATURE = "odconv.temperature"
+"""Where a safetensors file's header records the temperature, for files without those keys."""
 
 GAINS = "odconv.gains"
 """Where version 0.1.0 recorded the gains of the gates there, as JSON: name of the attention -> gain."""
@@ -40,7 +43,7 @@ class Content(NamedTuple):
 
     Attributes:
         state: the tensors by name, without what wraps the names.
-        temperature: the temperature of the attentions; None where the file does not say.
+        temperature: what the file notes as the temperature of all attentions; None where it does not.
     """
 
     state: dict[str, Tensor]
@@ -88,8 +91,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     Tensors are converted to the model's device and dtype. Keys are compared without the prefixes that wrap them, on
     both sides. `num_batches_tracked` may be missing, as PyTorch allows too.
 
-    Where the file records the temperature at which its dynamic layers were trained (checkpoints of `odconv train` and
-    of :func:`save_safetensors` do), it is set in the model's; else the model keeps its own. Factors of gates and shares
+    Where the file records the temperature at which its dynamic layers were trained, as a tensor of each attention or
+    one for all beside the tensors, it is set in the model's; published files do not, and the model keeps its own.
+    Factors of gates and shares
     that a file holds (those of a network with a warm start) are taken over, and a warning says so where the model had
     others. A file without them is a published one: it does not fit a model that has some.
 
@@ -121,7 +125,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     new = {key: attentions[_attention(key)] for key in state if key.endswith(FACTORS) and _attention(key) in attentions}
     fits |= {key: f"{attention}.factors" if attention else "factors" for key, attention in new.items()}
     mismatch = Mismatch(
-        missing=[key for key in own if key not in state and not key.endswith("num_batches_tracked")],
+        missing=[key for key in own if key not in state and not key.endswith(("num_batches_tracked", TEMPERATURE))],
         unexpected=[key for key in state if key not in own and key not in new],
         mismatched=[
             (key, tuple(tensor.shape), tuple(own[key].shape))
@@ -132,7 +136,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     if strict and any(mismatch):
         raise ValueError(_explain(mismatch, state, own, type(model).__name__, path))
     if temperature is not None:
-        for layer in _with_temperature(model):
+        layers: list[Any] = [module for module in model.modules() if callable(getattr(module, "set_temperature", None))]
+        for layer in layers:
             layer.set_temperature(temperature)
     before = _factors(model)
     model.load_state_dict(OrderedDict((own_name, state[key]) for key, own_name in fits.items()), strict=False)
@@ -143,32 +148,45 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
 
 
 def save_safetensors(
-    weights: nn.Module | Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+    weights: nn.Module | Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    published: bool = False,
 ) -> None:
     """Write weights as a safetensors file, whole or not at all.
 
-    Tensors that share memory are written once for each of their names. The temperature of a model's dynamic layers is
-    recorded in the header, for :func:`load_checkpoint`.
+    Tensors that share memory are written once for each of their names.
 
     Args:
         weights: a model, or its state dict.
         path: the file; its folder is made where needed, an old file is replaced.
         metadata: texts to keep in the file's header.
+        published: write the keys of published checkpoints alone. The temperature, which these lack, goes into the
+            header, where :func:`load_checkpoint` finds it.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: the model's layers have different temperatures, of which a file can record one.
+        ValueError: `published`, and the layers have different temperatures, or factors of gates and shares, which no
+            published file has.
     """
     from safetensors.torch import save
 
     path = Path(path)
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    record: dict[str, str] = {}
+    if published:
+        if factors := [key for key in state if key.endswith(FACTORS)]:
+            raise ValueError(f"published must be False for layers with a gain or kernel_gain, got {_some(factors)}")
+        values = {float(value) for key, value in state.items() if key.endswith(TEMPERATURE)}
+        if len(values) > 1:
+            raise ValueError(f"published must be False for different temperatures: {_some(map(str, sorted(values)))}")
+        record = {NOTED_TEMPERATURE: str(values.pop())} if values else {}
+        state = {key: value for key, value in state.items() if not key.endswith(TEMPERATURE)}
     tensors = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in state.items()
         if isinstance(tensor, Tensor)
     }
-    record = _record_temperature(weights) if isinstance(weights, nn.Module) else {}
     content = save(tensors, {"format": "pt", **record, **(metadata or {})})
     check_writable(path.parent)
     with replacing(path) as partial:
@@ -245,6 +263,9 @@ def _read(path: Path) -> Content:
     for key, tensor in state.items():
         if key.endswith(FACTORS) and not (tensor.shape == (2,) and (tensor > 0).all() and tensor.isfinite().all()):
             raise ValueError(f"{path} records factors that are no two positive numbers: {key} is {tensor.tolist()}")
+        if key.endswith(TEMPERATURE) and not (tensor.numel() == 1 and (tensor > 0).all() and tensor.isfinite().all()):
+            given = _some(map(str, tensor.flatten().tolist()))
+            raise ValueError(f"{path} records a temperature that is no positive number: {key} is {given}")
     # copies, for memory that is mapped from a file changes with the file
     return Content({key: tensor.detach().clone() for key, tensor in state.items()}, temperature)
 
@@ -257,7 +278,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             state: Any = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
             header = file.metadata() or {}
             state._metadata = {name: {"gain": gain} for name, gain in json.loads(header.get(GAINS, "{}")).items()}
-            return state, header.get(TEMPERATURE)
+            return state, header.get(NOTED_TEMPERATURE)
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or damaged or cut short: {error}") from error
     except (json.JSONDecodeError, AttributeError) as error:
@@ -285,19 +306,6 @@ def _factors(model: nn.Module) -> dict[str, tuple[float, float]]:
 def _attention(key: str) -> str:
     """Return the attention's name in the key of a tensor: "conv1.attention" of "conv1.attention.fc.weight"."""
     return key.rsplit(".", 1 if key.endswith(FACTORS) else 2)[0]
-
-
-def _with_temperature(model: nn.Module) -> list[Any]:
-    """List the modules that have a temperature to set."""
-    return [module for module in model.modules() if callable(getattr(module, "set_temperature", None))]
-
-
-def _record_temperature(model: nn.Module) -> dict[str, str]:
-    temperatures = [getattr(layer, "temperature", None) for layer in _with_temperature(model)]
-    values = {value.item() for value in temperatures if isinstance(value, Tensor) and value.ndim == 0}
-    if len(values) > 1:
-        raise ValueError(f"the layers have different temperatures, {_some(map(str, sorted(values)))}: set one first")
-    return {TEMPERATURE: str(values.pop())} if values else {}
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Any]:

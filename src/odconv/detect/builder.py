@@ -11,7 +11,7 @@ from torch import nn
 from odconv.checkpoints import read_state_dict, resolve
 from odconv.detect import mmdetection
 from odconv.detect.weights import load_backbone, load_detector
-from odconv.layers import set_temperature
+from odconv.layers import set_temperature, try_temperature
 from odconv.models import check_layer_options, create_model, make_dynamic, split_name
 
 
@@ -129,7 +129,7 @@ def create_detector(
         )
 
     network = build_network(backbone, kernel_num, reduction, layer_options or {}, weights_backbone, warm_start)
-    set_temperature(network, 1.0 if temperature is None else temperature)  # whatever a classifier was trained with
+    try_temperature(network, 1.0 if temperature is None else temperature)  # whatever a classifier was trained with
 
     from torchvision.models import detection
     from torchvision.models.detection.anchor_utils import AnchorGenerator

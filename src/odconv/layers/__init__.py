@@ -1,6 +1,6 @@
 """The layers: ODConv, DyConv and CondConv in one, two and three dimensions, transposed ones too."""
 
-from odconv.layers.attention import Attention, set_temperature
+from odconv.layers.attention import Attention, set_temperature, try_temperature
 from odconv.layers.conv import (
     CondConv1d,
     CondConv2d,
@@ -51,4 +51,5 @@ __all__ = [
     "ODConvTranspose2d",
     "ODConvTranspose3d",
     "set_temperature",
+    "try_temperature",
 ]

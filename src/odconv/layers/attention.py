@@ -1,12 +1,14 @@
 """The attention that weights each sample's mixture of kernels, and its temperature."""
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from odconv.layers.starts import check_start, draw_calm, draw_published
@@ -18,6 +20,8 @@ Pointwise = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 POINTWISE: dict[int, type[Pointwise]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM: dict[int, type[BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+PLAIN = (*POINTWISE.values(), *BATCH_NORM.values(), nn.GroupNorm)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Attention(nn.Module):
@@ -77,11 +81,10 @@ class Attention(nn.Module):
             width = hidden
         for name, shape in heads.items():
             setattr(self, f"{name}_fc", POINTWISE[dims](width, math.prod(shape), 1, **placed))
+        self.initial_temperature = temperature if heads else None
         self.temperature: Tensor | None
-        self.register_buffer("temperature", None, persistent=False)
-        self._temperature = temperature  # what the buffer holds, for when it is made anew
-        self._place_temperature(device)
-        self.register_load_state_dict_post_hook(place_temperature)
+        self.register_buffer("temperature", self._new_temperature(device))
+        self.register_load_state_dict_pre_hook(fill_in_temperature)
         self.factors: Tensor | None
         self.register_buffer("factors", None)
         self.set_factors(gain, kernel_gain)
@@ -89,7 +92,9 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as `init` says."""
+        """Draw the parameters as `init` says, and go back to the first temperature."""
+        if self.initial_temperature is not None:
+            self.set_temperature(self.initial_temperature)
         if isinstance(self.bn, BatchNorm | nn.GroupNorm):
             self.bn.reset_parameters()
         (draw_calm if self.init == "calm" else draw_published)(self)
@@ -110,7 +115,7 @@ class Attention(nn.Module):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         self.gain, self.kernel_gain = float(gain), float(kernel_gain)
-        self._place_factors(self.temperature.device if self.temperature is not None else None)
+        self._place_factors(next(self.parameters()).device if self.heads else None)
 
     def set_temperature(self, value: float) -> None:
         """Divide every logit by `value` from now on; a method without a temperature keeps none.
@@ -123,7 +128,6 @@ class Attention(nn.Module):
         """
         check_temperature(value)
         if self.temperature is not None:
-            self._temperature = float(value)
             self.temperature.fill_(value)  # in place: a compiled network reads the new value without recompiling
 
     def forward(self, x: Tensor) -> Attentions:
@@ -136,13 +140,14 @@ class Attention(nn.Module):
         device = x.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             dtype = torch.promote_types(x.dtype, torch.float32)
-            z = x.mean(tuple(range(2, x.dim())), dtype=dtype)
+            axes = tuple(range(2, x.dim()))
+            z = x.mean(axes) if x.dtype == dtype else x.mean(axes, dtype=dtype)  # some exporters know the first alone
             if self.fc is not None:
-                z = self._normalise(pointwise(self.fc, z)).relu()
+                z = self._normalise(self._project(self.fc, z)).relu()
             return Attentions(**{name: self._gate(name, z) for name in self.heads})
 
     def _gate(self, name: str, z: Tensor) -> Tensor:
-        logits = pointwise(getattr(self, f"{name}_fc"), z)
+        logits = self._project(getattr(self, f"{name}_fc"), z)
         if self.temperature is not None:
             logits = logits / self.temperature
         if name == "kernel":
@@ -151,41 +156,57 @@ class Attention(nn.Module):
         gate = logits.sigmoid() if self.factors is None else self.gain * logits.sigmoid()
         return gate.reshape(-1, *self.heads[name])  # unflatten would fix the batch in PyTorch's older ONNX exporter
 
+    def _project(self, layer: Any, z: Tensor) -> Tensor:
+        """A 1x1 convolution of vectors, (B, C) -> (B, O), in z's dtype."""
+        if is_plain(layer):
+            weight, bias = layer.weight, None if layer.bias is None else layer.bias.to(z.dtype)
+            return F.linear(z, weight.flatten(1).to(z.dtype), bias)
+        return call_in_dtype(layer, z.reshape(*z.shape, *(1,) * self.dims)).flatten(1)
+
     def _normalise(self, z: Tensor) -> Tensor:
-        """The hidden layer's norm, computed in z's dtype."""
+        """The hidden layer's norm, in z's dtype."""
         norm = self.bn
         if norm is None:
             return z
-        if isinstance(norm, nn.GroupNorm):
+        if isinstance(norm, nn.GroupNorm) and is_plain(norm):
             return F.group_norm(z, norm.num_groups, norm.weight.to(z.dtype), norm.bias.to(z.dtype), norm.eps)
-        maps = z.reshape(*z.shape, *(1,) * self.dims)
-        if isinstance(norm, BatchNorm) or (isinstance(norm, nn.SyncBatchNorm) and not norm.training):
-            return batch_norm(norm, maps).flatten(1)
-        # what the user put in its place, or SyncBatchNorm with its own rule for small batches
-        return norm(maps).flatten(1)
+        if isinstance(norm, BatchNorm) and norm.training and z.shape[0] == 1:
+            return normalise_one(norm, z)
+        return call_in_dtype(norm, z.reshape(*z.shape, *(1,) * self.dims)).flatten(1)
 
-    def _place_temperature(self, device: torch.device | str | None) -> None:
-        if self._temperature is not None:
-            check_temperature(self._temperature)
-            self.temperature = torch.full((), self._temperature, dtype=torch.float32, device=device)
+    def _new_temperature(self, device: torch.device | str | None) -> Tensor | None:
+        if self.initial_temperature is None:
+            return None
+        check_temperature(self.initial_temperature)
+        return torch.full((), self.initial_temperature, dtype=torch.float32, device=device)
 
     def _place_factors(self, device: torch.device | str | None) -> None:
         factors = (self.gain, self.kernel_gain)
         self.factors = None if factors == (1, 1) else torch.tensor(factors, dtype=torch.float64, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        before = self.temperature
         super()._apply(fn, recurse)
-        if self.temperature is not None:  # stays float32 through .half(), and keeps its value through .to_empty()
-            self._place_temperature(self.temperature.device)
+        if before is not None and self.temperature is not None:  # stays float32, and keeps its value in to_empty()
+            device = self.temperature.device
+            lost = before.is_meta and not self.temperature.is_meta
+            self.temperature = self._new_temperature(device) if lost else before.to(device)
         if self.factors is not None:
             self._place_factors(self.factors.device)
         return self
 
 
-def place_temperature(attention: Attention, incompatible_keys: Any) -> None:
-    """After loading: ``load_state_dict(assign=True)`` may have brought a meta module to a device."""
-    if attention.heads:
-        attention._place_temperature(next(attention.parameters()).device)
+def fill_in_temperature(
+    attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
+) -> None:
+    """Let a state dict without a temperature, such as a published one, leave it as it is; float32 stays float32."""
+    key, own = f"{prefix}temperature", attention.temperature
+    if own is None:
+        return
+    if isinstance(state.get(key), Tensor):
+        state[key] = state[key].float()
+    else:
+        state[key] = attention._new_temperature("cpu") if own.is_meta else own.clone()
 
 
 def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
@@ -193,8 +214,9 @@ def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting() or not cpu.takes(x):
         return None
     norm, layers = attention.bn, [getattr(attention, f"{name}_fc") for name in attention.heads]
-    plain = norm is None or (isinstance(norm, BatchNorm) and not norm.training and norm.running_mean is not None)
-    if not plain:
+    if not all(is_plain(layer) for layer in (attention.fc, norm, *layers) if layer is not None):
+        return None
+    if norm is not None and (not isinstance(norm, BatchNorm) or norm.training or norm.running_mean is None):
         return None
     statistics = [] if norm is None else [norm.running_mean, norm.running_var, norm.weight, norm.bias]
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
@@ -235,28 +257,45 @@ def take_factors(attention: Attention, state: dict[str, Any], prefix: str, metad
             state[key] = attention.factors
 
 
-def pointwise(layer: Pointwise, z: Tensor) -> Tensor:
-    """A 1x1 convolution applied to vectors, (B, C) -> (B, O), with its parameters cast to z's dtype."""
-    bias = None if layer.bias is None else layer.bias.to(z.dtype)
-    return F.linear(z, layer.weight.flatten(1).to(z.dtype), bias)
+def is_plain(module: Any) -> bool:
+    """Return whether a module does what its class in torch.nn does, so that its parameters can be read past it.
+
+    Hooks (pruning, old weight norm, adapters), parametrizations and other classes want to be called.
+    """
+    return type(module) in PLAIN and "forward" not in vars(module) and not any(getattr(module, h) for h in HOOKS)
 
 
-def batch_norm(bn: BatchNorm | nn.SyncBatchNorm, z: Tensor) -> Tensor:
-    """``bn(z)`` in z's dtype; one sample has no variance, so it is normalised by the running statistics."""
-    by_batch = bn.training and z.shape[0] > 1
-    if bn.weight.dtype == z.dtype and (by_batch or not bn.training):
-        return bn(z)
+def call_in_dtype(module: nn.Module, z: Tensor) -> Tensor:
+    """Return ``module(z)``, computed in z's dtype whatever dtype its parameters and buffers have."""
+    own = [*module.named_parameters(), *module.named_buffers()]
+    if all(tensor.dtype == z.dtype or not tensor.is_floating_point() for _, tensor in own):
+        return module(z)
+    cast = {name: tensor.to(z.dtype) for name, tensor in own if tensor.is_floating_point()}
+    y = functional_call(module, cast, (z,))
+    if module.training:
+        for name, buffer in module.named_buffers():
+            if name in cast and cast[name] is not buffer:  # statistics, updated in a copy
+                buffer.copy_(cast[name])
+    return y
+
+
+def normalise_one(bn: BatchNorm, z: Tensor) -> Tensor:
+    """Return a training batch of one, (1, C), normalised by the running statistics, which then move as they do.
+
+    One sample has no variance: what moves the running one is the sample's squared distance from the running mean, as
+    in the incremental variance of Welford and West.
+    """
     if bn.running_mean is None or bn.running_var is None:
-        raise ValueError(
-            "norm without running statistics cannot normalise a batch of one, nor compute in another dtype"
-        )
-    mean, var = bn.running_mean.to(z.dtype), bn.running_var.to(z.dtype)
-    momentum = 0.1 if bn.momentum is None else bn.momentum
-    z = F.batch_norm(z, mean, var, bn.weight.to(z.dtype), bn.bias.to(z.dtype), by_batch, momentum, bn.eps)
-    if by_batch:  # the statistics were updated in copies
-        bn.running_mean.copy_(mean)
-        bn.running_var.copy_(var)
-    return z
+        raise ValueError("norm without running statistics cannot normalise a training batch of one")
+    mean, var = bn.running_mean.to(z.dtype, copy=True), bn.running_var.to(z.dtype, copy=True)
+    weight, bias = (None if tensor is None else tensor.to(z.dtype) for tensor in (bn.weight, bn.bias))
+    with torch.no_grad():
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+        momentum = 1 / float(bn.num_batches_tracked or 1) if bn.momentum is None else bn.momentum
+        bn.running_mean.copy_(mean.lerp(z[0], momentum))
+        bn.running_var.copy_((1 - momentum) * (var + momentum * (z[0] - mean).square()))
+    return F.batch_norm(z, mean, var, weight, bias, False, 0.0, bn.eps)
 
 
 def check_temperature(value: float) -> None:
@@ -265,17 +304,24 @@ def check_temperature(value: float) -> None:
         raise ValueError(f"temperature must be a positive number, got {value!r}")
 
 
+def try_temperature(model: nn.Module, value: float) -> bool:
+    """Set the temperature of every attention that has one, and return whether there are any."""
+    check_temperature(value)
+    attentions = [part for part in model.modules() if isinstance(part, Attention) and part.temperature is not None]
+    for attention in attentions:
+        attention.set_temperature(value)
+    return bool(attentions)
+
+
 def set_temperature(model: nn.Module, value: float) -> None:
     """Set the temperature of every attention in a network (ODConv and DyConv; CondConv has none).
 
     Args:
-        model: any module; one without dynamic layers is left as it is.
+        model: any module; one without a temperature is left as it is, with a warning.
         value: the temperature, above 0. The published schedule falls from 30 to 1 over the first ten epochs.
 
     Raises:
         ValueError: value is not a positive, finite number.
     """
-    check_temperature(value)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.set_temperature(value)
+    if not try_temperature(model, value):
+        warnings.warn(f"no layer of the {type(model).__name__} has a temperature: none was set", stacklevel=2)

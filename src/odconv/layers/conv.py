@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from odconv.layers.attention import Attention
@@ -106,6 +106,8 @@ class DynamicConv(nn.Module):
         Raises:
             ValueError: x or context has another shape, or the context that `context_channels` announces is missing.
         """
+        if isinstance(x, fx.Proxy):
+            return trace_as_leaf(self, x, context=context)
         attentions = self._attend(x, context)
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -155,6 +157,13 @@ class DynamicConv(nn.Module):
         )
         return self
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        # what torch.jit.script calls first
+        raise TypeError(
+            f"{type(self).__name__} cannot be scripted, since its operator chooses its form by the input; use "
+            "torch.jit.trace, torch.export or odconv.export"
+        )
+
     def _margins(self) -> list[int]:
         """The padding as F.pad wants it: last axis first, both sides."""
         if not isinstance(self.padding, str):
@@ -177,6 +186,14 @@ class DynamicConv(nn.Module):
         factors = {"gain": self.attention.gain, "kernel_gain": self.attention.kernel_gain}
         parts += [f"{name}={round(value, 4)}" for name, value in factors.items() if value != 1]
         return ", ".join(parts)
+
+
+def trace_as_leaf(layer: DynamicConv, x: fx.Proxy, **options: Any) -> Any:
+    """Record a call of a layer as one node of torch.fx, as it records those of nn.Conv2d."""
+    name = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
+    if not name:
+        raise TypeError(f"a {type(layer).__name__} alone has nothing for torch.fx to trace; put it into a network")
+    return x.tracer.create_proxy("call_module", name, (x,), {k: v for k, v in options.items() if v is not None})
 
 
 class _ODConv(DynamicConv):

@@ -10,14 +10,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from odconv.files import replacing
 from odconv.models import METHODS, check_layer_options, split_name
 from odconv.report import write_machine, write_report
-from odconv.train.average import Average
 from odconv.train.claim import CONFIG, RESULT
 from odconv.train.config import RunConfig, defaults
 from odconv.train.files import BEST
@@ -46,7 +45,7 @@ def make_run(config: RunConfig, monitor: str, callbacks: Sequence[Callback], **o
         callbacks=[
             *callbacks,
             *([Trace(out / "trace")] if config.profile else []),
-            *([Average(config.average)] if config.average else []),
+            *([EMAWeightAveraging(decay=config.average)] if config.average else []),
             # first: if the run is killed between the two, resuming repeats the epoch, and with it this one
             Best(out, monitor),
             Last(out, config.save_every),

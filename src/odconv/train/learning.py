@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import SumMetric
 
 from odconv.groups import parameter_groups
-from odconv.layers import set_temperature
+from odconv.layers import try_temperature
 from odconv.train.config import RunConfig
 
 COMPRESSION = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
@@ -60,7 +60,7 @@ class Learning(pl.LightningModule):
 
     def set_temperature(self, value: float) -> None:
         """Set the temperature of the network."""
-        set_temperature(self.model, value)
+        try_temperature(self.model, value)
         self.temperature = value
 
     def steps_per_epoch(self) -> int:
@@ -84,7 +84,8 @@ class Learning(pl.LightningModule):
         return torch.optim.SGD(groups, config.lr, config.momentum)
 
     def on_train_start(self) -> None:
-        """Have gradients compressed between processes."""
+        """Set the first temperature, whatever weights have brought; have gradients compressed between processes."""
+        self.set_temperature(self.schedule()[1])
         wrapped = self.trainer.strategy.model
         if self.config.compress != "none" and isinstance(wrapped, DistributedDataParallel):
             wrapped.register_comm_hook(None, COMPRESSION[self.config.compress])

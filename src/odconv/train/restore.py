@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve
-from odconv.layers import Attention, set_temperature
+from odconv.layers import try_temperature
 from odconv.models import BACKBONES, METHODS, check_layer_options, create_model
 from odconv.train.config import Stem, check
 
@@ -101,10 +101,8 @@ def restore(
         load_checkpoint(model, path)  # with the temperature that the file records
     except ValueError as error:
         raise ValueError(f"{error}{'' if recorded else _hint(state)}") from error
-    if temperature is not None:
-        if not any(isinstance(part, Attention) and part.temperature is not None for part in model.modules()):
-            raise ValueError(f"temperature must not be given: no layer of {options['arch']} has one")
-        set_temperature(model, temperature)
+    if temperature is not None and not try_temperature(model, temperature):
+        raise ValueError(f"temperature must not be given: no layer of {options['arch']} has one")
     return Restored(
         model.eval(),
         options["arch"],
