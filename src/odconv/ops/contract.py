@@ -93,7 +93,12 @@ def check_shapes(
 
 def is_exporting() -> bool:
     """Whether torch.export or the ONNX exporter is tracing, for which shapes may be unknown."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined]
+    return torch.compiler.is_exporting() or is_traced() or torch.onnx.is_in_onnx_export()
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace or the ONNX exporter that is built on it is at work."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_exported_sample(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.ops import cpu, eager
+from odconv.ops import cpu, eager, traced
 from odconv.ops.contract import (
     Attentions,
     Geometry,
@@ -15,6 +15,7 @@ from odconv.ops.contract import (
     check_shapes,
     is_exported_sample,
     is_exporting,
+    is_traced,
     is_transformed,
     per_axis,
     surely,
@@ -31,6 +32,7 @@ BACKENDS = {
     "shared": eager.shared,
     "product": eager.product,
     "grouped": eager.grouped,
+    "traced": traced.convolve,
 }
 EAGER = ("single", "shared", "product", "grouped")  # what autograd would differentiate by keeping every mixed kernel
 
@@ -70,7 +72,8 @@ def dynamic_conv(
         groups: blocks of channels and filters that are convolved apart; divides C and O.
         backend: "auto" chooses the form by shape and device. A named form is strict: "reference" (the definition, a
             loop), "single" (B = 1 only), "shared", "product" or "grouped" (B > 0), described in
-            :mod:`odconv.ops.eager`; "cpu" (float32 and float64, compiled C++); "triton" (CUDA, 1-d and 2-d).
+            :mod:`odconv.ops.eager`; "cpu" (float32 and float64, compiled C++); "triton" (CUDA, 1-d and 2-d); "traced"
+            (for torch.jit.trace).
 
     Returns:
         (B, O, *map), in x's dtype, or in the autocast dtype under autocast.
@@ -105,7 +108,7 @@ def compute(
 
     differentiated = is_differentiated(x, weight, *attentions)
     if backend == "auto":
-        backend = choose(x, weight, geometry, differentiated)
+        backend = "traced" if is_traced() else choose(x, weight, geometry, differentiated)
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     elif backend == "single" and x.shape[0] != 1:

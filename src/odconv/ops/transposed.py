@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.ops.contract import Attentions, Geometry, check_shapes, is_exported_sample, is_exporting, per_axis
+from odconv.ops import traced
+from odconv.ops.contract import (
+    Attentions,
+    Geometry,
+    check_shapes,
+    is_exported_sample,
+    is_exporting,
+    is_traced,
+    per_axis,
+)
 from odconv.ops.dynamic_conv import add_bias, compute_dtype
 from odconv.ops.eager import mix, over_map
 from odconv.ops.reference import by_sample
@@ -53,7 +62,7 @@ def dynamic_conv_transpose(
         dilation: distance between taps, an int or one an axis.
         groups: blocks of channels and filters that are convolved apart; divides C and O.
         backend: "auto" takes "grouped", and "dense" for an export or an empty batch. A named form is strict:
-            "reference" (the definition, a loop), "grouped" (B > 0) or "dense".
+            "reference" (the definition, a loop), "grouped" (B > 0), "dense", or "traced" (for torch.jit.trace).
 
     Returns:
         (B, O, *map), in x's dtype, or in the autocast dtype under autocast.
@@ -76,7 +85,9 @@ def dynamic_conv_transpose(
     x, weight = x.to(dtype), weight.to(dtype)
     attentions = Attentions(*(None if a is None else a.to(dtype) for a in attentions))
 
-    if backend == "auto":  # exported, one graph serves every batch, which may be no number of groups then
+    if backend == "auto" and is_traced():
+        backend = "traced"
+    elif backend == "auto":  # exported, one graph serves every batch, which may be no number of groups then
         backend = "grouped" if is_exported_sample(x) else "dense" if is_exporting() or x.shape[0] == 0 else "grouped"
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
@@ -143,4 +154,4 @@ def dense(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement
     return y if filter is None else y * over_map(filter, y)
 
 
-BACKENDS = {"reference": reference, "grouped": grouped, "dense": dense}
+BACKENDS = {"reference": reference, "grouped": grouped, "dense": dense, "traced": traced.convolve_transposed}
