@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from odconv.layers.attention import Attention
 from odconv.layers.starts import draw_kernels, mixture_size
+from odconv.ops import flops
 from odconv.ops.contract import Attentions, Geometry, check_map, per_axis, positive
 from odconv.ops.dynamic_conv import compute, pad_by_name
 
@@ -47,6 +48,7 @@ class DynamicConv(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        flops.register()
         in_channels, out_channels = positive("in_channels", in_channels), positive("out_channels", out_channels)
         groups, kernel_num = positive("groups", groups), positive("kernel_num", kernel_num)
         if in_channels % groups or out_channels % groups:

@@ -34,6 +34,20 @@ VECTORS = {  # by what torch says of the processor
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
 }
 DTYPES = (torch.float32, torch.float64)
+ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? kernel, Tensor? spatial, Tensor? channel, Tensor? filter, "
+    "int[] stride, int[] padding, int[] dilation, int groups"
+)
+OPERATORS = torch.library.Library("odconv", "FRAGMENT")  # what they are is known before they are compiled
+OPERATORS.define(f"conv({ARGUMENTS}) -> Tensor")
+OPERATORS.define(
+    f"conv_backward(Tensor grad, {ARGUMENTS}, bool to_x, bool to_weights) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+OPERATORS.define(
+    "attend(Tensor pooled, Tensor? fc, Tensor[] norm, float eps, Tensor[] weights, Tensor[] biases, float[] gains, "
+    "Tensor? temperature) -> Tensor[]"
+)
 
 
 def available() -> bool:
@@ -60,10 +74,6 @@ def _load() -> bool:
             stacklevel=2,
         )
         return False
-    torch.library.register_fake("odconv::conv", _fake)
-    torch.library.register_fake("odconv::conv_backward", _fake_backward)
-    torch.library.register_fake("odconv::attend", _fake_attend)
-    torch.library.register_autograd("odconv::conv", _backward, setup_context=_save)
     return True
 
 
@@ -183,3 +193,9 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple
 
 def _fake_attend(pooled: Tensor, fc: Tensor | None, norm: list, eps: float, weights: list, *rest: Any) -> list[Tensor]:
     return [pooled.new_empty(pooled.shape[0], weight.shape[0]) for weight in weights]
+
+
+torch.library.register_fake("odconv::conv", _fake)
+torch.library.register_fake("odconv::conv_backward", _fake_backward)
+torch.library.register_fake("odconv::attend", _fake_attend)
+torch.library.register_autograd("odconv::conv", _backward, setup_context=_save)

@@ -156,19 +156,6 @@ Gradients conv_backward(
 }  // namespace
 }  // namespace odconv
 
-TORCH_LIBRARY_FRAGMENT(odconv, library) {
-  library.def(
-      "conv(Tensor x, Tensor weight, Tensor? kernel, Tensor? spatial, Tensor? channel, Tensor? filter, int[] stride, "
-      "int[] padding, int[] dilation, int groups) -> Tensor");
-  library.def(
-      "conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? kernel, Tensor? spatial, Tensor? channel, Tensor? "
-      "filter, int[] stride, int[] padding, int[] dilation, int groups, bool to_x, bool to_weights) -> (Tensor, Tensor, "
-      "Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "attend(Tensor pooled, Tensor? fc, Tensor[] norm, float eps, Tensor[] weights, Tensor[] biases, float[] gains, "
-      "Tensor? temperature) -> Tensor[]");
-}
-
 TORCH_LIBRARY_IMPL(odconv, CPU, library) {
   library.impl("conv", odconv::conv);
   library.impl("conv_backward", odconv::conv_backward);
