@@ -152,11 +152,16 @@ class DynamicConv(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DynamicConv":
         # `Module.to(memory_format=...)` takes a weight of five axes for that of a 3-d convolution: fn meets the kernels
-        # below each other, and the result is made contiguous, as the operator wants it.
+        # below each other, and the result is made contiguous, as the operator wants it. Sharded and other tensors of
+        # their own class cannot be flattened, or not in that way.
         shape = self.weight.shape
-        super()._apply(
-            lambda t: fn(t.flatten(0, 1)).contiguous().unflatten(0, shape[:2]) if t.shape == shape else fn(t), recurse
-        )
+
+        def below_each_other(t: Tensor) -> Tensor:
+            if t.shape != shape or type(t) not in (Tensor, nn.Parameter):
+                return fn(t)
+            return fn(t.flatten(0, 1)).contiguous().unflatten(0, shape[:2])
+
+        super()._apply(below_each_other, recurse)
         return self
 
     def __prepare_scriptable__(self) -> NoReturn:
