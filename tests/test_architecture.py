@@ -18,7 +18,10 @@ BELOW = {  # the rooms that a room may import from
     "freeze": {"convert", "layers", "ops"},
     "fusion": {"layers"},
     "groups": {"layers"},
-    "yolo": {"convert", "fusion", "layers"},
+    "pruning": {"layers"},
+    "mmcv": {"convert", "layers"},
+    "counters": {"layers", "ops", "profile"},
+    "yolo": {"convert", "counters", "fusion", "layers"},
     "models": {"convert", "layers", "ops", "checkpoints", "files"},
 }
 LEAVES = ("train", "detect", "export", "predict", "profile", "visualize", "timm")

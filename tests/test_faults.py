@@ -145,7 +145,8 @@ def test_a_process_that_reads_images_is_killed(folder: Path, trained: Path, out:
     message = process.communicate()[0]
     assert process.returncode == 1
     assert "error: a process that reads images was killed; is there enough memory?" in message
-    assert "Traceback" not in message.partition("odconv: error")[2]
+    # a loader that was just being made complains when it is collected (torch 2.14)
+    assert "Traceback" not in message.partition("odconv: error")[2].partition("Exception ignored in")[0]
     done = checkpoint(out / LAST)["epoch"] + 1
     train(**options | {"epochs": done + 1, "workers": 0}, resume="auto")
     assert [row["epoch"] for row in rows(out)] == [*range(1, done + 2)]

@@ -3,10 +3,14 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import odconv
@@ -26,7 +30,11 @@ def ultralytics(monkeypatch, tmp_path):
     monkeypatch.setenv("YOLO_VERBOSE", "false")
     package = pytest.importorskip("ultralytics")
     tasks = pytest.importorskip("ultralytics.nn.tasks")
-    monkeypatch.setattr(tasks, "parse_model", tasks.parse_model)  # restored afterwards
+    thop = pytest.importorskip("thop")
+    engine = pytest.importorskip("ultralytics.engine.model")
+    replaced = {"parse_model": tasks, "load": tasks.BaseModel, "train": engine.Model, "profile": thop}
+    for name, owner in replaced.items():
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # restored afterwards
     monkeypatch.chdir(tmp_path)
     return package
 
@@ -52,6 +60,10 @@ def static_network(ultralytics, name="yolov8n.yaml"):
 
 def boxes(model, x):
     return model(x)[0].detach()
+
+
+def dynamic_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, DynamicConv)]
 
 
 # --- the block
@@ -146,6 +158,81 @@ def test_repeated_blocks_and_unknown_options(ultralytics):
         from_yaml(ultralytics, network_yaml("[-1, 1, ODConv, [64, 3, {experts: 2}]]"))
 
 
+def parse(ultralytics, row):
+    """The part of a network that a row of a YAML describes, for an input of 16 channels."""
+    rows = {"backbone": [[-1, 1, "Conv", [64, 3, 2]], row], "head": [[-1, 1, "nn.Identity", []]]}
+    return ultralytics.nn.tasks.parse_model({"nc": 3, "scales": {"n": [0.5, 0.25, 1024]}, "scale": "n", **rows}, 3)[0][
+        1
+    ]
+
+
+@pytest.mark.parametrize(("row", "dynamic", "kind"), [
+    ([-1, 1, "odconv.yolo.ODConv", [128, 3, 2]], ["conv"], yolo.ODConv),
+    ([-1, 1, "DWConv_DyConv", [64, 3]], ["conv"], yolo.DyConv),
+    ([-1, 1, "Bottleneck_ODConv", [128]], ["cv1.conv", "cv2.conv"], yolo.ODConv),
+    ([-1, 2, "Bottleneck_CondConv", [64]], ["cv1.conv", "cv2.conv"], yolo.CondConv),
+    ([-1, 4, "C2f_ODConv", [128, True]], [f"m.{i}.cv{j}.conv" for i in (0, 1) for j in (1, 2)], yolo.ODConv),
+    ([-1, 1, "odconv.yolo.C2f_DyConv", [128]], ["m.0.cv1.conv", "m.0.cv2.conv"], yolo.DyConv),
+    ([-1, 1, "C3_CondConv", [128]], ["m.0.cv1.conv", "m.0.cv2.conv"], yolo.CondConv),
+    ([-1, 1, "C3k2_ODConv", [128, False, 0.25]], ["m.0.cv1.conv", "m.0.cv2.conv"], yolo.ODConv),
+    ([-1, 1, "C3k2_ODConv", [128, True]], [f"m.0.m.{i}.cv{j}.conv" for i in (0, 1) for j in (1, 2)], yolo.ODConv),
+    ([-1, 1, "SPPF_ODConv", [128, 5]], ["cv1.conv", "cv2.conv"], yolo.ODConv),
+    ([-1, 1, "GhostConv_ODConv", [128, 3]], ["cv1.conv", "cv2.conv"], yolo.ODConv),
+])  # fmt: skip
+def test_blocks_whose_convolutions_are_dynamic(ultralytics, row, dynamic, kind):
+    yolo.register()
+    static = parse(ultralytics, [*row[:2], row[2].split(".")[-1].split("_")[0].replace("ODConv", "Conv"), row[3]])
+    part = parse(ultralytics, [*row[:3], [*row[3], {"kernel_num": 3}]])
+    assert dynamic_names(part) == dynamic
+    layers = [part.get_submodule(name) for name in dynamic]
+    assert {type(layer) for layer in layers} == {kind.layer}
+    assert {layer.kernel_num for layer in layers} == {3}
+    assert {type(part.get_submodule(name.removesuffix("conv").removesuffix("."))) for name in dynamic} == {kind}
+    assert part.np == sum(parameter.numel() for parameter in part.parameters())
+    assert part.type.endswith(row[2].split(".")[-1])
+    x = torch.rand(2, 16, 8, 8)
+    assert part(x).shape == static(x).shape
+
+
+def test_static_weights_of_the_same_yaml_start_the_rows(ultralytics):
+    yolo.register()
+    text = network_yaml("[-1, 2, C2f_ODConv, [128, True, {kernel_num: 2}]]")
+    plain = (
+        text.replace(", {kernel_num: 2}", "")
+        .replace("_ODConv", "")
+        .replace("DyConv", "Conv")
+        .replace("CondConv", "Conv")
+    )
+    static = stirred(from_yaml(ultralytics, plain))
+    model = from_yaml(ultralytics, text)
+    assert dynamic_names(static) == []
+    model.load(static)
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(boxes(model.eval(), x), boxes(static.eval(), x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "hint"), [
+    ("C2f_ODCnov", "did you mean C2f_ODConv"), ("c2f_odconv", "did you mean C2f_ODConv"), ("ODConv2d", "ODConv"),
+    ("odconv.yolo.ODCon", "ODConv"), ("C4k2_DyConv", "C3k2_DyConv"), ("Wavelet", "alone or behind another block's"),
+])  # fmt: skip
+def test_a_block_that_there_is_not(ultralytics, name, hint):
+    yolo.register()
+    with pytest.raises(ValueError, match=f"no block is called '{name}'; .*{hint}"):
+        parse(ultralytics, [-1, 1, name, [64]])
+
+
+def test_rows_that_cannot_be_dynamic(ultralytics):
+    yolo.register()
+    with pytest.raises(ValueError, match=r"nn\.ReLU_ODConv: a nn\.ReLU has no convolution that could be dynamic"):
+        parse(ultralytics, [-1, 1, "nn.ReLU_ODConv", []])
+    with pytest.raises(TypeError, match="experts"):
+        parse(ultralytics, [-1, 1, "C2f_ODConv", [64, {"experts": 2}]])
+    with pytest.raises(KeyError, match="nonsense"):  # what is no block's name is not explained as one
+        ultralytics.nn.tasks.parse_model(
+            {"nc": 3, "scale": "nonsense", "scales": {"n": [1, 1, 8]}, "backbone": [], "head": []}, 3
+        )
+
+
 # --- conversion
 
 
@@ -196,7 +283,7 @@ def test_branches_that_are_merged_into_one_kernel_stay(ultralytics):
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_half_precision_copies_counters_and_a_batch_of_one(ultralytics, n):
-    from ultralytics.utils.torch_utils import ModelEMA, get_flops, get_num_params
+    from ultralytics.utils.torch_utils import ModelEMA, get_num_params
 
     model = stirred(yolo.convert(static_network(ultralytics), kernel_num=n)).float()
     x = torch.rand(1, 3, 64, 64)
@@ -205,7 +292,6 @@ def test_half_precision_copies_counters_and_a_batch_of_one(ultralytics, n):
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=1.0)  # in pixels
     assert get_num_params(model) == sum(parameter.numel() for parameter in model.parameters())
-    assert get_flops(model, 64) != 0  # its answer when counting fails; of dynamic layers its count makes no sense
     report = odconv.profile(model, (3, 64, 64))
     assert report.parameters == get_num_params(model)
     assert report.madds > 8.7e9 / 2 * (64 / 640) ** 2  # what the static network needs
@@ -213,6 +299,75 @@ def test_half_precision_copies_counters_and_a_batch_of_one(ultralytics, n):
     model.train()(x)
     ema.update(model)
     assert boxes(ema.ema, x).isfinite().all()
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml"])
+def test_gflops(ultralytics, name, n):
+    """ultralytics extrapolates from small images, where mixing the kernels costs as much as anywhere."""
+    from ultralytics.utils.torch_utils import get_flops
+
+    model = static_network(ultralytics, name).float()
+    size, x = 320, torch.rand(1, 3, 320, 320)
+    static, madds = get_flops(model, size), odconv.profile(model, x.shape).madds
+    yolo.convert(model, kernel_num=n)
+    added = 2 * (odconv.profile(model, x.shape).madds - madds) / 1e9
+    norms = sum(2 * 2 * m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)) / 1e9
+    assert get_flops(model, size) == pytest.approx(static + added, abs=norms)
+    assert model.info(imgsz=size)[3] == get_flops(model, size)
+
+
+def test_a_conversion_is_part_of_the_yaml(ultralytics):
+    static = static_network(ultralytics, "yolo11n.yaml")
+    before = copy.deepcopy(static.yaml)
+    model = yolo.convert(copy.deepcopy(static), kernel_num=2, include="model.?.*", exclude="model.0.*")
+    yolo.convert(model, "dyconv", include="model.1?.cv?.*", warm_start=False)
+    assert static.yaml == before
+    stirred(model)
+    again = ultralytics.nn.tasks.DetectionModel(model.yaml, verbose=False)
+    assert dynamic_names(again) == dynamic_names(model)
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    again.load(model, verbose=False)
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(boxes(again.eval(), x), boxes(model.float().eval(), x), rtol=0, atol=0)
+    assert yolo.convert(model, include=dynamic_names(model)).yaml == again.yaml  # nothing was left to convert
+    whole = ultralytics.YOLO("yolo11n.yaml")
+    assert yolo.convert(whole, kernel_num=2) is whole
+    assert whole.model.yaml["odconv"][0]["include"] == dynamic_names(whole.model)
+
+
+def test_other_networks_are_built_again_too(ultralytics):
+    tasks = ultralytics.nn.tasks
+    model = yolo.convert(tasks.ClassificationModel("yolo11n-cls.yaml", verbose=False), kernel_num=2)
+    assert dynamic_names(tasks.ClassificationModel(model.yaml, nc=7, verbose=False)) == dynamic_names(model)
+
+
+@pytest.mark.parametrize("classes", [80, 5])
+def test_static_weights_are_a_start(ultralytics, classes):
+    """Also where a head for another number of classes is as wide as the weights have it, and is replaced."""
+    static = static_network(ultralytics, "yolo11n.yaml").float()
+    yaml = yolo.convert(copy.deepcopy(static), kernel_num=2).yaml
+    model = ultralytics.nn.tasks.DetectionModel(yaml, nc=classes, verbose=False)
+    expected = dynamic_names(model)
+    model.load(static, verbose=False)
+    plain = ultralytics.nn.tasks.DetectionModel("yolo11n.yaml", nc=classes, verbose=False)
+    plain.load(static, verbose=False)
+    last = {key: value for key, value in plain.state_dict().items() if re.search(r"cv3\.\d\.2\.", key)}
+    model.load_state_dict(last, strict=False)  # drawn anew for other classes
+    assert dynamic_names(model) == expected
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(boxes(model.eval(), x), boxes(plain.eval(), x), rtol=1e-3, atol=1e-3)
+
+
+def test_dynamic_layers_that_are_lost_are_named(ultralytics, caplog):
+    model = static_network(ultralytics).float()
+    model.model[1].conv = odconv.ODConv2d(16, 32, 3, 2, 1)
+    fresh = ultralytics.nn.tasks.DetectionModel("yolov8n.yaml", verbose=False)
+    yolo.register()
+    with caplog.at_level("WARNING", "ultralytics"):
+        fresh.load(model)
+    assert "1 dynamic layers of the weights are lost" in caplog.text
+    assert "model.1.conv" in caplog.text
 
 
 # --- training, validation, export
@@ -289,18 +444,147 @@ def test_a_converted_network_trains_validates_and_exports(ultralytics, detection
     torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def drawn_data(tmp_path_factory):
+    """Eight images to train on and four to evaluate on, of one bright box each, in two classes."""
+    folder = tmp_path_factory.mktemp("boxes")
+    random = np.random.default_rng(0)
+    for split, count in {"train": 8, "val": 4}.items():
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+        for i in range(count):
+            x, y, w, h = *random.integers(0, 32, 2), *random.integers(16, 32, 2)
+            pixels = random.integers(0, 80, (64, 64, 3), dtype=np.uint8)
+            pixels[y : y + h, x : x + w, i % 2] = 250
+            Image.fromarray(pixels).save(folder / "images" / split / f"{i}.png")
+            row = (i % 2, (x + w / 2) / 64, (y + h / 2) / 64, w / 64, h / 64)
+            (folder / "labels" / split / f"{i}.txt").write_text(" ".join(map(str, row)))
+    content = {"path": str(folder), "train": "images/train", "val": "images/val", "names": {0: "red", 1: "green"}}
+    (folder / "data.yaml").write_text(json.dumps(content))
+    return folder / "data.yaml"
+
+
+def kernels(model, name="model.1.conv"):
+    return model.get_submodule(name).weight.detach().clone()
+
+
+def train_drawn(network, drawn_data, tmp_path, **options):
+    """The network after training, and what it was when training began."""
+    begun = {}
+
+    def remember(trainer):
+        begun.update({key: value.detach().clone() for key, value in trainer.model.state_dict().items()})
+
+    network.add_callback("on_train_start", remember)
+    own = {"data": str(drawn_data), "project": str(tmp_path), "epochs": 1, "warmup_epochs": 0, "amp": False}
+    network.train(**QUICK | {"batch": 4} | own | options)
+    return network.model, begun
+
+
+def test_plain_training_keeps_a_conversion(ultralytics, drawn_data, tmp_path):
+    torch.manual_seed(0)
+    network = ultralytics.YOLO("yolo11n.yaml")
+    yolo.convert(network.model, kernel_num=2)
+    expected, first = dynamic_names(network.model), kernels(network.model)
+    model, begun = train_drawn(network, drawn_data, tmp_path, name="run", epochs=2)
+    assert dynamic_names(model) == expected
+    assert torch.equal(begun["model.1.conv.weight"], first)  # from the very kernels that were there
+    assert (kernels(model) - first).abs().max() > 1e-4
+    assert model.names == {0: "red", 1: "green"}
+
+    again = ultralytics.YOLO(tmp_path / "run" / "weights" / "best.pt")
+    assert dynamic_names(again.model) == expected
+    assert torch.equal(kernels(again.model), kernels(model))
+    assert 0 <= again.val(**QUICK | {"data": str(drawn_data)}).box.map <= 1
+    image = drawn_data.parent / "images" / "val" / "0.png"
+    assert again.predict(image, imgsz=64, device="cpu", verbose=False)[0].orig_shape == (64, 64)
+    x = torch.rand(2, 3, 64, 64)
+    again = ultralytics.YOLO(tmp_path / "run" / "weights" / "best.pt")
+    exported = torch.jit.load(again.export(format="torchscript", imgsz=64, device="cpu"))
+    torch.testing.assert_close(exported(x), boxes(again.model.eval(), x), rtol=1e-3, atol=1e-3)
+
+
+def test_training_goes_on_from_a_converted_checkpoint(ultralytics, drawn_data, tmp_path):
+    torch.manual_seed(0)
+    network = ultralytics.YOLO("yolo11n.yaml")
+    yolo.convert(network, kernel_num=2)
+    network.save(tmp_path / "converted.pt")
+    options = {**QUICK, "data": str(drawn_data), "project": str(tmp_path), "name": "run", "epochs": 1, "amp": False}
+    options |= {"batch": 4, "warmup_epochs": 0}
+    program = f"""
+import ultralytics
+ultralytics.YOLO({str(tmp_path / "converted.pt")!r}).train(**{options})
+"""  # nothing of odconv: the checkpoint brings it
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    last = ultralytics.YOLO(tmp_path / "run" / "weights" / "last.pt")
+    assert dynamic_names(last.model) == dynamic_names(network.model)
+    assert 1e-4 < (kernels(last.model) - kernels(network.model)).abs().max() < 1
+    model, begun = train_drawn(last, drawn_data, tmp_path, name="drawn anew", pretrained=False)
+    assert dynamic_names(model) == dynamic_names(network.model)
+    assert (begun["model.1.conv.weight"] - kernels(network.model)).abs().max() > 0.01
+
+
+def test_training_stops_and_resumes(ultralytics, drawn_data, tmp_path):
+    network = yolo.convert(ultralytics.YOLO("yolov8n.yaml"), kernel_num=2)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(trainer):
+        raise Stopped
+
+    network.add_callback("on_model_save", stop)
+    with pytest.raises(Stopped):
+        train_drawn(network, drawn_data, tmp_path, name="run", epochs=2)
+    last = ultralytics.YOLO(tmp_path / "run" / "weights" / "last.pt")
+    weights = last.model.state_dict()
+    begun = {}
+    last.add_callback("on_train_start", lambda trainer: begun.update(copy.deepcopy(trainer.ema.ema.state_dict())))
+    last.train(resume=True)
+    assert last.trainer.start_epoch == 1
+    assert dynamic_names(last.model) == dynamic_names(network.model)
+    torch.testing.assert_close(begun["model.1.conv.weight"], weights["model.1.conv.weight"])
+
+
+def test_training_starts_from_static_weights(ultralytics, drawn_data, tmp_path):
+    torch.manual_seed(0)
+    static = ultralytics.YOLO("yolo11n.yaml")
+    static.save(tmp_path / "static.pt")
+    network = ultralytics.YOLO("yolo11n.yaml").load(tmp_path / "static.pt")
+    yolo.convert(network, "condconv", kernel_num=2)
+    expected = dynamic_names(network.model)
+    model, begun = train_drawn(network, drawn_data, tmp_path)
+    assert dynamic_names(model) == expected
+    mixed = begun["model.1.conv.weight"].mean(0)  # of experts that are weighted by 1/2 each, which sum to n/2
+    torch.testing.assert_close(mixed, kernels(static.model), rtol=1e-2, atol=1e-3)
+
+
+def test_networks_with_rows_of_ours_train_as_they_did(ultralytics, drawn_data, tmp_path):
+    yolo.register()
+    (tmp_path / "yolov8n-rows.yaml").write_text(network_yaml("[-1, 1, C2f_ODConv, [128, True, {kernel_num: 2}]]"))
+    network = ultralytics.YOLO(tmp_path / "yolov8n-rows.yaml")
+    expected = dynamic_names(network.model)
+    model, _ = train_drawn(network, drawn_data, tmp_path)
+    assert dynamic_names(model) == expected
+    assert "model.1.m.0.cv1.conv" in expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4])
-def test_onnx_with_a_dynamic_batch_and_size(ultralytics, n):
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo11n.yaml"])
+def test_onnx_with_a_dynamic_batch_and_size(ultralytics, name, n):
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
-    network = ultralytics.YOLO("yolov8n.yaml")
+    network = ultralytics.YOLO(name)
     stirred(yolo.convert(network.model, kernel_num=n)).eval()
-    x = torch.rand(2, 3, 64, 96)
-    expected = boxes(network.model, x)
+    inputs = [torch.rand(1, 3, 64, 64), torch.rand(2, 3, 64, 96), torch.rand(5, 3, 96, 64)]
+    expected = [boxes(network.model, x) for x in inputs]
     file = network.export(format="onnx", dynamic=True, simplify=False, imgsz=64, device="cpu")
-    exported = runtime.InferenceSession(file).run(None, {"images": x.numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(exported), expected, rtol=1e-3, atol=1e-3)
+    session = runtime.InferenceSession(file)
+    for x, y in zip(inputs, expected, strict=True):
+        exported = session.run(None, {"images": x.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(exported), y, rtol=1e-3, atol=1e-3)
 
 
 # --- the page
@@ -324,7 +608,7 @@ def test_the_snippets_with_ultralytics_run(ultralytics, detection_data, tmp_path
     snippets = SNIPPETS
     small = "epochs=1, imgsz=64, batch=8, workers=0, device='cpu', plots=False"
     small += f", project={str(tmp_path)!r}"
-    for long, short in (("epochs=100, imgsz=640", small), ("network.val()", f"network.val({small})"), ("640", "64")):
+    for long, short in (("epochs=100, imgsz=640", small), ("network.val()", f"network.val({small})"), ("=640", "=64")):
         snippets = [snippet.replace(long, short) for snippet in snippets]
     assert sum("epochs=1," in snippet for snippet in snippets) == 2
     run(snippets, {})

@@ -1,153 +1,160 @@
 """The zoo in timm: after ``import odconv.timm``, ``timm.create_model("od_resnet50", kernel_num=4)`` builds one of ours.
 
+They are timm's own ResNets and MobileNetV2s with dynamic convolutions, and so have all that timm's have, and its keys.
 Only dynamic networks are registered; under the static names, timm has networks of its own.
+
+``python -m odconv.timm SCRIPT ...`` runs a script that does not import this module, such as timm's train.py.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+import argparse
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import SelectAdaptivePool2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg_value,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from odconv.models import BACKBONES, METHODS, create_model, split_name
+from odconv.convert import convert, options_of
+from odconv.models import BACKBONES, METHODS, split_name
 
-
-class Layout(NamedTuple):
-    """What timm wants to know of an architecture.
-
-    Attributes:
-        head: name of the last layer.
-        stages: names of the modules whose outputs are features, with strides 2, 4, 8, 16 and 32.
-        flatten: whether these modules are inside another one.
-    """
-
-    head: str
-    stages: tuple[str, ...]
-    flatten: bool
-
-
-RESNET = Layout("fc", ("relu", "layer1", "layer2", "layer3", "layer4"), flatten=False)
-MOBILENETV2 = Layout("classifier.1", tuple(f"features.{index}" for index in (1, 3, 6, 13, 17)), flatten=True)
+FIRST = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
+OTHERS = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}
+BLOCKS = [f"blocks.{stage}.{block}" for stage, size in enumerate((1, 2, 3, 4, 3, 3, 1)) for block in range(size)]
+PUBLISHED = {
+    **{"features.0.0": "conv_stem", "features.0.1": "bn1"},
+    **{
+        f"features.{index}.conv.{theirs}": f"{block}.{ours}"
+        for index, block in enumerate(BLOCKS, 1)
+        for theirs, ours in (FIRST if index == 1 else OTHERS).items()
+    },
+    **{"features.18.0": "conv_head", "features.18.1": "bn2", "classifier.1": "classifier"},
+}
+"""The layers of a MobileNetV2: the names that torchvision and the published files have, and those of timm."""
 
 
-class Classifier(nn.Module):
-    """A network of the zoo with the methods and attributes that timm's networks have; its keys are as published.
+def published(model: nn.Module) -> nn.Module:
+    """Show a network of timm under the published names, which those of its ResNets are already.
+
+    So ``odconv.load_checkpoint(published(model), path)`` loads a file of ours, and
+    ``odconv.checkpoints.save_safetensors(published(model), path)`` writes one for :func:`odconv.create_model`.
 
     Args:
-        name: a dynamic network of :func:`odconv.list_models`.
-        num_classes: outputs of the classifier; 0 for none, which leaves the pooled features.
-        in_chans: channels of the images.
-        drop_rate: share dropped before the classifier.
-        global_pool: timm's name of a pooling; "" for none, which leaves the maps and needs num_classes 0.
-        kernel_num: as for :func:`odconv.create_model`.
-        reduction: as for :func:`odconv.create_model`.
+        model: a network that timm built under one of our names; with ``features_only`` it has no classifier, and takes
+            ``strict=False`` to load a file that has one.
+
+    Returns:
+        A module without forward, whose layers are those of the model, not copies. Of a ResNet, the model itself.
+
+    Raises:
+        ValueError: the model is a MobileNetV2 that lacks blocks, or has other names for them.
     """
-
-    def __init__(
-        self,
-        name: str,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
-        global_pool: str = "avg",
-        kernel_num: int | None = None,
-        reduction: float | None = None,
-    ) -> None:
-        super().__init__()
-        for part, module in create_model(name, kernel_num=kernel_num, reduction=reduction).named_children():
-            if part != "avgpool":
-                self.add_module(part, module)
-        layout = layout_of(name)
-        self.body = [part for part in self._modules if part != layout.head.split(".")[0]]
-        self.head = layout.head
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        stem: Any = self.get_submodule(stem_of(name))
-        if in_chans != stem.in_channels:
-            stem.in_channels = in_chans
-            stem.weight = nn.Parameter(stem.weight.new_empty(stem.out_channels, in_chans, *stem.kernel_size))
-            nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-        head: Any = self.get_classifier()
-        self.num_features = self.head_hidden_size = head.in_features
-        self.feature_info = [
-            {"num_chs": out_channels(self.get_submodule(stage), stem), "reduction": 2**power, "module": stage}
-            for power, stage in enumerate(layout.stages, 1)
-        ]
-        self.reset_classifier(num_classes, global_pool)
-
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.get_submodule(self.head)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the last layer by a freshly drawn one.
-
-        Args:
-            num_classes: its outputs; 0 for none.
-            global_pool: another pooling before it; None to keep the one there is.
-
-        Raises:
-            ValueError: a classifier without pooling.
-        """
-        if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        if num_classes and self.global_pool.is_identity():
-            raise ValueError(f"num_classes must be 0 without global_pool, got {num_classes}")
-        self.num_classes = num_classes
-        layer: nn.Module = nn.Identity()
-        if num_classes:
-            like = next(self.parameters())
-            width = self.num_features * self.global_pool.feat_mult()
-            layer = nn.Linear(width, num_classes, device=like.device, dtype=like.dtype)
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-        self.set_submodule(self.head, layer)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last maps of images (B, in_chans, H, W)."""
-        for part in self.body:
-            x = self.get_submodule(part)(x)
-        return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The logits of the last maps, or with `pre_logits` what the classifier takes."""
-        x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
-        return x if pre_logits else self.get_classifier()(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits of images (B, in_chans, H, W)."""
-        return self.forward_head(self.forward_features(x))
+    layers = dict(model.named_modules())
+    if "conv_stem" not in layers:
+        return model
+    if lost := [block for block in BLOCKS if block not in layers]:
+        raise ValueError(f"model must be a MobileNetV2 with all blocks under timm's names, got none at {lost[0]}")
+    view = nn.Module()
+    for name, own in PUBLISHED.items():
+        *path, last = name.split(".")
+        parent = view
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        if own in layers:  # with features_only there is no head
+            parent.add_module(last, layers[own])
+    return view
 
 
-def layout_of(name: str) -> Layout:
-    """The architecture of a network of the zoo."""
-    return RESNET if split_name(name)[1].startswith("resnet") else MOBILENETV2
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Rename published keys to those of timm; others stay.
+
+    Args:
+        state_dict: tensors by name.
+        model: what they are for; timm passes it, and it does not matter.
+
+    Returns:
+        The same tensors.
+    """
+    return {timm_key(key): tensor for key, tensor in state_dict.items()}
 
 
-def stem_of(name: str) -> str:
-    """The name of its first convolution."""
-    return BACKBONES[split_name(name)[1]].stem
+def timm_key(key: str) -> str:
+    """Return the name that timm has for a tensor of a published file."""
+    for name, own in PUBLISHED.items():
+        if key.startswith(f"{name}."):
+            return own + key.removeprefix(name)
+    return key
 
 
-def out_channels(stage: nn.Module, stem: nn.Conv2d) -> int:
-    """The channels that a stage puts out: those of its last norm; the ReLU after the stem has none."""
-    norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
-    return norms[-1].num_features if norms else stem.out_channels
+def take_published(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename published keys before loading, since timm asks no filter when it loads a `checkpoint_path`."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        renamed = prefix + timm_key(key.removeprefix(prefix))
+        if renamed != key:
+            state[renamed] = state.pop(key)
 
 
 def builder(name: str) -> Callable[..., nn.Module]:
-    """The function that timm calls to build a network."""
+    """Make the function that timm calls to build a network."""
+    method_name, backbone = split_name(name)
+    method, stem = METHODS[str(method_name)], get_pretrained_cfg_value(backbone, "first_conv")
+
+    def chosen(path: str, conv: nn.Module) -> bool:
+        return path.split(".", maxsplit=1)[0] != stem and (method.shortcuts or ".downsample." not in path)
 
     def build(pretrained: bool = False, **options: Any) -> nn.Module:
-        features = {"flatten_sequential": layout_of(name).flatten}
-        return build_model_with_cfg(partial(Classifier, name), name, pretrained, feature_cfg=features, **options)
+        cfg = resolve_pretrained_cfg(name, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
+        if pretrained and not (cfg.has_weights or cfg.state_dict):
+            raise ValueError(
+                f"pretrained must be False for {name} (encoder_weights=None in segmentation_models_pytorch): timm has "
+                "no weights of it to download; pretrained_cfg_overlay={'file': path} names a file to load"
+            )
+        layer_options = {key: options.pop(key) for key in options_of(method.layer) if key in options}
+        fixed: dict[str, Any] = {}
+        if options.get("features_only") and stem == "conv_stem" and not options.keys() & {"feature_cls", "feature_cfg"}:
+            # timm has a class of its own for the features of these, without a head
+            fixed["features_only"] = options.pop("features_only")
+            options["pretrained_strict"] = False
+
+        def network(**arguments: Any) -> nn.Module:
+            model = model_entrypoint(backbone)(**arguments, **fixed)
+            convert(model, method.layer, include=chosen, warm_start=False, **method.options | layer_options)
+            model.register_load_state_dict_pre_hook(take_published)
+            return model
+
+        return build_model_with_cfg(network, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **options)
 
     build.__name__ = name
     return build
+
+
+def run_script() -> None:
+    """Run the script that the command line names, with its own arguments, as ``python SCRIPT ...`` would."""
+    parser = argparse.ArgumentParser(
+        "python -m odconv.timm",
+        usage="%(prog)s SCRIPT [arguments of the script]",
+        description="Run a Python script, such as timm's train.py, in which timm knows the networks of odconv.",
+    )
+    parser.add_argument("script", metavar="SCRIPT", help="a file of Python code")
+    script = parser.parse_args(sys.argv[1:2]).script
+    if not Path(script).is_file():
+        parser.error(f"SCRIPT must be a file of Python code, got {script}, which is none")
+    import_module("odconv.timm")  # not this module, which is __main__ here, and no longer when the script runs
+    del sys.argv[0]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
 
 
 NAMES = [f"{method}_{backbone}" for method in METHODS for backbone in BACKBONES]
@@ -160,9 +167,12 @@ default_cfgs = generate_default_cfgs({  # timm looks here
         "interpolation": "bilinear",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": stem_of(name),
-        "classifier": layout_of(name).head,
+        **{part: get_pretrained_cfg_value(split_name(name)[1], part) for part in ("first_conv", "classifier")},
     }
     for name in NAMES
 })  # fmt: skip
-globals().update({name: register_model(builder(name)) for name in NAMES})
+
+if __name__ == "__main__":
+    run_script()
+else:
+    globals().update({name: register_model(builder(name)) for name in NAMES})
