@@ -17,6 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from odconv.detect import boxes
 from odconv.detect.boxes import FineCoder, set_coder
+from odconv.detect.losses import learn_as_mmdetection
 
 STRIDES = (*boxes.STRIDES, 64)
 """Pixels of the image for one of each level of the pyramid."""
@@ -124,12 +125,13 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def adopt(detector: GeneralizedRCNN) -> None:
-    """Let a Faster or Mask R-CNN of torchvision compute as mmdetection's does."""
+    """Let a Faster or Mask R-CNN of torchvision compute, learn and begin as mmdetection's does."""
     old = detector.transform
     detector.transform = Transform(old.min_size, old.max_size, old.image_mean, old.image_std, old.size_divisible)
     anchors = detector.rpn.anchor_generator
     detector.rpn.anchor_generator = Anchors(anchors.sizes, anchors.aspect_ratios)
     set_coder(detector, Coder)
+    learn_as_mmdetection(detector)
     detector.roi_heads.box_roi_pool = Pool(7)
     if detector.roi_heads.has_mask():
         detector.roi_heads.mask_roi_pool = Pool(14)
