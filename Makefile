@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow yolo lint format clean
+# the oldest PyTorch that pyproject.toml allows, with the torchvision that belongs to it
+OLDEST := torch==2.12.0 torchvision==0.27.0
+SOON := 2 minutes on a fast line, a quarter of an hour on a slow one
+
+.PHONY: demo test test-oldest slow yolo lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --out demo
@@ -15,6 +19,10 @@ test: lint
 # ultralytics is AGPL, and its thop takes the place of the plain one
 yolo: .venv-yolo/installed
 	OMP_NUM_THREADS=1 .venv-yolo/bin/python -m pytest tests/test_yolo.py tests/test_counters.py -m "slow or not slow"
+
+# what is compiled and exported depends most on PyTorch
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/test_layers.py tests/test_export.py tests/test_tracing.py
 
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow --durations 0
@@ -30,16 +38,26 @@ format: $(VENV)/installed
 
 # torch and torchvision belong together: one resolution, nothing pinned to a local build
 $(VENV)/installed: pyproject.toml
+	@echo "$(VENV): fetching PyTorch with CUDA and the packages of all tests, about 3 GB, 7 GB on the disk."
+	@echo "Once; it takes $(SOON)."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --editable ".[dev]"
 	touch $@
 
 .venv-yolo/installed: pyproject.toml
-	$(PYTHON) -m venv .venv-yolo
-	.venv-yolo/bin/python -m pip install --quiet --upgrade pip
-	.venv-yolo/bin/python -m pip install --quiet --editable ".[train,export]" hypothesis pytest "ultralytics>=8.4"
+	@echo "$(@D): fetching PyTorch with CUDA and ultralytics, about 3 GB, 6 GB on the disk. Once; it takes $(SOON)."
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --editable ".[train,export]" hypothesis pytest "ultralytics>=8.4"
+	touch $@
+
+.venv-oldest/installed: pyproject.toml Makefile
+	@echo "$(@D): fetching $(OLDEST) with CUDA, about 3 GB, 6 GB on the disk. Once; it takes $(SOON)."
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --editable ".[train,export]" hypothesis pytest $(OLDEST)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-yolo demo dist build
+	rm -rf $(VENV) .venv-yolo .venv-oldest demo dist build

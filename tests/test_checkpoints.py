@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,11 @@ from torch import Tensor, nn
 
 from odconv import ODConv2d
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve, save_safetensors
+from odconv.cli import main
+from odconv.train.restore import restore
+
+pytest.importorskip("faster_coco_eval")
+from odconv.detect.restore import restore as restore_detector
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -230,6 +236,117 @@ def test_hostile_files_are_refused_and_not_run(zipped: bool, tmp_path: Path) -> 
     assert not witness.exists()
     torch.load(path, weights_only=False)
     assert witness.exists()  # so the file was dangerous indeed
+
+
+def compress(path: Path) -> None:
+    """Write a zip file anew, with all of its members compressed."""
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+
+
+def test_compressed_members_are_read_as_they_were(tmp_path: Path) -> None:
+    net, other = network(), network()
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    compress(tmp_path / "weights.pth")
+    load_checkpoint(other, tmp_path / "weights.pth")
+    assert_same(other.state_dict(), net.state_dict())
+
+
+class Larger:
+    """A tensor that claims more numbers than its storage has."""
+
+    def __reduce__(self) -> tuple:
+        storage = torch.zeros(4).untyped_storage()
+        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+        return torch._utils._rebuild_tensor_v2, (typed, 0, (10**12,), (1,), False, OrderedDict())
+
+
+@pytest.mark.parametrize("case", ["expanded", "shared", "claimed", "compressed"])
+def test_no_more_memory_is_asked_for_than_the_file_can_hold(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    if case == "expanded":
+        torch.save({"a": torch.zeros(1).expand(10**12)}, path)
+    elif case == "shared":
+        whole = torch.zeros(10**6)
+        torch.save({f"a{i}": whole for i in range(1000)}, path)
+    elif case == "claimed":
+        torch.save({"a": Larger()}, path)
+    else:
+        torch.save({"a": torch.zeros(10**7)}, path)
+        compress(path)
+    with pytest.raises(ValueError, match=r"weights\.pth .*(are allowed for a file of its size|damaged or cut short)"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t.to_sparse(), "holds a tensor that is sparse coo, and cannot be loaded: fc.weight"),
+        (lambda t: t.to_sparse_csr(), "holds a tensor that is sparse csr, and cannot be loaded: fc.weight"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "that is quantised, and cannot be loaded"),
+        (lambda t: t.to("meta"), "that is without content, and cannot be loaded"),
+        (lambda t: t + 1j, "holds complex numbers, and the model real ones: fc.weight"),
+    ],
+    ids=["sparse", "csr", "quantised", "meta", "complex"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_cannot_be_copied_leave_the_model_untouched(change: Callable, reason: str, tmp_path: Path) -> None:
+    state, other = network().state_dict(), network()
+    torch.save(state | {"fc.weight": change(state["fc.weight"])}, tmp_path / "weights.pth")
+    before = copy.deepcopy(other.state_dict())
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=rf"weights\.pth .*{reason}"):
+            load_checkpoint(other, tmp_path / "weights.pth", strict=strict)
+        assert_same(other.state_dict(), before)
+
+
+def test_control_characters_of_a_file_are_not_printed(tmp_path: Path, capsys) -> None:
+    torch.save({"a\x1b]0;title\x07": torch.ones(1, 1)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="keys unknown to the model") as caught:
+        load_checkpoint(network(), tmp_path / "weights.pth")
+    assert r"a\x1b]0;title\x07" in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    run = {"state_dict": {"a": torch.ones(1, 1)}, "odconv": {}, "hyper_parameters": {"detector": "\x1b[31m"}}
+    torch.save(run, tmp_path / "weights.ckpt")
+    assert main(["evaluate", "--weights", str(tmp_path / "weights.ckpt"), "--data", "digits"]) == 1
+    assert r"is a detector, \x1b[31m: see" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("notes", "options"),
+    [
+        ({}, None),
+        ([], {}),
+        ({}, "resnet18"),
+        ({}, {"arch": ["resnet18"]}),
+        ({}, {"arch": 18}),
+        ({}, {"image_size": "large"}),
+        ({}, {"image_size": 10**7}),
+        ({}, {"resize_size": 10**400}),
+        ({}, {"kernel_num": 10**9}),
+        ({}, {"kernel_num": 10**18}),
+        ({}, {"kernel_num": 10**400}),
+        ({}, {"layer_options": [1]}),
+        ({}, {"stem": None}),
+        ({"temperature": 10**400}, {}),
+    ],
+)
+def test_malformed_notes_are_a_value_error(notes: object, options: object, tmp_path: Path) -> None:
+    described = {"arch": "od_resnet18", "image_size": 32, "resize_size": 36}
+    torch.save(
+        {
+            "state_dict": {"fc.weight": torch.ones(2, 2), "roi_heads.box_predictor.cls_score.bias": torch.ones(2)},
+            "odconv": notes,
+            "hyper_parameters": described | options if isinstance(options, dict) else options,
+        },
+        tmp_path / "weights.ckpt",
+    )
+    for load in (restore, restore_detector):
+        with pytest.raises(ValueError, match=r"weights\.ckpt|must be"):
+            load(str(tmp_path / "weights.ckpt"))
 
 
 def test_objects_can_be_allowed_by_who_trusts_them(tmp_path: Path) -> None:

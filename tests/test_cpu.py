@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import odconv
+from odconv.files import cache_folder
 from odconv.functional import dynamic_conv
 from odconv.ops import cpu
+from odconv.ops.cpu import library
 
 NEEDS_KERNEL = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler, or not x86 with AVX2")
 
@@ -166,7 +169,7 @@ def test_a_network_without_the_kernel_computes_the_same(tmp_path):
         command = [sys.executable, "-c", code, str(tmp_path / name)]
         run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, check=True)
         told = {"broken": "no such target", "missing": "no C++ compiler 'no-such-compiler'"}
-        if name in told and torch.backends.cpu.get_cpu_capability() in cpu.VECTORS:
+        if name in told and torch.backends.cpu.get_cpu_capability() in library.VECTORS:
             assert told[name] in run.stderr
             assert run.stderr.count("could not be compiled") == 1
         elif name == "without":
@@ -174,6 +177,250 @@ def test_a_network_without_the_kernel_computes_the_same(tmp_path):
         results.append(torch.load(tmp_path / name, weights_only=True))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+
+
+def operands(**changes):
+    """Arguments of torch.ops.odconv.conv that fit each other, but for the changes."""
+    given = {
+        "x": torch.ones(2, 4, 5, 5),
+        "weight": torch.ones(3, 6, 2, 3, 3),
+        "kernel": torch.ones(2, 3),
+        "spatial": torch.ones(2, 3, 3),
+        "channel": torch.ones(2, 4),
+        "filter": torch.ones(2, 6),
+        "stride": [1, 1],
+        "padding": [1, 1],
+        "dilation": [1, 1],
+        "groups": 2,
+    }
+    return [*(given | changes).values()]
+
+
+HUGE = 2**62
+WRONG = {
+    "no stride": {"stride": []},
+    "stride 0": {"stride": [0, 1]},
+    "stride below 0": {"stride": [-1, 1]},
+    "one stride": {"stride": [1]},
+    "stride for three axes": {"stride": [1, 1, 1]},
+    "huge stride": {"stride": [HUGE, HUGE]},
+    "padding below 0": {"padding": [-1, 0]},
+    "huge padding": {"padding": [HUGE, HUGE]},
+    "no padding": {"padding": []},
+    "dilation 0": {"dilation": [0, 1]},
+    "huge dilation": {"dilation": [HUGE, HUGE]},
+    "a reach beyond the map": {"dilation": [5, 1]},
+    "no groups": {"groups": 0},
+    "groups below 0": {"groups": -2},
+    "groups that do not divide": {"groups": 4},
+    "huge groups": {"groups": HUGE},
+    "an empty batch": {"x": torch.ones(0, 4, 5, 5)},
+    "an empty map": {"x": torch.ones(2, 4, 5, 0)},
+    "other channels": {"x": torch.ones(2, 3, 5, 5)},
+    "integers": {
+        "x": torch.ones(2, 4, 5, 5, dtype=torch.int64),
+        "weight": torch.ones(3, 6, 2, 3, 3, dtype=torch.int64),
+    },
+    "halves": {"x": torch.ones(2, 4, 5, 5).half(), "weight": torch.ones(3, 6, 2, 3, 3).half()},
+    "no space": {"x": torch.ones(2, 4), "weight": torch.ones(3, 6, 2)},
+    "four axes": {"x": torch.ones(2, 4, 2, 2, 2, 2), "weight": torch.ones(3, 6, 2, 1, 1, 1, 1)},
+    "a weight of other axes": {"weight": torch.ones(3, 6, 2, 3)},
+    "an empty weight": {"weight": torch.ones(0, 6, 2, 3, 3)},
+    "a weight without taps": {"weight": torch.ones(3, 6, 2, 0, 3)},
+    "a weight of doubles": {"weight": torch.ones(3, 6, 2, 3, 3).double()},
+    "a strided weight": {"weight": torch.ones(3, 6, 2, 3, 6)[..., ::2]},
+    "a kernel too few": {"kernel": torch.ones(2, 2)},
+    "no shares": {"kernel": None},
+    "shares of another batch": {"kernel": torch.ones(3, 2)},
+    "shares of doubles": {"kernel": torch.ones(2, 3).double()},
+    "strided shares": {"kernel": torch.ones(3, 2).t()},
+    "other taps": {"spatial": torch.ones(2, 2, 2)},
+    "a number": {"spatial": torch.tensor(1.0)},
+    "a channel too few": {"channel": torch.ones(2, 3)},
+    "a filter too many": {"filter": torch.ones(2, 7)},
+}
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
+def test_operators_refuse_what_does_not_fit(changes):
+    with pytest.raises(RuntimeError, match="odconv: "):
+        torch.ops.odconv.conv(*operands(**changes))
+    with pytest.raises(RuntimeError, match="odconv: "):
+        torch.ops.odconv.conv_backward(torch.ones(2, 6, 5, 5), *operands(**changes), True, True)
+
+
+@NEEDS_KERNEL
+def test_operators_take_what_fits():
+    y = torch.ops.odconv.conv(*operands())
+    assert y[0, 0, 2, 2] == 3 * 2 * 9
+    for grad in (torch.ones(2, 6, 5, 4), torch.ones(2, 6, 5, 5).double(), torch.ones(6, 5, 5), torch.ones(0)):
+        with pytest.raises(RuntimeError, match="odconv: grad must be"):
+            torch.ops.odconv.conv_backward(grad, *operands(), True, True)
+    found = torch.ops.odconv.conv_backward(torch.ones(2, 6, 5, 5), *operands(), True, True)
+    assert [gradient.shape for gradient in found] == [tensor.shape for tensor in operands()[:6]]
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pooled": torch.ones(2, 4, 1)},
+        {"pooled": torch.ones(2, 0)},
+        {"pooled": torch.ones(4, 2).t()},
+        {"pooled": torch.ones(2, 4).half()},
+        {"fc": torch.ones(3, 5)},
+        {"fc": torch.ones(0, 4)},
+        {"fc": torch.tensor(1.0)},
+        {"norm": [torch.ones(3)] * 3},
+        {"norm": [torch.ones(2)] * 4},
+        {"norm": [torch.ones(3).double()] * 4},
+        {"weights": []},
+        {"weights": [torch.ones(5, 2), torch.ones(7, 3)]},
+        {"weights": [torch.tensor(1.0), torch.ones(7, 3)]},
+        {"biases": [torch.ones(5)]},
+        {"biases": [torch.ones(5), torch.ones(6)]},
+        {"gains": [1.0]},
+        {"gains": []},
+        {"temperature": torch.ones(2)},
+        {"temperature": torch.ones(0)},
+        {"temperature": torch.ones((), dtype=torch.float64)},
+    ],
+    ids=str,
+)
+def test_the_attention_refuses_what_does_not_fit(changes):
+    given = {
+        "pooled": torch.ones(2, 4),
+        "fc": torch.ones(3, 4),
+        "norm": [torch.ones(3)] * 4,
+        "eps": 1e-5,
+        "weights": [torch.ones(5, 3), torch.ones(7, 3)],
+        "biases": [torch.ones(5), torch.ones(7)],
+        "gains": [1.0, 0.0],
+        "temperature": torch.tensor(1.0),
+    }
+    assert [gate.shape for gate in torch.ops.odconv.attend(*given.values())] == [(2, 5), (2, 7)]
+    with pytest.raises(RuntimeError, match="odconv: "):
+        torch.ops.odconv.attend(*(given | changes).values())
+
+
+@pytest.mark.slow
+@NEEDS_KERNEL
+def test_no_sanitizer_complains(tmp_path):
+    """The kernel with AddressSanitizer and UBSan in it, and the tests of its results and of wrong arguments."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nexec g++ -fsanitize=address,undefined -fno-sanitize-recover=all -g "$@"\n')
+    compiler.chmod(0o755)
+    found = [
+        subprocess.check_output(["g++", f"-print-file-name={name}.so"], text=True) for name in ("libasan", "libubsan")
+    ]
+    changes = {
+        "CXX": str(compiler),
+        "ODCONV_CACHE": str(tmp_path),
+        "LD_PRELOAD": ":".join(path.strip() for path in found),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+    }
+    tests = [
+        "test_large_problems",
+        "test_any_strides",
+        "test_operators",
+        "test_the_attention_refuses",
+        "test_attention_without",
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", " or ".join(tests)]
+    run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "skipped" not in run.stdout
+
+
+USE = (
+    "import torch; from odconv.ops import cpu; assert cpu.available();"
+    "torch.ops.odconv.conv(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 3, 3), *[None] * 4, [1, 1], [1, 1], [1, 1], 1)"
+)
+
+
+class Compiler:
+    """What stands for the compiler and takes a second: it copies what was compiled before, and counts how often."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache, self.log, script = folder / "cache", folder / "log", folder / "compiler"
+        script.write_text(
+            f'#!/bin/sh\necho >> {self.log}\nsleep 1\nwhile [ "$1" != -o ]; do shift; done\ncp {library.build()} "$2"\n'
+        )
+        script.chmod(0o755)
+        self.environment = os.environ | {"CXX": str(script), "ODCONV_CACHE": str(self.cache)}
+        self.command = [sys.executable, "-c", USE]
+
+    def use(self) -> str:
+        """Use the kernel in a process of its own; what it says."""
+        run = subprocess.run(self.command, env=self.environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        return run.stderr
+
+    @property
+    def library(self) -> Path:
+        (file,) = self.cache.glob("cpu-*.so")
+        return file
+
+    @property
+    def times(self) -> int:
+        return len(self.log.read_text())
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    return Compiler(tmp_path)
+
+
+@NEEDS_KERNEL
+def test_eight_processes_compile_once_and_say_so_once(compiler):
+    streams = {"env": compiler.environment, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(compiler.command, **streams) for _ in range(8)]
+    said = "".join(process.communicate()[1] for process in processes)
+    assert [process.returncode for process in processes] == [0] * 8, said
+    assert compiler.times == 1
+    assert said.count("compiling odconv's kernel for the CPU into") == said.count("\n") == 1
+    assert compiler.use() == ""
+    assert not [*compiler.cache.glob(".*")]
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("case", ["cut", "empty", "another", "no record", "group writes", "folder", "owner"])
+def test_what_is_no_longer_what_was_compiled_is_compiled_again_once(compiler, case):
+    compiler.use()
+    kept = compiler.library
+    if case == "cut":
+        os.truncate(kept, kept.stat().st_size // 2)
+    elif case == "empty":
+        os.truncate(kept, 0)
+    elif case == "another":  # with which nothing is wrong, but that it is not ours
+        kept.write_bytes(Path(next(Path(torch.__file__).parent.glob("lib/libc10.so"))).read_bytes())
+    elif case == "no record":
+        kept.with_suffix(".sha256").unlink()
+    elif case == "group writes":
+        kept.chmod(0o775)
+    elif case == "folder":
+        kept.unlink()
+        kept.symlink_to(kept.parent)
+    elif os.geteuid():
+        pytest.skip("only root can give a file away")
+    else:
+        os.chown(kept, 12345, 12345)
+    assert "compiling odconv's kernel" in compiler.use()
+    assert compiler.use() == ""
+    assert compiler.times == 2
+    assert compiler.library.stat().st_uid == os.geteuid()
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("ODCONV_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("ODCONV_CACHE")
+    assert cache_folder() == tmp_path / "odconv"
+    for value in ("", "relative"):  # which its standard says to ignore
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_folder() == Path("~/.cache/odconv").expanduser()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The page in the browser: real networks, a real server, and a browser that drops images on it."""
 
 import base64
+import io
 import json
 import os
 import re
@@ -72,6 +73,15 @@ def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- images
 
 
+def progressive(side: int, scans: int) -> bytes:
+    """A JPEG of 30 kB whose last scan comes over and over again."""
+    content = io.BytesIO()
+    Image.new("RGB", (side, side)).save(content, "JPEG", progressive=True)
+    start, end = content.getvalue().rindex(b"\xff\xda"), -2
+    whole = content.getvalue()
+    return whole[:start] + whole[start:end] * (scans - whole.count(b"\xff\xda") + 1) + whole[end:]
+
+
 def test_a_photo_stands_upright(tmp_path: Path) -> None:
     photo = Image.new("RGB", (40, 20), "red")
     photo.paste("blue", (0, 0, 20, 20))  # on the left
@@ -95,9 +105,13 @@ def test_images_that_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     Image.effect_noise((99, 99), 50).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:4000])
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "scans.jpg").write_bytes(progressive(2000, 500))
     for name, reason in {
         "missing.png": "no image", "text.jpg": "no image", "empty.png": "no image", "drawing.jpg": "no image",
-        "large.png": "8000 x 8000 pixels", "huge.png": "far more than 50 million", "half.png": "damaged",
+        "pipe.png": "no image", "large.png": "8000 x 8000 pixels", "huge.png": "far more than 50 million",
+        "half.png": "cannot be read: .*truncated",
+        "scans.jpg": "cannot be read: its 500 scans of 4,000,000 pixels each take too long",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name} .*{reason}"):
             read_upload(tmp_path / name)
@@ -157,6 +171,9 @@ def test_networks_that_cannot_be_compared(networks: dict[str, str], tmp_path: Pa
     other = save_network(tmp_path / "other.ckpt", "mobilenetv2_050", ["cat", "dog"])
     with pytest.raises(ValueError, match="classes of both networks must be the same, got 2 and 10"):
         load(networks["weights"], other, None)
+    for name in ("none.onnx", "none.pt2"):  # refused by its name: opening some would run code
+        with pytest.raises(ValueError, match=rf"{name} is an exported network, which nobody can look into"):
+            load(networks["weights"], str(tmp_path / name), None)
 
 
 # ---- the command

@@ -657,3 +657,21 @@ def test_published_weights_that_do_not_fit(tmp_path):
         odconv.create_detector("mask_rcnn", "od_mobilenetv2_050", num_classes=21, weights=path)
     with pytest.raises(ValueError, match="not retinanet"):
         odconv.create_detector("retinanet", "od_mobilenetv2_050", weights=path)
+
+
+def test_the_classes_that_mmdetection_notes_are_those_of_the_detector(tmp_path):
+    from odconv.detect.restore import restore
+
+    names = ("cat", "unicorn", "dog")
+    state = mmdetection_state(masks=False, classes=3)
+    for noted, found in ((names, list(names)), (("person",), ["class 1", "class 2", "class 3"])):
+        torch.save({"meta": {"CLASSES": noted}, "state_dict": state}, tmp_path / "faster.pth")
+        restored = restore(str(tmp_path / "faster.pth"), detector="faster_rcnn", arch="od_mobilenetv2_050")
+        assert (restored.classes, restored.categories) == (found, [1, 2, 3])
+
+
+def test_a_resnet_of_caffes_style_is_refused_by_name(tmp_path):
+    config = "model = dict(\n    backbone=dict(type='ResNet', depth=50, style='caffe'))\n"
+    torch.save({"meta": {"config": config}, "state_dict": mmdetection_state(masks=False)}, tmp_path / "caffe.pth")
+    with pytest.raises(ValueError, match=r"caffe\.pth holds a detector on a ResNet of style 'caffe'"):
+        odconv.create_detector("faster_rcnn", "od_mobilenetv2_050", weights=tmp_path / "caffe.pth")

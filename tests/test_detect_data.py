@@ -203,6 +203,13 @@ NAN = float("nan")
         ({"segmentation": [[1, 1, 2, 2]]}, "without a polygon of three points"),
         ({"segmentation": "mask"}, "neither polygons nor RLE"),
         ({"segmentation": [[500, 500, 510, 500, 510, 510]]}, "without a polygon of three points or more in the image"),
+        ({"segmentation": [[0, 0, 1e9, 1e9, 0, 1e9]]}, "with a mask whose outline is longer than 1,000,000 pixels"),
+        (
+            {"segmentation": [*SQUARE, [0, 0, 30, 30] * 20_000]},
+            "with a mask whose outline is longer than 1,000,000 pixels",
+        ),
+        ({"segmentation": [[10**400] * 6]}, "without a polygon of three points"),
+        ({"bbox": [0, 0, 10**400, 10**400]}, "without a box"),
         ({"segmentation": {"size": [40, 60], "counts": [5, 5]}}, "with an RLE that cannot be decoded"),
         ({"segmentation": {"size": [40, 60], "counts": None}}, "with an RLE that cannot be decoded"),
         ({"segmentation": {"size": [40, 60], "counts": "zzzzzzzz"}}, "with an RLE that cannot be decoded"),
@@ -221,6 +228,20 @@ def test_what_cannot_be_learned_is_left_out_counted_and_named(write, annotation:
     assert re.fullmatch(rf"left out of .*: 1 .*{reason}.* \(ids 2\)", annotations.describe_dropped())
     if "segmentation" in annotation:
         assert len(read_annotations(write(changed(**annotation))).objects[0]) == 2, "boxes alone need no masks"
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_objects_on_images_too_large_to_be_read_are_left_out(write, masks: bool) -> None:
+    """Whose masks would take 10 GB each."""
+    what = content()
+    what["images"][0] |= {"width": 10**5, "height": 10**5}
+    for item in what["annotations"]:
+        item["image_id"] = what["images"][0]["id"]
+        item["segmentation"] = {"size": [10**5, 10**5], "counts": [0, 10**10]}
+    annotations = read_annotations(write(what), masks=masks)
+    count = len(what["annotations"])
+    assert f"{count} of images that are listed as too large to be read" in annotations.describe_dropped()
+    assert not any(annotations.objects)
 
 
 def test_a_bad_polygon_does_not_cost_the_mask(write) -> None:
@@ -247,6 +268,8 @@ def with_image(**entry: object) -> Content:
     ("what", "message"),
     [
         ("{", "is no JSON"),
+        ("[" * 10**5, "is no JSON"),
+        (with_image(width=10**400), r"the image a\.png in .* pixels"),
         ("[]", "has no list of images .* it holds a list"),
         (without("images"), "has no list of images; it holds annotations, categories"),
         (without("annotations"), "has no list of annotations"),

@@ -136,7 +136,7 @@ def test_the_batch_is_nowhere_a_group(file):
         for attribute in node.attribute
         if attribute.name == "group"
     ]
-    assert sorted(groups) == [1, 1, 1, 2, 16]
+    assert {*groups} == {1, 2, 16}  # how many there are depends on PyTorch
 
 
 @pytest.mark.parametrize("options", [{"form": "product"}, {"opset": 20, "precision": "float16"}])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from small_runs import (
     without_times,
 )
 
+from odconv.data.pack import pack
 from odconv.train import evaluate, train
 from odconv.train.files import LAST, PREVIOUS, CheckpointFiles
 
@@ -115,6 +117,7 @@ def test_a_signal_saves_the_step_it_came_in(
     assert not [*Path().glob("hpc_ckpt*")]
 
 
+@pytest.mark.slow
 def test_parts_and_averages_survive_a_kill(folder: Path, tmp_path: Path) -> None:
     options = OPTIONS | RANDOM | {"data": str(folder), "accumulate": 2, "average": 0.9, "workers": 0, "epochs": 2}
     train(**options, out=str(tmp_path / "whole"))
@@ -132,6 +135,40 @@ def test_parts_and_averages_survive_a_kill(folder: Path, tmp_path: Path) -> None
     # what is evaluated and kept is the average
     again = evaluate(weights=str(killed / LAST), data=str(folder), workers=0)
     assert again["loss"] == pytest.approx(rows(killed)[-1]["val_loss"], rel=1e-5)
+
+
+KILLS = 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["folder", "shards", "two processes"])
+def test_kills_at_random_moments_change_no_weight(
+    source: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    data, whole, killed = folder, tmp_path / "whole", tmp_path / "killed"
+    if source == "shards":
+        data = tmp_path / "shards"
+        pack(data=str(folder), out=str(data), shard_mb=0.05, workers=1)
+    options = OPTIONS | RANDOM | HOT | {"data": str(data), "save_every": 2, "resume": "auto"}
+    options |= {"epochs": 2 * KILLS}  # so that there is always something left to do
+    launcher = TORCHRUN if source == "two processes" else ()
+    random, steps, last = Random(0), [], killed / LAST
+    for _ in range(KILLS):
+        before = last.stat().st_mtime_ns if steps else 0
+        process = start(options | {"out": killed}, launcher)
+        wait_until(lambda t=before: last.exists() and last.stat().st_mtime_ns > t, process, 600)
+        time.sleep(random.random())
+        for pid in (process.pid, *children(process.pid)):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        steps.append(checkpoint(last)["global_step"])
+    for out in (killed, whole):
+        process = start(options | {"out": out}, launcher)
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+    print(f"{source}: {len(steps)} kills, the last checkpoints at steps {steps} of {13 * 2 * KILLS}")
+    assert same_weights(killed / LAST, whole / LAST)
 
 
 def test_a_process_that_reads_images_is_killed(folder: Path, trained: Path, out: Path) -> None:
@@ -152,6 +189,7 @@ def test_a_process_that_reads_images_is_killed(folder: Path, trained: Path, out:
     assert [row["epoch"] for row in rows(out)] == [*range(1, done + 2)]
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_killed_and_torchrun_starts_them_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

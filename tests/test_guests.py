@@ -96,16 +96,17 @@ def test_a_whole_model_comes_back_with_its_temperature(tmp_path):
     assert temperatures(again) == temperatures(copy.deepcopy(model).half().float()) == [5.0]
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", PARTS)
-def test_masks_of_pruning_hold_in_training_and_evaluation(part, dtype):
+def test_masks_of_pruning_hold_in_training_and_evaluation(part, dtype, batch):
     model = network().to(dtype)
     module = model[1].get_submodule(part)
     with torch.no_grad():
         module.weight.copy_(torch.randn_like(module.weight))
     prune.l1_unstructured(module, "weight", amount=0.5)
     mask = module.weight_mask.bool()
-    train(model)
+    train(model, batch=batch)
     assert module.weight_orig.grad[~mask].abs().max() == 0
     x = images(dtype=dtype)
     found = logits(model, x)
@@ -114,8 +115,7 @@ def test_masks_of_pruning_hold_in_training_and_evaluation(part, dtype):
     torch.testing.assert_close(found, logits(model, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_the_kernels_can_be_masked_too(part):
+def test_the_kernels_can_be_masked_too():
     model = network()
     prune.l1_unstructured(model[1], "weight", amount=0.5)
     train(model)
@@ -152,8 +152,9 @@ def set_weight(plain, model, part, weight):
         other.bias.data.copy_(bias.detach())
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("part", PARTS)
-def test_hooks_on_every_part_of_the_attention_are_called(part):
+def test_hooks_on_every_part_of_the_attention_are_called(part, batch):
     model = network()
     module = model[1].get_submodule(part)
     seen = []
@@ -163,9 +164,9 @@ def test_hooks_on_every_part_of_the_attention_are_called(part):
         module.register_forward_hook(lambda _, args, y: y + 10),
         module.register_full_backward_hook(lambda *_: seen.append("back")),
     ]
-    model.train()(images()).sum().backward()
+    model.train()(images(batch)).sum().backward()
     assert seen == [seen[0], "back"]
-    assert seen[0][0] == 3
+    assert seen[0][0] == batch
     changed = logits(model, x)
     assert not torch.allclose(plain, changed)
     for handle in handles:
@@ -227,6 +228,27 @@ def test_pytorch_counts_the_multiply_adds(name):
         model(torch.randn(4, 3, 64, 64)).sum().backward()
     # x's gradient is not wanted in the stem; mixing is done again, and its gradient goes to kernels and shares
     assert 2.5 < counter.get_total_flops() / 2 / 4 / wanted < 3.6
+
+
+COUNTED = """
+import sys, torch, odconv
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as first, torch.no_grad():  # before anything of ours was called or made
+    if sys.argv[1] == "operator":
+        odconv.functional.dynamic_conv(torch.randn(2, 8, 9, 9), torch.randn(1, 8, 8, 3, 3), padding=1)
+    else:
+        torch.load(sys.argv[1], weights_only=False)(torch.randn(2, 8, 9, 9))
+print(first.get_total_flops())
+"""
+
+
+def test_counting_needs_no_order(tmp_path):
+    layer = odconv.ODConv2d(8, 8, 3, padding=1).eval()
+    torch.save(layer, tmp_path / "layer.pt")
+    wanted = {"operator": 9 * 9 * 8 * 8 * 9, str(tmp_path / "layer.pt"): odconv.profile(layer, (8, 9, 9)).madds}
+    for source, madds in wanted.items():
+        run = subprocess.run([sys.executable, "-c", COUNTED, source], capture_output=True, text=True, check=True)
+        assert int(run.stdout) == 4 * madds
 
 
 def test_lightning_counts_the_multiply_adds():
@@ -319,6 +341,35 @@ def test_monai_traces_a_dynamic_network():
         with pytest.raises(TypeError, match="cannot be scripted"):
             monai.convert_to_torchscript(model)
     torch.testing.assert_close(traced(x[:1]), logits(model, x[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_temperature_may_be_set_before_the_backward_pass():
+    model = network(temperature=30.0)
+    y = model(images())
+    odconv.set_temperature(model, 10.0)
+    y.sum().backward()
+
+
+def test_global_hooks_see_the_parts_of_an_attention():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        logits(model := network(), images())
+    finally:
+        handle.remove()
+    assert {model[1].attention.fc, model[1].attention.bn, model[1].attention.kernel_fc} <= {*seen}
+
+
+def test_synchronised_batch_norm_is_drawn_as_batch_norm_is():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
+    bn = model[1].attention.bn
+    bn.num_batches_tracked += 5
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert isinstance(bn, nn.SyncBatchNorm)
+    assert (bn.weight == 0.2).all()
+    assert bn.num_batches_tracked == 0
 
 
 SHARDED = """

@@ -16,6 +16,7 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 pytest.importorskip("safetensors")
 pytest.importorskip("torchvision")
 HubModel = pytest.importorskip("odconv.hub").HubModel
+load_classifier = pytest.importorskip("odconv.predict").load_classifier
 
 NAME, OPTIONS = (
     "od_mobilenetv2_050",
@@ -136,6 +137,36 @@ def test_what_does_not_fit_is_explained(tmp_path):
         HubModel("od_resnet19")
     with pytest.raises(TypeError, match="kernels"):
         HubModel("od_resnet18", kernels=4)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"weights": "/etc/passwd"}, "config.json of .* must not say weights: model.safetensors are its weights"),
+        ({"weights": "someone/else", "warm_start": True}, "must not say weights and warm_start"),
+        ({"num_classes": 10**12}, r"model\.safetensors of .* bytes cannot hold the [0-9,]+ numbers of its"),
+        ({"kernel_num": 10**9}, r"model\.safetensors of .* bytes cannot hold the [0-9,]+ numbers of its"),
+        ({"kernel_num": 10**18}, "cannot hold the network that goes with it"),
+        ({"endpoint": "http://127.0.0.1:9"}, r"config\.json is malformed: TypeError: .*endpoint"),
+        ({"kernels": 4}, r"config\.json is malformed: TypeError: .*kernels"),
+        ({"name": ["od_resnet18"]}, "unknown model"),
+        ({"num_classes": None}, "num_classes must be an int of at least 1"),
+    ],
+)
+def test_config_json_says_what_builds_the_network_and_nothing_else(said, message, tmp_path):
+    HubModel(NAME, **OPTIONS).save_pretrained(tmp_path, model_card_kwargs={"image_size": 32})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | said))
+    with pytest.raises(ValueError, match=message):
+        load_classifier(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 10**5, '"text"'])
+def test_a_config_json_that_is_malformed(text, tmp_path):
+    HubModel(NAME, **OPTIONS).save_pretrained(tmp_path, model_card_kwargs={"image_size": 32})
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is malformed"):
+        load_classifier(str(tmp_path))
 
 
 def test_a_warm_start_is_not_repeated(tmp_path):

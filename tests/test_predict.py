@@ -9,8 +9,11 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from struct import pack
 
@@ -26,7 +29,7 @@ from torch import nn
 import odconv
 from odconv.checkpoints import save_safetensors
 from odconv.cli import main
-from odconv.data import evaluation_transform, normalise, read_image
+from odconv.data import evaluation_transform, normalise, read_image, read_pixels
 from odconv.export import export_onnx, export_torch
 from odconv.predict import Classifier, Prediction, Predictions, Unreadable, load_classifier, predict
 from odconv.predict.ahead import ahead
@@ -252,7 +255,8 @@ def test_another_size_is_resized_in_proportion(run: Path, network: nn.Module, tm
 
 @pytest.mark.parametrize("name", ["any.onnx", "any.pt2", "one.pt2"])
 def test_exported_files_say_what_they_need(name: str, exported: Path, tiny: nn.Module, caplog) -> None:
-    classifier = load_classifier(str(exported / name))
+    trust = name.endswith(".pt2")
+    classifier = load_classifier(str(exported / name), trust=trust)
     assert (classifier.name, classifier.classes) == ("tiny", ["one", "two"])
     assert (classifier.image_size, classifier.resize_size) == (16, 20)
     assert classifier.batch == (1 if name.startswith("one") else None)
@@ -261,18 +265,18 @@ def test_exported_files_say_what_they_need(name: str, exported: Path, tiny: nn.M
         assert_computes(classifier, tiny, pixels, NOTES["mean"], NOTES["std"])
     assert not [record for record in caplog.records if record.name.startswith("odconv")]
     if name.startswith("any"):
-        larger = load_classifier(str(exported / name), image_size=24)
+        larger = load_classifier(str(exported / name), image_size=24, trust=trust)
         assert (larger.image_size, larger.resize_size) == (24, 30)  # in proportion
         assert_computes(larger, tiny, torch.zeros(3, 3, 24, 24, dtype=torch.uint8), NOTES["mean"], NOTES["std"])
     else:
         with pytest.raises(ValueError, match=r"image_size must be 16, the only size that .*one.* takes, got 24"):
-            load_classifier(str(exported / name), image_size=24)
+            load_classifier(str(exported / name), image_size=24, trust=trust)
     with pytest.raises(ValueError, match="is an exported network; leave out arch, temperature"):
         load_classifier(str(exported / name), arch="od_resnet18", temperature=1.0)
 
 
 def test_what_a_file_does_not_say_is_assumed_and_said(exported: Path, tiny: nn.Module, caplog) -> None:
-    classifier = load_classifier(str(exported / "bare.pt2"))
+    classifier = load_classifier(str(exported / "bare.pt2"), trust=True)
     assert_computes(classifier, tiny, torch.zeros(3, 3, 16, 16, dtype=torch.uint8))
     assert classifier.classes == ["class 0", "class 1"]
     assert "assumed: resize_size = 18, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)" in caplog.text
@@ -285,7 +289,7 @@ def test_packages_of_aotinductor(tiny: nn.Module, tmp_path: Path, caplog) -> Non
     export_torch(tiny, tmp_path / "any.pt2", (3, 16, 16), metadata=NOTES, dynamic_size=True, **options)
     export_torch(tiny, tmp_path / "one.pt2", (3, 16, 16), metadata=NOTES, dynamic_batch=False, **options)
     for name in ("any.pt2", "one.pt2"):
-        classifier = load_classifier(str(tmp_path / name))
+        classifier = load_classifier(str(tmp_path / name), trust=True)
         assert (classifier.name, classifier.classes, classifier.resize_size) == ("tiny", ["one", "two"], 20)
         assert classifier.batch == (1 if name == "one.pt2" else None)
         for batch in (1, 2, 5):
@@ -294,7 +298,7 @@ def test_packages_of_aotinductor(tiny: nn.Module, tmp_path: Path, caplog) -> Non
     assert not [record for record in caplog.records if record.name.startswith("odconv")]
     program = torch.export.export(tiny, (torch.ones(1, 3, 16, 16),))
     torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "others.pt2"))
-    classifier = load_classifier(str(tmp_path / "others.pt2"), image_size=16)
+    classifier = load_classifier(str(tmp_path / "others.pt2"), image_size=16, trust=True)
     assert "batch = 1" in caplog.text
     assert_computes(classifier, tiny, torch.zeros(3, 3, 16, 16, dtype=torch.uint8))
 
@@ -391,10 +395,60 @@ def test_files_that_are_none(tmp_path: Path, exported: Path) -> None:
         "other.pt2": "PyTorch cannot",
     }.items():
         with pytest.raises(OSError, match=message) as caught:
-            load_classifier(str(tmp_path / name))
+            load_classifier(str(tmp_path / name), trust=True)
         assert name in str(caught.value)
     with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.onnx"):
         load_classifier(str(tmp_path / "missing.onnx"))
+
+
+def with_code(program: Path, path: Path, member: str, before: bytes, after: bytes) -> Path:
+    """Write a copy of a program of torch.export in which some bytes of a member are others."""
+    with zipfile.ZipFile(program) as given, zipfile.ZipFile(path, "w") as made:
+        for name in given.namelist():
+            content = given.read(name)
+            if name.endswith(member):
+                assert before in content
+                content = content.replace(before, after)
+            made.writestr(name, content)
+    return path
+
+
+class Code:
+    """What leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def test_no_exported_file_runs_code_unless_it_is_trusted(exported: Path, tmp_path: Path, capsys) -> None:
+    ran, pickled = tmp_path / "ran", io.BytesIO()
+    torch.save(Code(ran), pickled)
+    with zipfile.ZipFile(exported / "any.pt2") as archive:
+        names = {part: name for name in archive.namelist() for part in ("sample_inputs", "model.json") if part in name}
+        sample, model = (archive.read(names[part]) for part in ("sample_inputs", "model.json"))
+    size = re.findall(rb"Symbol\('s\d+', positive=True, integer=True\)", model)[0]
+    hostile = {
+        "pickle.pt2": (names["sample_inputs"], sample, pickled.getvalue()),
+        "size.pt2": (names["model.json"], size, f"__import__('pathlib').Path('{ran}').touch() or ".encode() + size),
+    }
+    image = str(save(tmp_path / "red.png"))
+    for name, change in hostile.items():
+        file = with_code(exported / "any.pt2", tmp_path / name, *change)
+        with pytest.raises(ValueError, match=rf"{name} can run code when it is opened.* --trust"):
+            load_classifier(str(file))
+        assert main(["predict", image, "--weights", str(file)]) == 1
+        with pytest.raises(OSError, match="onnxruntime cannot read"):  # the name decides
+            load_classifier(str(file.rename(tmp_path / "renamed.onnx")))
+        assert not ran.exists()
+        with suppress(Exception):  # of PyTorch, about what the code gave back
+            torch.export.load(io.BytesIO((tmp_path / "renamed.onnx").read_bytes()))
+        assert ran.exists(), "the file is as harmless as others"
+        ran.unlink()
+    assert "if you trust whoever made it" in capsys.readouterr().err
+    assert main(["predict", image, "--weights", str(exported / "any.pt2"), "--trust"]) == 0
 
 
 def test_weights_that_do_not_fit(network: nn.Module, run: Path, tmp_path: Path) -> None:
@@ -683,20 +737,66 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
         assert str(row.image) in row.reason
 
 
-def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+def test_a_pipe_that_the_process_was_given_is_read_once() -> None:
     content = io.BytesIO()
     Image.new("RGB", (9, 8), "red").save(content, "PNG")
     for sent in (content.getvalue(), b""):
-        path = tmp_path / f"pipe of {len(sent)} bytes"
-        os.mkfifo(path)
-        writer = threading.Thread(target=path.write_bytes, args=(sent,))
-        writer.start()
+        read, write = os.pipe()
+        path = Path(f"/dev/fd/{read}")
+        os.write(write, sent)
+        os.close(write)
         (row,) = Predictions(colours(), [path])
-        writer.join()
+        os.close(read)
         if sent:
             assert best(row) == "red"
         else:
             assert row == Unreadable(path, f"unreadable image {path}: it is no image, or of an unknown kind")
+
+
+@pytest.mark.parametrize("read", [read_image, read_pixels])
+def test_what_has_no_end_is_refused_at_once(read: Callable, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")  # to which nobody writes
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    with (tmp_path / "sparse.jpg").open("wb") as file:
+        file.write(b"\xff\xd8")
+        file.truncate(10**12)
+    for name, reason in {
+        "pipe.jpg": "it is no regular file, but a pipe or a device",
+        "device.jpg": "it is no regular file, but a pipe or a device",
+        "sparse.jpg": "it has 1,000,000,000,000 bytes, and 500,000,000 are allowed",
+    }.items():
+        start = time.perf_counter()
+        with pytest.raises(OSError, match=f"unreadable image .*{name}: {reason}"):
+            read(tmp_path / name)
+        assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("read", [read_image, read_pixels])
+def test_only_listed_formats_are_read(read: Callable, tmp_path: Path, monkeypatch) -> None:
+    """Pillow gives PostScript to Ghostscript, whatever the file is called."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    Image.new("RGB", (9, 9)).save(tmp_path / "drawing.jpg", "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    for source in (tmp_path / "drawing.jpg", (tmp_path / "drawing.jpg").read_bytes()):
+        with pytest.raises(OSError, match="it is no image, or of an unknown kind"):
+            read(source)
+    assert not (tmp_path / "ran").exists()
+    with suppress(OSError), Image.open(tmp_path / "drawing.jpg") as image:
+        image.load()
+    assert (tmp_path / "ran").exists(), "Pillow would not have started it"
+
+
+@pytest.mark.parametrize("read", [read_image, read_pixels])
+def test_a_jpeg_of_many_scans_is_refused_before_it_takes_seconds(read: Callable) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (2000, 2000)).save(stream, "JPEG", progressive=True)
+    whole = stream.getvalue()
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    with pytest.raises(OSError, match="its 510 scans of 4,000,000 pixels each take too long to decode"):
+        read(whole[:-2] + 500 * last + whole[-2:])
+    read(whole[:-2] + 50 * last + whole[-2:])
 
 
 LIMITED = """

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import odconv
-from odconv.profile import PUBLISHED, latencies, main, profile
+from odconv.profiling import PUBLISHED, latencies, main, profile
 
 
 class Everything(nn.Module):
@@ -152,7 +152,7 @@ def test_tables():
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"{row.name} {row.kernel_num or ''}")
 def test_published_rows(row):
     pytest.importorskip("torchvision")
-    from odconv.profile.published import count_published
+    from odconv.profiling.published import count_published
 
     counts, madds = count_published(row)
     assert f"{counts.parameters / 1e6:.2f}" == f"{row.parameters:.2f}"
@@ -169,13 +169,13 @@ def test_latencies():
 
 def test_command(capsys):
     pytest.importorskip("torchvision")
-    main(["od_mobilenetv2_050", "resnet18"], num_classes=10, input_size=32, batch_size=2, runs=1)
+    main(["od_mobilenetv2_050", "resnet18"], num_classes=10, image_size=32, batch_size=2, runs=1)
     out = capsys.readouterr().out
     assert "od_mobilenetv2_050: 1.16M parameters" in out
     assert re.search(r"median of 1 runs, batch 2, 32 x 32, \d+ CPU threads?", out)
     assert re.search(r"[\d.]+ times that of mobilenetv2_050", out)
     assert "times that of resnet18" not in out
-    main(["resnet18"], input_size=32, latency=False)
+    main(["resnet18"], image_size=32, latency=False)
     assert "latency" not in capsys.readouterr().out
 
 
@@ -186,7 +186,7 @@ def test_command(capsys):
         ({"names": ["od_resnet19"]}, "did you mean"),
         ({"names": ["resnet18"], "kernel_num": 4}, "static"),
         ({"names": ["resnet18"], "runs": 0}, "runs must be at least 1"),
-        ({"names": ["resnet18"], "input_size": 0}, "input_size must be at least 1"),
+        ({"names": ["resnet18"], "image_size": 0}, "image_size must be at least 1"),
     ],
 )
 def test_command_says_what_is_wrong(options, message):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import odconv
 from odconv.pruning import keep_channels, keep_filters, pruners
@@ -52,6 +53,25 @@ def test_what_cannot_be_kept_is_named():
             keep_filters(layer, kept)
     with pytest.raises(ValueError, match="a layer with groups 4 cannot be pruned"):
         keep_channels(odconv.ODConv2d(8, 12, 3, groups=4), [0])
+
+
+def test_computed_weights_are_refused_before_anything_is_cut():
+    for part in ("", "attention.filter_fc", "attention.fc"):
+        layer = odconv.ODConv2d(8, 12, 3)
+        prune.l1_unstructured(layer.get_submodule(part), "weight", amount=0.5)
+        shapes = {key: value.shape for key, value in layer.state_dict().items()}
+        for cut in (keep_filters, keep_channels):
+            with pytest.raises(ValueError, match=f"the weight of {part or 'the layer'} is computed"):
+                cut(layer, [0, 1])
+        assert {key: value.shape for key, value in layer.state_dict().items()} == shapes
+    with pytest.raises(ValueError, match="kept must be different channels"):
+        keep_filters(odconv.ODConv2d(8, 12, 3), [True, False])
+
+
+def test_layers_of_your_own_are_pruned_too():
+    pytest.importorskip("torch_pruning")
+    mine = type("Mine", (odconv.ODConv2d,), {})
+    assert {mine, odconv.ODConv2d, odconv.CondConvTranspose3d} <= pruners().keys()
 
 
 @pytest.mark.parametrize("name", ["od_resnet18", "dy_resnet18", "cond_resnet18"])

@@ -42,6 +42,12 @@ def encoded(seed: int, kind: str = "JPEG") -> bytes:
     return stream.getvalue()
 
 
+def blank(side: int) -> bytes:
+    stream = io.BytesIO()
+    pytest.importorskip("PIL.Image").new("1", (side, side)).save(stream, "PNG")
+    return stream.getvalue()
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("serving") / "net.onnx"
@@ -132,8 +138,9 @@ def test_images_that_come_together_are_computed_together(server):
         (b"no image", 422, "unreadable image of 8 bytes: it is no image, or of an unknown kind"),
         (encoded(0)[:200], 422, "unreadable image of 200 bytes"),
         (bytes(2 * 10**6), 413, "too large"),
+        (blank(8000), 422, "it has 8000 x 8000 pixels, and 50,000,000 are allowed"),
     ],
-    ids=["none", "truncated", "large"],
+    ids=["none", "truncated", "large", "many pixels"],
 )
 def test_what_is_refused(server, body, status, message):
     got, answer = post(server, body)

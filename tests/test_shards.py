@@ -561,6 +561,51 @@ def test_an_index_is_asked_for_again(fault: Callable, server: Server, cache: Pat
         open_shards(server.url, need_train=False)
 
 
+def trickle(start: bytes) -> Callable[[SimpleHTTPRequestHandler], None]:
+    """Begin an answer, and go on with a byte every tenth of a second."""
+
+    def answer(handler: SimpleHTTPRequestHandler) -> None:
+        handler.wfile.write(start)
+        with suppress(OSError):
+            for _ in range(300):
+                handler.wfile.write(b"x")
+                handler.wfile.flush()
+                time.sleep(0.1)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n", "it comes at less than 10,000 bytes a second"),
+        (b"HTTP/1.0 200 OK\r\nContent-Type: text/plain", "no answer within 0.5 s"),
+        (b"HTTP/1.0 200 ", "no answer within 0.5 s"),
+    ],
+    ids=["body", "header", "status"],
+)
+def test_a_server_that_sends_a_byte_at_a_time_is_given_up(
+    start: bytes, message: str, server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.5)
+    server.faults = {"/val.json": [trickle(start)] * 4}
+    began = time.monotonic()
+    with pytest.raises(OSError, match=rf"/val\.json cannot be had: .*({message})"):
+        open_shards(server.url, need_train=False)
+    assert time.monotonic() - began < 15
+    server.faults = {"/val-00000.tar": [trickle(start)] * 4}
+    assert unreadable(open_shards(server.url, need_train=False)[1]) == [*range(10)]
+    assert time.monotonic() - began < 30
+
+
+def test_an_index_that_does_not_end_is_given_up(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "LARGEST_INDEX", 50_000)
+    server.faults = {"/val.json": [body(bytes(100_000), 10**11)]}
+    with pytest.raises(OSError, match="it has more than the 50,000 bytes that an index may have"):
+        open_shards(server.url, need_train=False)
+    assert server.asked["/val.json"] == 1
+
+
 def test_no_server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "PAUSE", 0.01)
     with pytest.raises(OSError, match=r"http://127.0.0.1:9/val.json cannot be had: .*refused"):

@@ -1,7 +1,9 @@
 """How new layers are drawn, how new networks train, and parameters in groups."""
 
+import copy
 import logging
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -272,3 +274,23 @@ def test_parameter_groups_of_a_static_network_say_so(caplog: pytest.LogCaptureFi
 def test_bad_numbers_of_groups_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         odconv.parameter_groups(odconv.ODConv2d(4, 4, 3), **options)
+
+
+def test_a_loop_over_reset_parameters_draws_a_layer_as_its_attention_does():
+    # what FSDP2, ultralytics and others do after to_empty()
+    for init in ("calm", "published"):
+        for norm in ("batch", "layer", "none"):
+            torch.manual_seed(0)
+            layer = odconv.ODConv2d(16, 16, 3, norm=norm, init=init)
+            for module in (layer, layer.attention):
+                torch.manual_seed(1)
+                module.reset_parameters()
+            wanted = copy.deepcopy(layer.state_dict())
+            for parameter in layer.parameters():
+                nn.init.constant_(parameter, math.nan)
+            for module in layer.modules():
+                if hasattr(module, "reset_parameters"):
+                    torch.manual_seed(1)
+                    module.reset_parameters()
+            state = pickle.loads(pickle.dumps(copy.deepcopy(layer))).state_dict()
+            assert all(torch.equal(state[key], value) for key, value in wanted.items())

@@ -371,3 +371,21 @@ def test_a_script_that_is_none_is_said_to_be_so(arguments, message, monkeypatch,
     said = capsys.readouterr().err
     assert message in said
     assert "usage: python -m odconv.timm SCRIPT" in said
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "od_mobilenetv2_050", "od_resnet18"])
+def test_norms_are_folded_with_their_activations_left(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.bias)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        odconv.fuse(model)
+        torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    left = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and "attention" not in name]
+    assert not left

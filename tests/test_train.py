@@ -157,6 +157,27 @@ def test_a_full_disk(copy: Path, folder: Path) -> None:
     assert not [*copy.glob(".*.partial")]
 
 
+def test_a_report_that_a_kill_prevented_is_written_later(copy: Path, folder: Path) -> None:
+    report = copy / "report.html"
+    before = report.read_text()
+    again = AGAIN | {"data": str(folder), "out": str(copy), "resume": "auto"}
+    report.unlink()
+    train(**again)
+    assert report.read_text().count("<svg") == before.count("<svg") > 0
+    report.write_text("of the run as it was before its end")
+    os.utime(report, ns=(0, (copy / "result.json").stat().st_mtime_ns - 1))
+    train(**again)
+    written = report.stat().st_mtime_ns
+    assert report.read_text() != "of the run as it was before its end"
+    train(**again)
+    assert report.stat().st_mtime_ns == written
+
+
+def test_a_folder_that_is_deleted(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"last\.ckpt cannot be written: the folder .*gone is gone"):
+        CheckpointFiles().save_checkpoint({"epoch": 0}, tmp_path / "gone" / "last.ckpt")
+
+
 def test_resuming_needs_the_same_data_and_order(copy: Path, folder: Path, tmp_path: Path) -> None:
     options = AGAIN | {"out": str(copy), "resume": "auto"}
     others = make_folder(tmp_path / "others", {"train": 1, "val": 1}, ("bar", "spot", "gap"))

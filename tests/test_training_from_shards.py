@@ -120,6 +120,7 @@ def test_a_killed_run_goes_on_in_its_shards(shards: Path, tmp_path: Path) -> Non
     assert same_weights(killed / LAST, tmp_path / "whole" / LAST)
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_a_url(url: str, shards: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("ODCONV_CACHE", str(tmp_path / "cache"))
     options = OPTIONS | {"data": url, "out": tmp_path / "run", "temp_epoch": 100, "devices": 2, "workers": 1}

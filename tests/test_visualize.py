@@ -28,6 +28,7 @@ from odconv.inspection.overview import draw_deviations
 from odconv.inspection.page import write_page
 from odconv.inspection.subject import Subject
 from odconv.visualize import attention_statistics, plot_attentions, plot_history, record_attentions
+from odconv.visualize.history import draw_history
 from odconv.visualize.verdicts import deviation
 
 
@@ -98,6 +99,16 @@ def test_plot_attentions_draws_shares_to_scale():
     assert len(figure.axes[0].images) == 2
 
 
+@pytest.mark.parametrize("title", ["7", "7, taken for 1", "a title of some thirty letters"])
+def test_titles_end_before_the_panels(title):
+    x = torch.randn(2, 3, 7, 7)
+    figure = plot_attentions(record_attentions(network(), x), x, [title] * 2, layers=["0"])
+    figure.canvas.draw()
+    words = [text for text in figure.axes[0].texts if text.get_text() == title]
+    assert len(words) == 2
+    assert all(text.get_window_extent().x1 < figure.axes[1].get_window_extent().x0 for text in words)
+
+
 def test_plot_attentions_picks_four_layers():
     model = nn.Sequential(*(odconv.ODConv2d(3, 3, 1, kernel_num=2) for _ in range(9)))
     figure = plot_attentions(record_attentions(model, torch.randn(1, 3, 4, 4)))
@@ -110,6 +121,16 @@ def test_plot_attentions_says_what_is_wrong(wrong):
     recorded = record_attentions(network(), torch.randn(2, 3, 7, 7))
     with pytest.raises(ValueError, match=next(iter(wrong))):
         plot_attentions(recorded, **wrong)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_few_epochs_have_whole_ticks(epochs):
+    row = {"train_loss": 1.0, "top1": 50.0, "temperature": 1.0}
+    figure = draw_history({"run": [row | {"epoch": epoch} for epoch in range(1, epochs + 1)]})
+    figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [*range(1, epochs + 1)]
 
 
 def test_plot_history(tmp_path):

@@ -14,6 +14,7 @@ import sys
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="exported file, checkpoint, or folder or name on the Hub")
+    parser.add_argument("--trust", action="store_true", help="open a .pt2 file, which can run code as it is opened")
     parser.add_argument("--address", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=8, help="most images computed together")
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--readers", type=int, default=1, help="processes that read images")
     parser.add_argument("--timeout", type=int, default=10, help="seconds after which a request is given up")
     parser.add_argument("--megabytes", type=int, default=10, help="largest file taken")
+    parser.add_argument("--megapixels", type=int, default=50, help="largest image taken, in millions of pixels")
     args = parser.parse_args()
 
     # mosec reads the command line as it is imported
@@ -29,7 +31,7 @@ def main() -> None:
     from mosec import Server
     from stages import Classify, Loaded, Read
 
-    Loaded.weights = args.weights
+    Loaded.weights, Loaded.trust, Loaded.pixels = args.weights, args.trust, 10**6 * args.megapixels
     server = Server()
     # forked, since nothing has been computed here: with what is imported, and the name of the weights
     server.append_worker(Read, num=args.readers, start_method="fork")

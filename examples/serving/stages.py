@@ -16,10 +16,13 @@ class Loaded(Worker):
     """A process that has the classifier."""
 
     weights: str
+    trust: bool
+    pixels: int
+    """How many an image may have."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.classifier = load_classifier(self.weights)
+        self.classifier = load_classifier(self.weights, trust=self.trust)
 
 
 class Read(Loaded):
@@ -30,7 +33,7 @@ class Read(Loaded):
 
     def forward(self, data: bytes) -> Any:
         try:
-            return self.classifier.prepare(read_image(data, upright=True)).numpy()
+            return self.classifier.prepare(read_image(data, upright=True, pixels=self.pixels)).numpy()
         except OSError as error:
             raise ValidationError(str(error)) from error
 

@@ -1,71 +1,23 @@
 """odconv: dynamic convolution for PyTorch that costs what its multiply-adds say."""
 
-from odconv import functional
-from odconv.checkpoints import load_checkpoint
-from odconv.convert import convert
-from odconv.detect import create_detector
-from odconv.export import export_onnx
-from odconv.freeze import to_static
-from odconv.fusion import fuse
-from odconv.groups import parameter_groups
-from odconv.layers import (
-    CondConv1d,
-    CondConv2d,
-    CondConv3d,
-    CondConvTranspose1d,
-    CondConvTranspose2d,
-    CondConvTranspose3d,
-    DyConv1d,
-    DyConv2d,
-    DyConv3d,
-    DyConvTranspose1d,
-    DyConvTranspose2d,
-    DyConvTranspose3d,
-    DynamicConv,
-    ODConv1d,
-    ODConv2d,
-    ODConv3d,
-    ODConvTranspose1d,
-    ODConvTranspose2d,
-    ODConvTranspose3d,
-    set_temperature,
-)
-from odconv.models import create_model, list_models
-from odconv.profile import conversion_report, profile
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CondConv1d",
-    "CondConv2d",
-    "CondConv3d",
-    "CondConvTranspose1d",
-    "CondConvTranspose2d",
-    "CondConvTranspose3d",
-    "DyConv1d",
-    "DyConv2d",
-    "DyConv3d",
-    "DyConvTranspose1d",
-    "DyConvTranspose2d",
-    "DyConvTranspose3d",
-    "DynamicConv",
-    "ODConv1d",
-    "ODConv2d",
-    "ODConv3d",
-    "ODConvTranspose1d",
-    "ODConvTranspose2d",
-    "ODConvTranspose3d",
-    "conversion_report",
-    "convert",
-    "create_detector",
-    "create_model",
-    "export_onnx",
-    "functional",
-    "fuse",
-    "list_models",
-    "load_checkpoint",
-    "parameter_groups",
-    "profile",
-    "set_temperature",
-    "to_static",
-]
+if TYPE_CHECKING:
+    from odconv.public import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import the public names when the first is asked for: the command line does without PyTorch where it can."""
+        here = globals()
+        if not name.startswith("__") or name == "__all__":
+            public = import_module("odconv.public")
+            here |= {name: getattr(public, name) for name in public.__all__} | {"__all__": public.__all__}
+            if name in here:
+                return here[name]
+        raise AttributeError(f"module 'odconv' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

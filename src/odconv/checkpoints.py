@@ -1,6 +1,7 @@
 """Reading weights from anybody's checkpoints, loading them with errors that explain, and writing safetensors.
 
-No code in a file is ever run: everything is read with ``weights_only=True``.
+No code in a file is ever run: everything is read with ``weights_only=True``. No file makes us ask for more memory than
+some times its own size.
 """
 
 import difflib
@@ -9,7 +10,8 @@ import logging
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.files import check_writable, replacing
+from odconv.words import printable
 
 WRAPPERS = ("module.", "model.")
 """What DataParallel and LightningModules put before every key."""
@@ -34,6 +37,10 @@ GAINS = "odconv.gains"
 
 FACTORS = "attention.factors"
 """What the keys end with that hold an attention's factors, where they are not the published ones."""
+
+EXPANSION = 8
+"""How many times as large as its file what is in it may be, besides a MiB: tensors may share memory, and members of a
+zip file be compressed."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +86,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: there is no such file; names similar ones.
         ValueError: the file is damaged, or no checkpoint, or holds no weights, or pickled objects that are no tensors
-            (which are refused, not run).
+            (which are refused, not run), or tensors that are sparse, quantised, without content, or much larger than
+            the file.
         OSError: the file cannot be read.
     """
     return _read(Path(path)).state
@@ -109,7 +117,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
         FileNotFoundError, ValueError, OSError: as :func:`read_state_dict`.
         ValueError: `strict`, and something does not fit. The message lists it and guesses the cause; the model is left
             untouched.
-        ValueError: the model is on the meta device, or the temperature or a factor in the file is no positive number.
+        ValueError: the model is on the meta device, or the temperature or a factor in the file is no positive number,
+            or complex numbers would go into a real tensor; the model is left untouched.
     """
     state, temperature = _read(Path(path))
     own_keys = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
@@ -135,6 +144,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     )
     if strict and any(mismatch):
         raise ValueError(_explain(mismatch, state, own, type(model).__name__, path))
+    if complex_ones := [key for key in fits if state[key].is_complex() and not (key in own and own[key].is_complex())]:
+        raise ValueError(f"{path} holds complex numbers, and the model real ones: {_some(complex_ones)}")
     if temperature is not None:
         layers: list[Any] = [module for module in model.modules() if callable(getattr(module, "set_temperature", None))]
         for layer in layers:
@@ -247,13 +258,33 @@ def _download(repository: str, files: Sequence[str]) -> Path:
     ) from reason
 
 
+def room(path: Path) -> int:
+    """How many bytes what a file holds may take."""
+    return EXPANSION * path.stat().st_size + 2**20
+
+
+@contextmanager
+def malformed(place: Any) -> Iterator[None]:
+    """Turn what malformed content raises, wherever it is first used, into a ValueError that names the file."""
+    try:
+        yield
+    except (LookupError, AttributeError, TypeError, ArithmeticError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(f"{place} is malformed: {type(error).__name__}: {printable(error)}") from error
+
+
 def _read(path: Path) -> Content:
     if not path.exists():
         raise FileNotFoundError(f"the checkpoint {path} does not exist{_similar_files(path)}")
     if path.is_dir():
         raise IsADirectoryError(f"the checkpoint {path} is a folder, not a file{_similar_files(path / path.name)}")
     path.open("rb").close()  # whatever fails from here on is the fault of the content
+    with malformed(path):
+        return _content(path)
+
+
+def _content(path: Path) -> Content:
     found, temperature = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
+    _check_tensors(found, path)
     state = {bare: found[key] for key, bare in _bare_names(found).items()}
     state |= _factors_beside(found, path)
     try:
@@ -262,12 +293,28 @@ def _read(path: Path) -> Content:
         raise ValueError(f"{path} records a temperature that is no number: {temperature!r}") from error
     for key, tensor in state.items():
         if key.endswith(FACTORS) and not (tensor.shape == (2,) and (tensor > 0).all() and tensor.isfinite().all()):
-            raise ValueError(f"{path} records factors that are no two positive numbers: {key} is {tensor.tolist()}")
+            given = _some(map(str, tensor.flatten().tolist()))
+            raise ValueError(f"{path} records factors that are no two positive numbers: {printable(key)} is {given}")
         if key.endswith(TEMPERATURE) and not (tensor.numel() == 1 and (tensor > 0).all() and tensor.isfinite().all()):
             given = _some(map(str, tensor.flatten().tolist()))
-            raise ValueError(f"{path} records a temperature that is no positive number: {key} is {given}")
+            raise ValueError(f"{path} records a temperature that is no positive number: {printable(key)} is {given}")
     # copies, for memory that is mapped from a file changes with the file
     return Content({key: tensor.detach().clone() for key, tensor in state.items()}, temperature)
+
+
+def _check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise a ValueError where a tensor is none that can be copied, or all together are too large to be in the file."""
+    for key, tensor in state.items():
+        plain = tensor.layout == torch.strided and not tensor.is_nested
+        kind = "" if plain else str(tensor.layout).removeprefix("torch.").replace("_", " ")
+        kind = kind or ("quantised" if tensor.is_quantized else "without content" if tensor.is_meta else "")
+        if kind:
+            raise ValueError(f"{path} holds a tensor that is {kind}, and cannot be loaded: {printable(key)}")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if size > room(path):
+        raise ValueError(
+            f"{path} holds tensors of {size:,} bytes, and {room(path):,} are allowed for a file of its size"
+        )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -281,8 +328,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             return state, header.get(NOTED_TEMPERATURE)
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or damaged or cut short: {error}") from error
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path} records gains that are no JSON object: {header[GAINS]!r}") from error
+    except (json.JSONDecodeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} records gains that are no JSON object: {header[GAINS][:200]!r}") from error
 
 
 def _factors_beside(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -309,16 +356,29 @@ def _attention(key: str) -> str:
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], Any]:
-    content = _unpickle(path)
+    content = unpickle(path)
     state = _find_state_dict(content, path)
     notes = content.get("odconv")
     return state, notes.get("temperature") if isinstance(notes, dict) else None
 
 
-def _unpickle(path: Path) -> Any:
+def unpickle(path: Path) -> Any:
+    """Return what torch.save wrote, on the CPU; of large tensors the place in the file, until they are used.
+
+    Raises:
+        ValueError: it is damaged, or no such file, or holds other objects than tensors and plain values, or is much
+            larger when it is decompressed.
+    """
+    size, plain = 0, False
     try:
-        # mmap: what lies beside the weights, such as an optimizer's state, is never read from the disk
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+            size = sum(member.file_size for member in members)
+            plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if size <= room(path):
+            # mmap: what lies beside the weights, such as an optimizer's state, is never read from the disk
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as error:  # on damaged files torch.load raises about everything
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
@@ -327,6 +387,7 @@ def _unpickle(path: Path) -> Any:
                 "torch.serialization.add_safe_globals"
             ) from error
         raise ValueError(f"{path} is no PyTorch checkpoint, or damaged or cut short") from error
+    raise ValueError(f"{path} holds {size:,} bytes, {room(path):,} are allowed for a file of its size")
 
 
 def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -439,4 +500,4 @@ def _some(names: Iterable[str], separator: str = ", ") -> str:
     """List at most eight names."""
     names = list(names)
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return (separator.join(names[:8]) or "none") + more
+    return (printable(separator.join(names[:8])) or "none") + more

@@ -7,23 +7,27 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
-from importlib import resources
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from odconv import __version__
+from odconv.listing import RECIPES, find_recipes
+from odconv.words import printable
 
 
 class Command(NamedTuple):
-    """A command: "module:function", what it does, and the package whose folder recipes has its recipes."""
+    """A command: "module:function", and what it does."""
 
     target: str
     purpose: str
-    recipes: str = ""
 
 
 COMMANDS = {
-    "train": Command("odconv.train:train", "train a network on images", "odconv"),
+    "models": Command("odconv.listing:models", "list the networks"),
+    "recipes": Command("odconv.listing:recipes", "list the recipes"),
+    "train": Command("odconv.train:train", "train a network on images"),
     "evaluate": Command("odconv.train:evaluate", "measure the accuracy of a checkpoint"),
     "predict": Command("odconv.predict:predict", "say what is on images"),
     "demo": Command("odconv.demo:demo", "open a page for the browser where networks look at your images"),
@@ -31,8 +35,8 @@ COMMANDS = {
     "compare": Command("odconv.report:compare", "put runs side by side: a table and their curves"),
     "visualize": Command("odconv.inspection:visualize", "draw what is dynamic in a network, on some images"),
     "export": Command("odconv.export:export", "write a network as ONNX, torch.export or AOTInductor"),
-    "profile": Command("odconv.profile:main", "count parameters and multiply-adds, measure latency"),
-    "detect train": Command("odconv.detect:train", "train a detector on data in COCO's format", "odconv.detect"),
+    "profile": Command("odconv.profiling:main", "count parameters and multiply-adds, measure latency"),
+    "detect train": Command("odconv.detect:train", "train a detector on data in COCO's format"),
     "detect evaluate": Command("odconv.detect:evaluate", "measure the average precision of a detector"),
     "detect predict": Command("odconv.detect:predict", "find objects on images and draw them"),
     "detect export": Command("odconv.export:export_backbone", "write a detector's backbone and pyramid as a file"),
@@ -83,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         rank = os.environ.get("RANK", "0")  # torchrun starts several processes, which mostly fail alike
-        print(f"odconv: error{f' in process {rank}' if rank != '0' else ''}: {_explain(error)}", file=sys.stderr)
+        print(
+            f"odconv: error{f' in process {rank}' if rank != '0' else ''}: {printable(_explain(error))}",
+            file=sys.stderr,
+        )
         return 2 if isinstance(error, UsageError) else 1
     return 0
 
@@ -112,14 +119,14 @@ def parse_options(name: str, function: Callable[..., Any], arguments: list[str])
 
     class Recipe(jsonargparse.ActionConfigFile):  # type: ignore[name-defined]
         def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-            super().__call__(parser, cfg, _find_recipe(values, COMMANDS[name].recipes), option_string)
+            super().__call__(parser, cfg, _find_recipe(values, name), option_string)
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     docs = docstring_parser.parse(function.__doc__ or "")
     parser = jsonargparse.ArgumentParser(
         prog=f"odconv {name}", description=docs.short_description, exit_on_error=False, allow_abbrev=False
     )
-    if COMMANDS[name].recipes:
+    if name in RECIPES:
         parser.add_argument("--config", action=Recipe, help="Recipe: a YAML file of options, or the name of one here.")
     help_texts = {param.arg_name: param.description for param in docs.params}
     parameters = inspect.signature(function).parameters.values()
@@ -127,15 +134,16 @@ def parse_options(name: str, function: Callable[..., Any], arguments: list[str])
     for parameter in positional:  # each a list of words
         many = {"nargs": "+"} if parameter.default is parameter.empty else {"nargs": "*", "default": parameter.default}
         parser.add_argument(parameter.name, help=help_texts[parameter.name], **many)
-    parser.add_function_arguments(function, as_group=False, skip={parameter.name for parameter in positional})
+    if len(positional) < len(parameters):  # not in vain: it looks for the function in odconv too, which imports PyTorch
+        parser.add_function_arguments(function, as_group=False, skip={parameter.name for parameter in positional})
     switches = [action for action in parser._actions if isinstance(action.default, bool)]
     for action in switches:
         action.nargs = "?"  # in the help; _arrange adds the value
     switch_names = {name for action in switches for name in action.option_strings}
     try:
-        options = parser.parse_args(_arrange(arguments, switch_names, bool(COMMANDS[name].recipes))).as_dict()
+        options = parser.parse_args(_arrange(arguments, switch_names, name in RECIPES)).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise UsageError(_clear(str(error), [action.dest for action in parser._actions])) from error
+        raise UsageError(_clear(str(error), parser._actions)) from error
     options.pop("config", None)
     return options
 
@@ -159,8 +167,8 @@ def _arrange(arguments: Iterable[str], switches: Collection[str], recipes: bool)
     return first + rest
 
 
-def _find_recipe(name: str, package: str) -> str:
-    """Return the path of a recipe: a file, or else one that comes with a package of odconv."""
+def _find_recipe(name: str, command: str) -> str:
+    """Return the path of a recipe: a file, or else one that comes with odconv for a command."""
     import yaml
 
     if Path(name).is_file():
@@ -171,19 +179,55 @@ def _find_recipe(name: str, package: str) -> str:
         if not options or not isinstance(options, dict):
             raise ValueError(f"the recipe {name} holds no options, such as lr: 0.1")
         return name
-    recipes = {Path(file.name).stem: str(file) for file in (resources.files(package) / "recipes").iterdir()}
+    recipes = find_recipes(command)
     if name not in recipes:
         raise FileNotFoundError(f"there is neither a file nor a recipe {name!r}{_nearest(Path(name).stem, recipes)}")
-    return recipes[name]
+    return str(recipes[name])
 
 
-def _clear(message: str, options: Iterable[str]) -> str:
-    """Put a message of jsonargparse in our words: one line, and the nearest option for one that does not exist."""
-    if unknown := re.search(r"Option '(\S+)' is not accepted|unrecognized arguments: (?:--)?([^\s=]+)", message):
-        name = unknown[1] or unknown[2]
-        return f"unknown option {name!r}{_nearest(name, options)}"
-    message = message.replace("the following arguments are required", "missing options")
-    return re.sub(r'Parser key "(\w+)":', r"\1:", " ".join(message.split()))
+def _clear(message: str, actions: Iterable[Any]) -> str:
+    """Put a message of jsonargparse, which has nothing but its text, in plain words."""
+    known = {action.dest: action for action in actions}
+    flags = {name: (action.option_strings or [name])[-1] for name, action in known.items()}
+    if found := re.search(r"Option '(\S+)' is not accepted", message):  # in a recipe
+        return f"unknown option {found[1]!r}{_nearest(found[1], known)}"
+    if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
+        return f"unknown option {found[1]}{_nearest(found[1], flags.values())}"
+    if found := re.search(r"arguments are required: (.+)", message):
+        return f"missing: {', '.join(flags[name] for name in found[1].split(', '))}"
+    if found := re.search(r"argument (\S+): expected one argument", message):
+        return f"{found[1]} needs a value"
+    if found := re.search(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL):
+        name, value = found.groups()
+        hint = known[name]._typehint
+        return f"{name} must be {_allowed(hint)}, got {value}{_nearest(value, _choices(hint))}"
+    return " ".join(message.split())
+
+
+KINDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", ""),
+    str: ("a word", "words"),
+    dict: ("a mapping, such as {name: value}", ""),
+}
+"""How types are called, one and several."""
+
+
+def _allowed(hint: Any) -> str:
+    """Say what values a type has: "a whole number or auto"."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Literal:
+        return f"{', '.join(parts[:-1])} or {parts[-1]}" if parts[1:] else str(parts[0])
+    if kind is Sequence:
+        return f"a list of {KINDS[parts[0]][1]} in brackets"
+    if kind in KINDS:
+        return KINDS[kind][0]
+    return " or ".join(_allowed(part) for part in parts if part is not NoneType)
+
+
+def _choices(hint: Any) -> Iterable[str]:
+    return get_args(hint) if get_origin(hint) is Literal else chain.from_iterable(map(_choices, get_args(hint)))
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

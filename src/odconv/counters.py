@@ -6,7 +6,7 @@ operator is our own.
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from odconv.layers import DynamicConv
 from odconv.ops import flops
-from odconv.profile.count import Call, count_madds
+from odconv.packages import needed_by
+from odconv.profiling.count import Call, count_madds
 
 Hook = Callable[[DynamicConv, tuple[Any, ...], Tensor], None]
 
@@ -25,7 +26,7 @@ def thop_ops() -> dict[type[DynamicConv], Hook]:
     Returns:
         A rule for each class of dynamic layer, those that are yours included.
     """
-    return {layer: _hook(total_ops=1) for layer in _layers()}
+    return {layer: _hook(total_ops=1) for layer in DynamicConv.kinds()}
 
 
 def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
@@ -39,7 +40,7 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
 
     flops.register()
     formulas = {op: functools.partial(_madds, formula) for op, formula in flop_registry.items() if _is_ours(op)}
-    return {layer: _hook(__flops__=1) for layer in _layers()} | formulas
+    return {layer: _hook(__flops__=1) for layer in DynamicConv.kinds()} | formulas
 
 
 def calflops_hooks() -> dict[type[DynamicConv], Hook]:
@@ -48,7 +49,7 @@ def calflops_hooks() -> dict[type[DynamicConv], Hook]:
     Returns:
         A hook for each class of dynamic layer, those that are yours included.
     """
-    return {layer: _hook(__macs__=1, __flops__=2) for layer in _layers()}
+    return {layer: _hook(__macs__=1, __flops__=2) for layer in DynamicConv.kinds()}
 
 
 def torchinfo_statistics(statistics: Any) -> Any:
@@ -87,7 +88,8 @@ def register_thop() -> None:
     Raises:
         ImportError: thop is not installed.
     """
-    thop: Any = importlib.import_module("thop")
+    with needed_by("register_thop", "thop"):
+        thop: Any = importlib.import_module("thop")
     if not hasattr(thop.profile, "counts_dynamic_layers"):
         thop.profile = _with_thop_ops(thop.profile)
 
@@ -107,13 +109,6 @@ def _is_ours(op: Any) -> bool:
 
 def _madds(formula: Callable[..., int], inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> int:
     return formula(*inputs, out_val=outputs[0]) // 2
-
-
-def _layers(kind: type[DynamicConv] = DynamicConv) -> Iterator[type[DynamicConv]]:
-    """Yield all classes of dynamic layers: most counters ask for the class itself, not for one it derives from."""
-    yield kind
-    for derived in kind.__subclasses__():
-        yield from _layers(derived)
 
 
 def _hook(**counts: int) -> Hook:

@@ -1,10 +1,12 @@
-"""Where files go, and writing them whole or not at all."""
+"""Where files go, writing them whole or not at all, and reading none that has no end."""
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
@@ -17,13 +19,36 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        with partial.open("rb") as file:
+        with partial.open("rb+") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def open_regular(path: str | Path, limit: int) -> BinaryIO:
+    """Open a file to read it, and see that it is one, and not too large.
+
+    At a named pipe a process may wait for ever, and a device or a sparse file may have no end.
+
+    Args:
+        path: the file; whoever catches an error names it.
+        limit: bytes that it may have.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, or is larger.
+    """
+    # O_NONBLOCK: not waiting until somebody opens a pipe to write to it. SIM115: whoever called closes it
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
+        return file
+    file.close()
+    if stat.S_ISREG(status.st_mode):
+        raise OSError(f"it has {status.st_size:,} bytes, and {limit:,} are allowed")
+    raise OSError("it is no regular file, but a pipe or a device")
 
 
 def check_writable(folder: Path) -> None:
@@ -42,5 +67,8 @@ def check_writable(folder: Path) -> None:
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """Return `cache`, or else $ODCONV_CACHE, or else ~/.cache/odconv."""
-    return Path(cache or os.environ.get("ODCONV_CACHE") or "~/.cache/odconv").expanduser()
+    """Return `cache`, or else $ODCONV_CACHE, or else $XDG_CACHE_HOME/odconv, or else ~/.cache/odconv."""
+    if given := cache or os.environ.get("ODCONV_CACHE"):
+        return Path(given).expanduser()
+    common = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (common if common.is_absolute() else Path("~/.cache").expanduser()) / "odconv"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odconv.convert import replace_parts
+from odconv.conversion import replace_parts
 from odconv.layers import Attentions, DynamicConv
 from odconv.ops.eager import mixed_kernels
 

@@ -19,7 +19,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """Say whether a module is not looked into."""
-        return isinstance(module, DynamicConv) or super().is_leaf_module(module, name)
+        return isinstance(module, DynamicConv | BatchNorm) or super().is_leaf_module(module, name)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -27,7 +27,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     The network then computes what it did in evaluation mode, up to rounding, for every input. A batch norm is folded
     where it alone takes what the convolution gives, and each of the two is called once; others stay. An identity takes
-    its place, so that all other layers keep their names. Batch norm within attentions stays: it is on vectors.
+    its place, or the activation that timm's batch norm holds, so that all other layers keep their names. Batch norm
+    within attentions stays: it is on vectors.
 
     What comes before what is found by `torch.fx`; where it cannot trace a network, a detector for example, it looks at
     its parts one by one.
@@ -46,13 +47,23 @@ def fuse(model: nn.Module) -> nn.Module:
         raise ValueError(f"model must be in evaluation mode, got batch norm in training mode: {training[0]}")
     owners = Counter(child for part in model.modules() for child in part._modules.values())
     for parent, name, conv, bn in list(_find_pairs(model)):
-        if owners[conv] == owners[bn] == 1 and bn.running_mean is not None:
+        rest = besides(bn)
+        if owners[conv] == owners[bn] == 1 and bn.running_mean is not None and rest is not None:
             if isinstance(conv, DynamicConv):
                 fold_batch_norm(conv, bn)
             else:
                 _fold_into_static(conv, bn)
-            parent.set_submodule(name, nn.Identity())
+            parent.set_submodule(name, rest)
     return model
+
+
+def besides(bn: Any) -> nn.Module | None:
+    """Return what is left of a batch norm that was folded; None for a class that may do anything else."""
+    if type(bn).__module__.startswith("torch.nn."):
+        return nn.Identity()
+    if type(bn).__name__ == "BatchNormAct2d":  # timm's, with an activation and dropout behind it
+        return nn.Sequential(bn.drop, bn.act)
+    return None
 
 
 def _find_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Any]]:

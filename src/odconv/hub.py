@@ -5,13 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from odconv.checkpoints import load_checkpoint, save_safetensors
-from odconv.models import create_model
-from odconv.profile import profile
-from odconv.profile.table import short
+from odconv.models import check_described, create_model
+from odconv.packages import needed_by
+from odconv.profiling import profile
+from odconv.profiling.table import short
+
+with needed_by("odconv.hub", "'odconv[models]'"):
+    from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 
 START = ("weights", "warm_start", "init")
 WEIGHTS = "model.safetensors"
@@ -48,7 +51,7 @@ class HubModel(
 ):
     """A network of the zoo with `save_pretrained`, `from_pretrained` and `push_to_hub` of huggingface_hub.
 
-    A repository has model.safetensors, with the published keys and the temperature;
+    A repository has model.safetensors, with the published keys and each attention's temperature;
     config.json, the arguments that build the network; and a card. ``create_model(..., weights="owner/name")`` reads the
     weights too.
 
@@ -99,12 +102,18 @@ class HubModel(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> "HubModel":
-        download = inspect.signature(hf_hub_download).parameters  # revision, token and so on
-        where = {key: options.pop(key) for key in [*options] if key in download}
+        # revision, token and so on: of the caller alone, and not whatever else config.json might say of a download
+        callers, known = (inspect.signature(f).parameters.keys() for f in (cls.from_pretrained, hf_hub_download))
+        where = {key: options.pop(key) for key in [*options] if key in callers & known}
         folder = Path(model_id)
         file = folder / WEIGHTS if folder.is_dir() else hf_hub_download(model_id, WEIGHTS, **where)
         if "name" not in options:
             raise ValueError(f"{model_id} has no {CONFIG} that names a network of odconv")
+        if elsewhere := [key for key in ("weights", "warm_start") if options.get(key)]:
+            raise ValueError(
+                f"{CONFIG} of {model_id} must not say {' and '.join(elsewhere)}: {WEIGHTS} are its weights"
+            )
+        check_described(Path(file), **options)
         model = cls(**options)
         load_checkpoint(model.model, file)
         return model.eval()

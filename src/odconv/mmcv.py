@@ -10,12 +10,15 @@ take for something else.
 from collections.abc import Callable
 from typing import Any
 
-from mmengine.model import weight_init
-from mmengine.registry import MODELS
 from torch import nn
 
-from odconv.convert import FAMILIES
+from odconv.conversion import FAMILIES
 from odconv.layers import DynamicConv
+from odconv.packages import needed_by
+
+with needed_by("odconv.mmcv", "mmengine"):
+    from mmengine.model import weight_init
+    from mmengine.registry import MODELS
 
 
 class MMLayer(DynamicConv):

@@ -1,24 +1,18 @@
 """The zoo: torchvision's networks with their convolutions replaced, as rows of data."""
 
 import difflib
-import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from odconv.checkpoints import load_checkpoint, resolve
-from odconv.convert import check_options, convert
+from odconv.checkpoints import load_checkpoint, resolve, room
+from odconv.conversion import check_options, convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 from odconv.layers.starts import SETTLED
-
-
-class Backbone(NamedTuple):
-    """A static network: torchvision's builder, its arguments, and the name of its stem."""
-
-    builder: str
-    arguments: dict[str, Any]
-    stem: str
+from odconv.packages import needed_by
+from odconv.zoo import BACKBONES, NAMES, Backbone
 
 
 class Method(NamedTuple):
@@ -29,29 +23,12 @@ class Method(NamedTuple):
     shortcuts: bool
 
 
-BACKBONES = {
-    **{f"resnet{depth}": Backbone(f"resnet{depth}", {}, "conv1") for depth in (18, 34, 50, 101, 152)},
-    **{
-        f"mobilenetv2_{percent:03d}": Backbone("mobilenet_v2", {"width_mult": percent / 100}, "features.0.0")
-        for percent in (50, 75, 100)
-    },
-}
 METHODS = {
     "od": Method(ODConv2d, {"kernel_num": 1}, shortcuts=False),
     "odl": Method(ODConv2d, {"kernel_num": 1, **SETTLED["odconv"]}, shortcuts=False),
     "dy": Method(DyConv2d, {}, shortcuts=True),
     "cond": Method(CondConv2d, {}, shortcuts=False),
 }
-NAMES = [*BACKBONES, *(f"{method}_{backbone}" for method in METHODS for backbone in BACKBONES)]
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """The names that :func:`create_model` knows.
-
-    Args:
-        pattern: a glob, "od_*" for example. Default all.
-    """
-    return fnmatch.filter(NAMES, pattern)
 
 
 def create_model(
@@ -69,9 +46,9 @@ def create_model(
     """Build a network of the zoo.
 
     Args:
-        name: one of :func:`list_models`: a ResNet or MobileNetV2, static or with a method's prefix: od_, dy_ and cond_
-            as published; odl_ for ODConv with layer norm in the attention, gates of 1 and shares times sqrt(n), which
-            learns best from nothing.
+        name: one of :func:`odconv.list_models`: a ResNet or MobileNetV2, static or with a method's prefix: od_, dy_ and
+            cond_ as published; odl_ for ODConv with layer norm in the attention, gates of 1 and shares times sqrt(n),
+            which learns best from nothing.
         kernel_num: number of kernels n of a dynamic network. Default 1 for od_ and odl_, 4 for dy_, 8 for cond_.
         reduction: width of the attention's hidden layer as a share of the channels. Default 1/16 for od_ and odl_, 1/4
             for dy_.
@@ -115,6 +92,27 @@ def create_model(
     if weights is not None and not warm_start:
         load_checkpoint(model, resolve(weights))
     return model
+
+
+def check_described(path: Path, name: str, **options: Any) -> None:
+    """See that the network that a file describes fits into the file, before memory is asked for.
+
+    Args:
+        path: the file with its weights.
+        name: as :func:`create_model`.
+        **options: the same.
+
+    Raises:
+        ValueError: it has many times as many numbers as the file has bytes, or as :func:`create_model`.
+    """
+    try:
+        with torch.device("meta"):  # shapes alone
+            network = create_model(name, **options)
+    except (RuntimeError, OverflowError) as error:  # more than can be counted
+        raise ValueError(f"{path} cannot hold the network that goes with it: {error}") from error
+    numbers = sum(tensor.numel() for tensor in network.state_dict().values())
+    if numbers > room(path):
+        raise ValueError(f"{path} of {path.stat().st_size:,} bytes cannot hold the {numbers:,} numbers of its {name}")
 
 
 def make_dynamic(
@@ -165,10 +163,8 @@ def split_name(name: str) -> tuple[str | None, str]:
 
 def build_static(backbone: Backbone, num_classes: int, dropout: float) -> Any:
     """torchvision's network, with the published classifier: dropout before it and normal(0, 0.01) weights."""
-    try:
+    with needed_by("odconv.create_model", "'odconv[models]'"):
         from torchvision import models
-    except ImportError as error:
-        raise ImportError("the networks need torchvision: pip install 'odconv[train]'") from error
     arguments = backbone.arguments | {"num_classes": num_classes}
     if backbone.builder == "mobilenet_v2":
         return models.mobilenet_v2(dropout=dropout, **arguments)

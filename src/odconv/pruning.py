@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odconv import layers
 from odconv.layers import DynamicConv
+from odconv.packages import needed_by
 
 
 def keep_filters(layer: DynamicConv, kept: Sequence[int]) -> DynamicConv:
@@ -64,7 +64,7 @@ def keep_channels(layer: DynamicConv, kept: Sequence[int]) -> DynamicConv:
 
 
 def pruners() -> dict[type[DynamicConv], Any]:
-    """Return what torch-pruning needs to know of dynamic layers, for its `customized_pruners`.
+    """Return what torch-pruning needs to know of dynamic layers, yours included, for its `customized_pruners`.
 
     Its `root_module_types` must name :class:`odconv.DynamicConv` beside convolutions and linear layers, or only what
     follows from pruning these is pruned.
@@ -72,14 +72,15 @@ def pruners() -> dict[type[DynamicConv], Any]:
     Raises:
         ImportError: torch-pruning is not installed.
     """
-    from torch_pruning.pruner.function import BasePruningFunc
+    with needed_by("odconv.pruning.pruners", "torch-pruning"):
+        from torch_pruning.pruner.function import BasePruningFunc
 
     class Pruner(BasePruningFunc):
         def prune_out_channels(self, layer: DynamicConv, idxs: Sequence[int]) -> DynamicConv:
-            return keep_filters(layer, [i for i in range(layer.out_channels) if i not in set(idxs)])
+            return keep_filters(layer, sorted({*range(layer.out_channels)} - {*idxs}))
 
         def prune_in_channels(self, layer: DynamicConv, idxs: Sequence[int]) -> DynamicConv:
-            return keep_channels(layer, [i for i in range(layer.in_channels) if i not in set(idxs)])
+            return keep_channels(layer, sorted({*range(layer.in_channels)} - {*idxs}))
 
         def get_out_channels(self, layer: DynamicConv) -> int:
             return layer.out_channels
@@ -87,18 +88,27 @@ def pruners() -> dict[type[DynamicConv], Any]:
         def get_in_channels(self, layer: DynamicConv) -> int:
             return layer.in_channels
 
-    kinds = [kind for kind in vars(layers).values() if isinstance(kind, type) and issubclass(kind, DynamicConv)]
-    return {kind: Pruner() for kind in kinds if hasattr(kind, "dims")}
+    return {kind: Pruner() for kind in DynamicConv.kinds()}
 
 
 def _index(name: str, kept: Sequence[int], channels: int, layer: DynamicConv) -> Tensor:
+    """Return the channels to keep as a tensor, after seeing that all that has them can be cut."""
     if layer.groups != 1:
         raise ValueError(
             f"a layer with groups {layer.groups} cannot be pruned; prune the static network and convert it afterwards"
         )
     values = list(kept)
-    if not values or len(set(values)) < len(values) or not all(0 <= value < channels for value in values):
+    whole = all(type(value) is int and 0 <= value < channels for value in values)
+    if not values or not whole or len(set(values)) < len(values):
         raise ValueError(f"{name} must be different channels of 0 to {channels - 1}, got {values}")
+    parts = {"": layer} | {f"attention.{name}": part for name, part in layer.attention.named_children()}
+    for place, part in parts.items():
+        plain = isinstance(part, DynamicConv) or type(part).__module__.startswith("torch.nn.modules.")
+        if not plain or not isinstance(getattr(part, "weight", None), nn.Parameter):
+            raise ValueError(
+                f"the weight of {place or 'the layer'} is computed, or is another class's: remove its mask or "
+                "parametrization, or merge its adapter, before channels are removed"
+            )
     return torch.tensor(values, device=layer.weight.device)
 
 

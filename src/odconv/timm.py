@@ -14,19 +14,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    get_pretrained_cfg_value,
-    model_entrypoint,
-    register_model,
-    resolve_pretrained_cfg,
-)
 from torch import Tensor, nn
 
-from odconv.convert import convert, options_of
-from odconv.models import BACKBONES, METHODS, split_name
+from odconv.conversion import convert, options_of
+from odconv.models import METHODS, split_name
+from odconv.packages import needed_by
+from odconv.zoo import BACKBONES
+
+with needed_by("odconv.timm", "timm"):
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.models import (
+        build_model_with_cfg,
+        generate_default_cfgs,
+        get_pretrained_cfg_value,
+        model_entrypoint,
+        register_model,
+        resolve_pretrained_cfg,
+    )
 
 FIRST = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
 OTHERS = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}

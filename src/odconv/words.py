@@ -1,9 +1,14 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
 from math import isfinite, isnan
 from typing import Any
 
 UNKNOWN = "-"
+
+
+def printable(text: Any) -> str:
+    """Text as it can be printed: control characters, but for the ends of lines, and what is no text are escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def number(value: Any, digits: int = 2, unit: str = "") -> str:

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from odconv.convert import Chosen, dynamic_like, find_convolutions, matcher, some, start_from
-from odconv.convert import convert as convert_convolutions
+from odconv.conversion import Chosen, dynamic_like, find_convolutions, matcher, some, start_from
+from odconv.conversion import convert as convert_convolutions
 from odconv.counters import register_thop
 from odconv.fusion import BatchNorm, fold_batch_norm
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
+from odconv.packages import needed_by
 
 Size = int | list[int] | tuple[int, int]
 
@@ -149,7 +150,8 @@ def convert(
         ImportError: ultralytics is not installed.
         ValueError, TypeError: as :func:`odconv.convert`.
     """
-    from ultralytics.engine.model import Model
+    with needed_by("odconv.yolo", "ultralytics"):
+        from ultralytics.engine.model import Model
 
     register()
     network: Any = model.model if isinstance(model, Model) else model
@@ -218,8 +220,9 @@ def register() -> None:
     Raises:
         ImportError: ultralytics is not installed.
     """
-    from ultralytics.engine.model import Model
-    from ultralytics.nn import tasks
+    with needed_by("odconv.yolo", "ultralytics"):
+        from ultralytics.engine.model import Model
+        from ultralytics.nn import tasks
 
     if not isinstance(tasks.parse_model, YamlParser):
         tasks.parse_model = YamlParser(tasks.parse_model)

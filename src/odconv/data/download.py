@@ -3,12 +3,15 @@
 import hashlib
 import http.client
 import os
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
@@ -21,6 +24,10 @@ PAUSE = 1.0
 """Seconds before the second attempt; doubled before each further one."""
 TIMEOUT = 30.0
 """Seconds without an answer, or without a byte."""
+SLOWEST = 10_000
+"""Bytes a second that must come in the whole, TIMEOUT aside."""
+LARGEST_INDEX = 10**9
+"""Bytes of an index, which has some 30 an image."""
 PASSING = (408, 425, 429)
 """Client errors that may be over in a moment; the others stay."""
 
@@ -49,12 +56,21 @@ def check_url(url: str) -> None:
 
 
 def read_url(url: str) -> bytes:
-    """Return what is at a URL.
+    """Return what is at a URL, an index of shards.
 
     Raises:
-        OSError: it cannot be had.
+        OSError: it cannot be had, or is too large to be one.
     """
-    return _persist(url, lambda: b"".join(_receive(url)))
+
+    def attempt() -> bytes:
+        content = bytearray()
+        for chunk in _receive(url):
+            content += chunk
+            if len(content) > LARGEST_INDEX:
+                raise DownloadError(f"it has more than the {LARGEST_INDEX:,} bytes that an index may have", final=True)
+        return bytes(content)
+
+    return _persist(url, attempt)
 
 
 def open_url(
@@ -116,10 +132,14 @@ def _download(url: str, path: Path, size: int, sha256: str) -> None:
 
 def _receive(url: str) -> Iterator[bytes]:
     request = urllib.request.Request(url, headers={"User-Agent": "odconv"})
+    began, received = time.monotonic(), 0
     try:
         with _opener().open(request, timeout=TIMEOUT) as response:
-            while chunk := response.read(1 << 20):
+            while chunk := response.read1(1 << 20):  # what has come, where read would wait for all of it
                 yield chunk
+                received += len(chunk)
+                if time.monotonic() - began > TIMEOUT + received / SLOWEST:
+                    raise DownloadError(f"it comes at less than {SLOWEST:,} bytes a second")
             if response.length:
                 raise DownloadError("the connection broke off")
     except urllib.error.HTTPError as error:
@@ -129,13 +149,61 @@ def _receive(url: str) -> Iterator[bytes]:
         raise DownloadError(str(getattr(error, "reason", error)) or type(error).__name__) from error
 
 
+class _Timed:
+    """A connection of http.client of which neither the making nor the head of an answer takes longer than TIMEOUT."""
+
+    sock: socket.socket | None
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        late = threading.Event()
+        timer = threading.Timer(TIMEOUT, self._end, (late,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if late.is_set():  # what came so far may look like a whole answer
+                raise TimeoutError(f"no answer within {TIMEOUT:g} s")
+
+    def _end(self, late: threading.Event) -> None:
+        late.set()
+        if self.sock is not None:
+            with suppress(OSError):  # ended already
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+    def connect(self) -> None:
+        with self._limited():
+            super().connect()  # type: ignore[misc]
+
+    def getresponse(self) -> Any:
+        with self._limited():
+            return super().getresponse()  # type: ignore[misc]
+
+
+class _Limited:
+    """A handler of urllib whose connections are _Timed."""
+
+    def do_open(self, http_class: type, req: urllib.request.Request, **arguments: Any) -> Any:
+        return super().do_open(type("Connection", (_Timed, http_class), {}), req, **arguments)  # type: ignore[misc]
+
+
+class _HTTPHandler(_Limited, urllib.request.HTTPHandler):  # type: ignore[misc]
+    pass
+
+
+class _HTTPSHandler(_Limited, urllib.request.HTTPSHandler):  # type: ignore[misc]
+    pass
+
+
 def _opener() -> urllib.request.OpenerDirector:
     """Return an opener that, unlike urllib's own, is not led to ftp or a file by a redirection."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
+        _HTTPHandler,
+        _HTTPSHandler,
         urllib.request.HTTPRedirectHandler,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,

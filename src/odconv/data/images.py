@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from odconv.data.sampler import Draw
 from odconv.data.shards import ShardError
 from odconv.data.transforms import Transform
+from odconv.files import open_regular
 
 IGNORE = -100
 """Label of a sample that must not count: an unreadable image, or the padding of a distributed evaluation."""
@@ -28,17 +30,34 @@ IGNORE = -100
 Sources: TypeAlias = Sequence[str] | Sequence[bytes] | np.ndarray
 """Images by their index: files, contents of files, or arrays; taking one may raise an OSError."""
 
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"),
+    *(["AVIF"] if find_spec("PIL.AvifImagePlugin") else []),  # of Pillow since 11.3
+)
+"""Pillow's names of the formats that are read, whatever a file is called; of the others some start programs, as
+PostScript does, or open further files."""
+
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif")
 """Of a user's own images."""
 
 LARGE = 10**8
 """Pixels of an image that PIL shall judge, which refuses unreasonable ones."""
 
+LARGEST = 5 * 10**8
+"""Bytes of a file."""
+
+WORK = 10**9
+"""Pixels of a JPEG times its scans, through each of which a decoder goes over all pixels: some seconds."""
+JPEG, SCAN = b"\xff\xd8", b"\xff\xda"
+"""What a JPEG begins with, and what each of its scans does, and what occurs within none."""
+
 logger = logging.getLogger(__name__)
 
 
-def read_image(source: str | Path | bytes | np.ndarray, upright: bool = False) -> Image.Image:
-    """Read a file, or take its content or an array of bytes, as an RGB image.
+def read_image(
+    source: str | Path | bytes | np.ndarray, upright: bool = False, pixels: int | None = None
+) -> Image.Image:
+    """Read a file in one of FORMATS, or take its content or an array of bytes, as an RGB image.
 
     Transparency is laid over white, 16-bit grey is scaled to 8 bits, and the first frame stands for an animation.
 
@@ -46,6 +65,7 @@ def read_image(source: str | Path | bytes | np.ndarray, upright: bool = False) -
         source: a file, its content, or an array (H, W) or (H, W, 3) of bytes.
         upright: rotate as EXIF notes it, for photographs as a camera saves them. Default: ignore it, as the usual
             loaders of data sets do.
+        pixels: how many it may have; default: as many as Pillow takes for reasonable, 178,956,970.
 
     Returns:
         The image, in mode RGB.
@@ -57,7 +77,8 @@ def read_image(source: str | Path | bytes | np.ndarray, upright: bool = False) -
         return _to_rgb(Image.fromarray(source))
     name = f"of {len(source)} bytes" if isinstance(source, bytes) else source
     try:
-        with Image.open(_seekable(source)) as image:
+        with _open(source) as file, Image.open(file, formats=FORMATS) as image:
+            _check_work(file, image, pixels)
             image.load()
             return _to_rgb(_upright(image) if upright else image)
     except UnidentifiedImageError as error:
@@ -69,11 +90,29 @@ def read_image(source: str | Path | bytes | np.ndarray, upright: bool = False) -
         raise OSError(f"unreadable image {name}: {error}") from error
 
 
-def _seekable(source: str | Path | bytes) -> str | Path | io.BytesIO:
-    """What PIL can go back in: a pipe is read to its end first."""
+def _open(source: str | Path | bytes) -> BinaryIO:
+    """Open what PIL can go back in; of all pipes, those alone that the process was given, such as /dev/stdin."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    return io.BytesIO(Path(source).read_bytes()) if Path(source).is_fifo() else source
+    if str(source).startswith(("/dev/stdin", "/dev/fd/")) and Path(source).is_fifo():
+        with open(source, "rb") as pipe:
+            content = pipe.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise OSError(f"it has more than the {LARGEST:,} bytes that are allowed")
+        return io.BytesIO(content)
+    return open_regular(source, LARGEST)
+
+
+def _check_work(file: BinaryIO, image: Image.Image, pixels: int | None) -> None:
+    """Raise an OSError where it would take too long to decode an image that was opened."""
+    count = image.width * image.height
+    if pixels is not None and count > pixels:
+        raise OSError(f"it has {image.width} x {image.height} pixels, and {pixels:,} are allowed")
+    if image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        scans = file.read().count(SCAN)
+        if count * scans > WORK:
+            raise OSError(f"its {scans} scans of {count:,} pixels each take too long to decode: {WORK:,} are allowed")
 
 
 def read_pixels(source: str | Path | bytes | np.ndarray) -> Tensor:
@@ -89,9 +128,12 @@ def read_pixels(source: str | Path | bytes | np.ndarray) -> Tensor:
     """
     if not isinstance(source, np.ndarray):
         try:
-            encoded = source if isinstance(source, bytes) else Path(source).read_bytes()
+            with _open(source) as file:
+                start = file.read(len(JPEG))
+                encoded = start + file.read() if start == JPEG else start
             height, width, colours, _ = decode_jpeg_header(encoded)
-            if colours in ("YCbCr", "Gray") and height * width <= LARGE:
+            pixels, scans = height * width, encoded.count(SCAN)
+            if colours in ("YCbCr", "Gray") and pixels <= LARGE and pixels * scans <= WORK:
                 return torch.from_numpy(decode_jpeg(encoded)).permute(2, 0, 1)
         except (OSError, ValueError):  # no JPEG, or a damaged one: PIL has the last word
             pass

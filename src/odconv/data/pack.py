@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from odconv.data.archives import find_archive
-from odconv.data.images import Images
+from odconv.data.images import LARGEST, Images
 from odconv.data.parallel import each
 from odconv.data.scan import describe, report
 from odconv.data.shard_index import VERSION, Index, Shard
 from odconv.data.splits import open_data
-from odconv.files import check_writable, replacing
+from odconv.files import check_writable, open_regular, replacing
 
 RECORDS = ".pack"
 """Folder of what is known of each finished shard, until the index is written."""
@@ -166,6 +166,7 @@ def _name(number: int, source: str) -> tuple[str, str]:
 
 def _content(source: str) -> bytes:
     try:
-        return Path(source).read_bytes()
+        with open_regular(source, LARGEST) as file:
+            return file.read()
     except OSError as error:
-        raise OSError(f"the image {source} cannot be read: {error.strerror}") from error
+        raise OSError(f"the image {source} cannot be read: {error.strerror or error}") from error

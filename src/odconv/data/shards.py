@@ -40,7 +40,7 @@ class Shards(Sequence[bytes]):
 
     Args:
         index: the index, train.json or val.json, in a folder or at http:// or https://. The shards lie beside it.
-        cache: folder for downloads; default $ODCONV_CACHE or ~/.cache/odconv.
+        cache: folder for downloads; default as :func:`odconv.files.cache_folder`.
         cache_gb: upper limit of the downloads kept, in 10^9 bytes; default $ODCONV_CACHE_GB, or none. Shards opened
             least recently are removed first.
 
@@ -99,8 +99,7 @@ class Shards(Sequence[bytes]):
         index = range(len(self))[index]
         shard = bisect_right(self._ends, index)
         offset, length = int(self._offsets[index]), int(self._lengths[index])
-        # reading at a place, not from one on: processes forked from this one share the file's position
-        image = os.pread(self._open(shard).fileno(), length, offset)
+        image = _read_at(self._open(shard), offset, length)
         if zlib.crc32(image) != self._crc32[index]:
             raise OSError(
                 f"image {index} at byte {offset} of {self.files[shard][0]} is damaged: not what {self.place} says"
@@ -183,6 +182,14 @@ def _read(index: str | Path) -> bytes:
     if not Path(index).is_file():
         raise FileNotFoundError(f"there is no index of shards {index}; `odconv pack` and `odconv index` write one")
     return Path(index).read_bytes()
+
+
+def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
+    """Read at a place, not from one on: processes forked from this one share the file's position."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), length, offset)
+    file.seek(offset)  # Windows does not fork
+    return file.read(length)
 
 
 def _to_bytes(cache_gb: float | None) -> int | None:

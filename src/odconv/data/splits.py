@@ -59,7 +59,7 @@ def open_data(
         augment: "imagenet", "small" or "none"; see :func:`training_transform`. Digits are never flipped.
         min_scale: smallest share of an image's area that "imagenet" cuts out.
         need_train: False to open the validation images alone; nothing else needs to be there then.
-        cache: folder to unpack archives into; default $ODCONV_CACHE or ~/.cache/odconv.
+        cache: folder to unpack archives into; default as :func:`odconv.files.cache_folder`.
 
     Returns:
         The training and validation images and the names of the classes.

@@ -12,7 +12,7 @@ from odconv.demo.cards import show_answers, show_problem
 from odconv.demo.examples import Examples
 from odconv.demo.networks import Network, ask, prepare
 from odconv.demo.uploads import FORMATS, MEGABYTES, MEGAPIXELS, dropped, read_upload
-from odconv.profile.latency import describe
+from odconv.profiling.latency import describe
 from odconv.visualize import plot_attentions, record_attentions
 
 HEAD = """<h1>Static and dynamic convolution</h1>

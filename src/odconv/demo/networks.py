@@ -1,6 +1,7 @@
 """What networks say of an image, and how soon."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -8,9 +9,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from odconv.data import normalise
+from odconv.export.opened import SUFFIXES as EXPORTED
 from odconv.layers import DynamicConv
 from odconv.predict import Classifier, load_classifier
-from odconv.profile.latency import latencies
+from odconv.profiling.latency import latencies
 
 TOP = 5
 RUNS = 5
@@ -52,9 +54,12 @@ def load(weights: str, static: str | None, static_arch: str | None, **options: A
         ValueError: options or weights that do not fit, an exported file, or networks that differ.
         OSError: a file cannot be read.
     """
-    classifiers = [load_classifier(weights, **options)]
+    for given in (weights, static):
+        if given is not None and given.endswith(EXPORTED) and not Path(given).is_dir():  # not opened, then refused
+            raise ValueError(f"{given} is an exported network, which nobody can look into; give its checkpoint")
+    classifiers = [load_classifier(weights, trust=False, **options)]
     if static is not None:
-        shared = {name: options.get(name) for name in ("classes", "stem", "image_size", "resize_size")}
+        shared: dict[str, Any] = {name: options.get(name) for name in ("classes", "stem", "image_size", "resize_size")}
         classifiers.insert(0, load_classifier(static, arch=static_arch, **shared))
     for what in ("classes", "image_size", "resize_size"):
         values = [getattr(classifier, what) for classifier in classifiers]
@@ -65,14 +70,9 @@ def load(weights: str, static: str | None, static_arch: str | None, **options: A
 
 
 def open_network(classifier: Classifier) -> Network:
-    """Find the layers of a classifier.
-
-    Raises:
-        ValueError: it is an exported file.
-    """
+    """Find the layers of a classifier that has a network."""
     model = classifier.model
-    if model is None:
-        raise ValueError(f"{classifier.name} is an exported network, which nobody can look into; give its checkpoint")
+    assert model is not None  # exported files have none
     layers = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv)}
     return Network(classifier, model, layers)
 

@@ -6,6 +6,8 @@ from typing import Any
 from PIL import Image
 
 from odconv.data import read_image
+from odconv.data.images import LARGEST
+from odconv.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MEGABYTES = 20
@@ -40,10 +42,11 @@ def read_upload(path: Path) -> Image.Image:
         The image, in mode RGB.
 
     Raises:
-        ValueError: the file is missing, no image of FORMATS, or damaged, or has too many pixels.
+        ValueError: the file is missing, no image of FORMATS, or damaged, or has too many pixels, or
+            takes too long to decode.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_regular(path, LARGEST) as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path.name} has far more than {MEGAPIXELS} million pixels, which are allowed.") from error
@@ -54,4 +57,4 @@ def read_upload(path: Path) -> Image.Image:
     try:
         return read_image(path, upright=True)
     except OSError as error:
-        raise ValueError(f"{path.name} is damaged: {error.__cause__}.") from error
+        raise ValueError(f"{path.name} cannot be read: {error.__cause__}.") from error

@@ -60,7 +60,8 @@ def create_detector(
     The detector takes a list of images, (3, H, W) in 0 .. 1, of any sizes. In training mode it takes a list of targets
     besides, dicts of `boxes` (N, 4) in pixels (x1, y1, x2, y2), `labels` (N) and, for Mask R-CNN, `masks` (N, H, W),
     and returns a dict of losses. In evaluation mode it returns for each image a dict of `boxes`, `labels`, `scores`
-    and, from Mask R-CNN, `masks` (N, 1, H, W) with probabilities.
+    and, from Mask R-CNN, `masks` (N, 1, H, W) with probabilities; a dynamic backbone then sees one image at a time, so
+    that what is found on an image does not depend on the padding that others make necessary.
 
     Args:
         name: "faster_rcnn", "mask_rcnn" or "retinanet".
@@ -91,12 +92,14 @@ def create_detector(
         score_threshold: detections with a score up to this are dropped. Default 0.05.
         nms_threshold: overlap (IoU) above which the lesser of two detections of a class is dropped. Default 0.5.
         detections_per_image: how many are kept at most. Default 100.
-        conventions: "torchvision" or "mmdetection": whose arithmetic of anchors, pooling, boxes, image sizes and masks
-            is used. Default: what `weights` record; mmdetection's for its own files, else torchvision's.
+        conventions: "torchvision" or "mmdetection": whose arithmetic of anchors, pooling, boxes, image sizes, masks,
+            matches and losses is used, and whose first draw of neck and heads. Default: what `weights` record;
+            mmdetection's for its own files, else torchvision's.
         **options: further arguments of torchvision's class, `rpn_post_nms_top_n_test` for example.
 
     Returns:
-        torchvision's `FasterRCNN`, `MaskRCNN` or `RetinaNet`, in training mode, with torchvision's names of parameters.
+        A `FasterRCNN`, `MaskRCNN` or `RetinaNet`, a subclass of torchvision's, in training mode, with its names
+        of parameters.
 
     Raises:
         ValueError: an unknown name (the nearest are listed), an argument out of range, weights that do not fit, or
@@ -131,15 +134,15 @@ def create_detector(
     network = build_network(backbone, kernel_num, reduction, layer_options or {}, weights_backbone, warm_start)
     try_temperature(network, 1.0 if temperature is None else temperature)  # whatever a classifier was trained with
 
-    from torchvision.models import detection
     from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+    from odconv.detect import networks
     from odconv.detect.backbone import Pyramid
     from odconv.detect.boxes import FineCoder, fix_strides, set_coder
 
     detector = DETECTORS[name]
-    builder = getattr(detection, detector.builder)
-    check_options(builder, options)
+    builder = getattr(networks, detector.builder)
+    check_options(builder.__mro__[2], options)
     anchors = AnchorGenerator(
         tuple(tuple(int(size * octave) for octave in detector.octaves) for size in anchor_sizes),
         ((0.5, 1.0, 2.0),) * len(anchor_sizes),

@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from odconv.convert import some
+from odconv.conversion import some
 from odconv.detect.masks import decode_masks
 
+MOST_PIXELS = 178_956_970
+"""Of an image; larger ones are not read, since Pillow takes them for unreasonable."""
+LONGEST = 10**6
+"""Pixels that the outline of a mask may go over; drawing takes time and memory in proportion."""
 PARTS = ("images", "annotations", "categories")
 
 
@@ -64,9 +68,10 @@ def read_annotations(path: str | Path, classes: Sequence[str] | None = None, mas
     """Read an annotation file.
 
     Objects that nothing can be learned from are left out and noted by their ids: of images or categories that are not
-    listed; without a box, with one that is not finite, of zero or negative size or outside of the image; and, if masks
-    are asked for, without one, or with one of another size than the image. Images without any object are kept, and
-    polygons of fewer than three points are taken out of masks.
+    listed, or of images too large to be read; without a box, with one that is not finite, of zero or negative size or
+    outside of the image; and, if masks are asked for, without one, with one of another size than the image, or whose
+    outline is longer than a million pixels. Images without any object are kept, and polygons of fewer than three points
+    are taken out of masks.
 
     Args:
         path: the file, such as annotations/instances_train2017.json.
@@ -133,7 +138,7 @@ def _parts(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list
         )
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the annotation file {path} is no JSON: {error}") from error
     missing = [part for part in PARTS if not isinstance(content, dict) or not isinstance(content.get(part), list)]
     if missing:
@@ -202,7 +207,10 @@ def _fault(item: Mapping[str, Any], sizes: Mapping[Any, tuple[int, int]], listed
         return "of categories that are not listed"
     if (item.get("iscrowd") or 0) not in (0, 1):
         return "whose iscrowd is neither 0 nor 1"
-    return _box_fault(item.get("bbox"), *sizes[item["image_id"]])
+    width, height = sizes[item["image_id"]]
+    if width * height > MOST_PIXELS:
+        return "of images that are listed as too large to be read"
+    return _box_fault(item.get("bbox"), width, height)
 
 
 def _box_fault(box: Any, image_width: int, image_height: int) -> str:
@@ -232,9 +240,22 @@ def _check_mask(mask: Any, width: int, height: int) -> tuple[str, Any]:
     if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
         return "with a mask that is neither polygons nor RLE", None
     proper = [p for p in mask if len(p) >= 6 and len(p) % 2 == 0 and all(_is_number(x) and math.isfinite(x) for x in p)]
-    inside = [p for p in proper if min(p[::2]) < width and min(p[1::2]) < height and max(p[::2]) > 0 < max(p[1::2])]
-    return "" if inside else "with a mask without a polygon of three points or more in the image", inside
+    # quick is at least as much, and known sooner
+    quick = sum(len(polygon) * (max(polygon) - min(polygon)) for polygon in proper)
+    if quick > LONGEST and sum(map(_outline, proper)) > LONGEST:
+        fault, inside = f"with a mask whose outline is longer than {LONGEST:,} pixels", []
+    else:
+        fault = "with a mask without a polygon of three points or more in the image"
+        inside = [p for p in proper if min(p[::2]) < width and min(p[1::2]) < height and max(p[::2]) > 0 < max(p[1::2])]
+    return "" if inside else fault, inside
+
+
+def _outline(polygon: list[float]) -> float:
+    """Steps from pixel to pixel around a polygon."""
+    xs, ys = polygon[::2], polygon[1::2]
+    ends = zip(xs, ys, [*xs[1:], xs[0]], [*ys[1:], ys[0]], strict=True)
+    return sum(max(abs(x2 - x1), abs(y2 - y1)) for x1, y1, x2, y2 in ends)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from odconv.files import check_writable, replacing
 from odconv.train.config import Amp, check
+from odconv.words import printable
 
 
 def evaluate(
@@ -101,7 +102,7 @@ def _table(name: str, result: dict[str, Any]) -> str:
     lines.append("by class")
     for title, scores in result["classes"].items():
         if scores["ap"] is not None:
-            lines.append(f"  {title:22}" + "  ".join(f"{_number(value):>6}" for value in scores.values()))
+            lines.append(f"  {printable(title):22}" + "  ".join(f"{_number(value):>6}" for value in scores.values()))
     return "\n".join(lines)
 
 

@@ -2,9 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from odconv.checkpoints import unpickle
 
 NAMES = (
     (r"backbone\.(?:features\.)?", "backbone.body."),
@@ -32,6 +36,31 @@ def is_checkpoint(state: Mapping[str, Tensor]) -> bool:
     return any(key.startswith("neck.") for key in state) and any(
         key.startswith(("rpn_head.", "roi_head.", "bbox_head.")) for key in state
     )
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Return what mmdetection noted beside the weights of a checkpoint: `CLASSES`, `config` and so on."""
+    if path.suffix == ".safetensors":
+        return {}
+    meta = unpickle(path).get("meta")
+    return meta if isinstance(meta, dict) else {}
+
+
+def check_style(path: Path) -> None:
+    """Raise a ValueError for a checkpoint whose ResNet is Caffe's: other strides, BGR, another mean."""
+    if re.search(r"style\s*=\s*['\"]caffe['\"]", str(read_meta(path).get("config", ""))):
+        raise ValueError(
+            f"{path} holds a detector on a ResNet of style 'caffe', which has its strides on the 1x1 convolutions and "
+            "takes images in BGR; only style 'pytorch' is known"
+        )
+
+
+def class_names(path: Path, count: int) -> list[str] | None:
+    """Return the names of the classes that a checkpoint notes; None where they are not `count` names."""
+    noted = read_meta(path).get("CLASSES")
+    if not isinstance(noted, list | tuple) or len(noted) != count or not all(isinstance(name, str) for name in noted):
+        return None
+    return list(noted)
 
 
 def translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

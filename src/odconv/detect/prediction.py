@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from odconv.files import check_writable, replacing
 from odconv.train.config import check
+from odconv.words import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +64,8 @@ def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5
         found["images"].append(entry | {"picture": picture.name})
         found["annotations"] += [item | {"area": area} for item, area in zip(objects, _areas(detections), strict=True)]
         _save(draw(pixels, detections, restored.classes), picture)
-        print(path, *(f"{100 * item['score']:6.1f} %  {names[item['category_id']]}" for item in objects), sep="\n  ")
+        said = (f"{100 * item['score']:6.1f} %  {printable(names[item['category_id']])}" for item in objects)
+        print(printable(path), *said, sep="\n  ")
     if not found["images"]:
         raise ValueError("none of the images can be read")
     for i, item in enumerate(found["annotations"], 1):
@@ -77,7 +79,7 @@ def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5
 def _areas(detections: dict[str, "Tensor"]) -> list[float]:
     """Return the area of each object in pixels, of its mask if it has one, else of its box."""
     if "masks" in detections:
-        return (detections["masks"] > 0.5).sum((1, 2, 3)).tolist()
+        return (detections["masks"] >= 0.5).sum((1, 2, 3)).tolist()
     x1, y1, x2, y2 = detections["boxes"].unbind(1)
     return ((x2 - x1) * (y2 - y1)).tolist()
 
@@ -100,7 +102,7 @@ def draw(image: "Tensor", detections: dict[str, "Tensor"], classes: list[str]) -
         return image
     colours = [COLOURS[(label - 1) % len(COLOURS)] for label in labels]
     if "masks" in detections:
-        image = draw_segmentation_masks(image, detections["masks"][:, 0] > 0.5, alpha=0.45, colors=colours)
+        image = draw_segmentation_masks(image, detections["masks"][:, 0] >= 0.5, alpha=0.45, colors=colours)
     scores = detections["scores"].tolist()
     texts = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
     width = max(2, round(max(image.shape) / 320))

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from odconv.checkpoints import read_state_dict, resolve
+from odconv.checkpoints import malformed, read_state_dict, resolve
+from odconv.detect import mmdetection
 from odconv.detect.builder import create_detector
 from odconv.detect.config import DetectConfig, names
+from odconv.models import check_described
 from odconv.train.config import check
 from odconv.train.launch import layer_options
 from odconv.train.restore import saved_by_training
@@ -118,14 +120,25 @@ def restore(
     given = {name: value for name, value in locals().items() if name in known and value is not None}
     check(given)
     path = resolve(weights)
+    with malformed(path):
+        return _restore(path, given, classes)
+
+
+def _restore(path: Path, given: dict[str, Any], classes: str | Sequence[str] | None) -> RestoredDetector:
     described, notes = saved_by_training(path)
     if described and "detector" not in described:
         raise ValueError(f"{path} is no checkpoint of a detector, but of the classifier {described.get('arch')}")
     described |= given
     if missing := [name for name in ("detector", "arch") if name not in described]:
         raise ValueError(f"{' and '.join(missing)} must be given, since {path} holds weights alone")
+    check(described)
     outputs = _outputs(path)
+    backbone = {name: described[name] for name in ("kernel_num", "reduction") if name in described}
+    check_described(path, described["arch"], **backbone, **described.get("layer_options") or {})
     titles, categories = (notes["classes"], notes["categories"]) if notes else coco_classes(outputs)
+    if not notes and (noted := mmdetection.class_names(path, outputs - 1)):
+        known = dict(zip(titles, categories, strict=True))
+        titles, categories = noted, [known.get(name, number) for number, name in enumerate(noted, 1)]
     if named := names(classes):
         if len(named) != outputs - 1:
             raise ValueError(f"classes must be {outputs - 1} names, as many as {path} has, got {len(named)}")

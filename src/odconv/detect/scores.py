@@ -41,7 +41,7 @@ def describe_detections(
         )
     ]
     if "masks" in detections:
-        for result, rle in zip(results, encode_masks(detections["masks"][:, 0] > 0.5), strict=True):
+        for result, rle in zip(results, encode_masks(detections["masks"][:, 0] >= 0.5), strict=True):
             result["segmentation"] = rle
     return results
 

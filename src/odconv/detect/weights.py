@@ -58,6 +58,8 @@ def load_detector(detector: nn.Module, weights: str | Path, new_predictor: bool 
     path = resolve(weights)
     state = read_state_dict(path)
     published = mmdetection.is_checkpoint(state)
+    if published:
+        mmdetection.check_style(path)
     translated = mmdetection.translate(state) if published else dict(state)
     own = detector.state_dict()
     if new_predictor:
@@ -84,6 +86,11 @@ def _check(state: Mapping[str, Tensor], own: Mapping[str, Tensor], detector: str
         f"{key} is {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in the detector"
         for key, tensor in state.items()
         if key in own and own[key].shape != tensor.shape
+    ]
+    lines += [
+        f"{key} is complex in the file, real in the detector"
+        for key, tensor in state.items()
+        if key in own and tensor.is_complex() and not own[key].is_complex()
     ]
     if lines:
         more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []

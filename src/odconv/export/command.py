@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from odconv.devices import Device, find_device
 from odconv.export.network import Precision
 from odconv.export.onnx_file import Form, export_onnx
 from odconv.export.torch_file import export_torch
@@ -20,6 +21,7 @@ def export(
     form: Form = "loop",
     opset: int = 18,
     precision: Precision = "float32",
+    device: Device = "cpu",
     batch_one: bool = False,
     dynamic_size: bool = False,
     verify: bool = True,
@@ -34,6 +36,7 @@ def export(
         form: Of ONNX: loop computes one image after the other, product a batch at once.
         opset: Of ONNX: version of its operators, at least 18.
         precision: Of weights and activations: float32, float16 or, not in ONNX, bfloat16; of ONNX: int8 for weights.
+        device: For what torch and aoti are made: cpu, gpu, or auto for a GPU if there is one; ONNX runs anywhere.
         batch_one: Take one image at a time only.
         dynamic_size: Take images of other sizes too.
         verify: Compare the file with the network before it takes its place.
@@ -51,6 +54,7 @@ def export(
     from odconv.data.transforms import MEAN, STD
     from odconv.train.restore import restore
 
+    place = find_device(device)
     restored = restore(weights, **network)
     notes = {
         "arch": restored.arch,
@@ -61,7 +65,7 @@ def export(
         "std": STD,
     }
     return _export(
-        restored.model,
+        restored.model.to(place),
         restored.arch,
         (3, restored.image_size, restored.image_size),
         f"(batch, {restored.num_classes})",
@@ -87,6 +91,7 @@ def export_backbone(
     form: Form = "loop",
     opset: int = 18,
     precision: Precision = "float32",
+    device: Device = "cpu",
     batch_one: bool = False,
     dynamic_size: bool = True,
     verify: bool = True,
@@ -103,6 +108,7 @@ def export_backbone(
         form: Of ONNX: loop computes one image after the other, product a batch at once.
         opset: Of ONNX: version of its operators, at least 18.
         precision: Of weights and activations: float32, float16 or, not in ONNX, bfloat16; of ONNX: int8 for weights.
+        device: For what torch and aoti are made: cpu, gpu, or auto for a GPU if there is one; ONNX runs anywhere.
         batch_one: Take one image at a time only.
         dynamic_size: Take images of other sizes too.
         verify: Compare the file with the network before it takes its place.
@@ -117,8 +123,9 @@ def export_backbone(
     from odconv.data.transforms import MEAN, STD
     from odconv.detect.restore import restore
 
+    place = find_device(device)
     restored = restore(weights, **detector)
-    backbone: Any = restored.model.backbone
+    backbone: Any = restored.model.backbone.to(place)
     title = f"backbone of {restored.name}"
     notes = {"detector": restored.name, "classes": restored.classes, "mean": MEAN, "std": STD}
     return _export(

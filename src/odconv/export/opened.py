@@ -35,23 +35,34 @@ class Opened(NamedTuple):
     notes: dict[str, Any]
 
 
-def open_exported(path: Path) -> Opened:
+def open_exported(path: Path, trust: bool = False) -> Opened:
     """Open an ONNX file, a program of torch.export or a package of AOTInductor.
 
-    The first runs on the CPU, the others where they were made for. A package of AOTInductor holds machine code.
+    The first runs on the CPU, the others where they were made for. The name decides: what ends in .pt2 is PyTorch's,
+    and everything else onnxruntime's, which computes and runs no code.
+
+    Args:
+        path: the file.
+        trust: whether a .pt2 file may run code, as each can: a package is machine code, and PyTorch evaluates the sizes
+            in a program as Python, and unpickles some of its members.
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it cannot be read.
-        ValueError: it takes several inputs.
+        ValueError: it takes several inputs, or is a .pt2 file and not trusted.
         ImportError: onnxruntime is not installed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        if path.suffix == ".pt2":
-            raise OSError(f"{path} is no .pt2 file, or damaged or cut short")
+    if path.suffix != ".pt2":
         return _open_onnx(path)
+    if not trust:
+        raise ValueError(
+            f"{path} can run code when it is opened, as all .pt2 files can; if you trust whoever made it, say "
+            "trust=True, or --trust to a command. ONNX files need no trust"
+        )
+    if not zipfile.is_zipfile(path):
+        raise OSError(f"{path} is no .pt2 file, or damaged or cut short")
     with zipfile.ZipFile(path) as archive:
         compiled = any("/aotinductor/" in name for name in archive.namelist())
     return _open_package(path) if compiled else _open_program(path)
@@ -83,7 +94,7 @@ def _open_program(path: Path) -> Opened:
     name = _only(path, [str(name) for name in program.graph_signature.user_inputs])
     (images,) = (node.meta["val"] for node in program.graph.nodes if node.name == name)
     shape = tuple(extent if isinstance(extent, int) else None for extent in images.shape)
-    notes = _parse(extra[NOTES]) or {}
+    notes = _entries(extra[NOTES])
     return Opened(_calling(program.module(), images.device), shape, notes.pop("outputs", []), notes)
 
 
@@ -91,7 +102,7 @@ def _open_package(path: Path) -> Opened:
     with _reading(path, "PyTorch"):
         package = torch._inductor.aoti_load_package(str(path))
     said = package.get_metadata()
-    notes = _parse(said.get(KEY, "{}"))
+    notes = _entries(said.get(KEY, ""))
     shape = notes.pop("shape", None)
     compute = _calling(package, torch.device(said.get("AOTI_DEVICE_KEY", "cpu")))
     return Opened(compute, shape and tuple(shape), notes.pop("outputs", []), notes)
@@ -109,8 +120,14 @@ def _parse(text: str) -> Any:
     """What a note says, which others write as plain text."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
+
+
+def _entries(text: str) -> dict[str, Any]:
+    """What notes in one JSON object say; nothing where they are none."""
+    notes = _parse(text)
+    return notes if isinstance(notes, dict) else {}
 
 
 def _only(path: Path, inputs: list[str]) -> str:

@@ -15,7 +15,12 @@ TOLERANCES: dict[Precision, float] = {"float32": 1e-4, "float16": 5e-2, "bfloat1
 
 @torch.no_grad()
 def verify(
-    path: str | Path, model: nn.Module, input_shapes: Sequence[Sequence[int]], *, tolerance: float = 1e-4
+    path: str | Path,
+    model: nn.Module,
+    input_shapes: Sequence[Sequence[int]],
+    *,
+    tolerance: float = 1e-4,
+    trust: bool = False,
 ) -> float:
     """Compare an exported file with the network that it was made of, on random inputs.
 
@@ -24,17 +29,19 @@ def verify(
         model: the network. It is computed in evaluation mode and float32, in a copy.
         input_shapes: shapes of the inputs to try, batch first, such as [(1, 3, 224, 224), (2, 3, 224, 224)].
         tolerance: how far an output may be off, as a share of the greatest value in it.
+        trust: whether a .pt2 file may run code, which each can; see :func:`odconv.export.opened.open_exported`.
 
     Returns:
         The greatest difference found, as a share of the greatest value of that output.
 
     Raises:
-        ValueError: the difference is above the tolerance, or not a number, or the file takes several inputs.
+        ValueError: the difference is above the tolerance, or not a number, or the file takes several inputs, or is a
+            .pt2 file and not trusted.
         OSError: the file cannot be read.
         ImportError: onnxruntime is not installed.
     """
     device = device_of(model)
-    computed = open_exported(Path(path)).compute
+    computed = open_exported(Path(path), trust).compute
     network = copy.deepcopy(model).eval().float()
     random = torch.Generator().manual_seed(0)
     worst = 0.0

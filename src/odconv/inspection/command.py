@@ -20,7 +20,7 @@ from odconv.inspection.page import write_page
 from odconv.inspection.subject import Subject, as_labels
 from odconv.layers import DynamicConv
 from odconv.predict.names import class_names
-from odconv.profile.table import Table, show
+from odconv.profiling.table import Table, show
 from odconv.train.restore import restore
 from odconv.visualize.statistics import COLUMNS
 from odconv.visualize.verdicts import KINDS, VERDICTS, deviation, verdict

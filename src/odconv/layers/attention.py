@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.modules import module as everywhere
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from odconv.layers.starts import check_start, draw_calm, draw_published
-from odconv.ops import cpu
-from odconv.ops.contract import Attentions, is_exporting
+from odconv.ops import cpu, flops
+from odconv.ops.contract import Attentions, is_exporting, is_traced
 
 NORMS = ("batch", "group", "layer", "none")
 Pointwise = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -22,6 +24,7 @@ POINTWISE: dict[int, type[Pointwise]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3
 BATCH_NORM: dict[int, type[BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 PLAIN = (*POINTWISE.values(), *BATCH_NORM.values(), nn.GroupNorm)
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+GLOBAL_HOOKS = [f"_global{hooks}" for hooks in HOOKS]
 
 
 class Attention(nn.Module):
@@ -95,8 +98,10 @@ class Attention(nn.Module):
         """Draw the parameters as `init` says, and go back to the first temperature."""
         if self.initial_temperature is not None:
             self.set_temperature(self.initial_temperature)
-        if isinstance(self.bn, BatchNorm | nn.GroupNorm):
-            self.bn.reset_parameters()
+        if isinstance(self.bn, _BatchNorm | nn.GroupNorm):
+            type(self.bn).reset_parameters(self.bn)  # type: ignore[arg-type]
+        for part in self.children():
+            part.reset_parameters = leave_as_drawn  # type: ignore[assignment]
         (draw_calm if self.init == "calm" else draw_published)(self)
 
     def linear_layers(self) -> list[Pointwise]:
@@ -149,7 +154,8 @@ class Attention(nn.Module):
     def _gate(self, name: str, z: Tensor) -> Tensor:
         logits = self._project(getattr(self, f"{name}_fc"), z)
         if self.temperature is not None:
-            logits = logits / self.temperature
+            kept = logits.requires_grad and not is_traced()  # for the backward pass, before which another may be set
+            logits = logits / (self.temperature.clone() if kept else self.temperature)
         if name == "kernel":
             shares = logits.softmax(1) if self.kernel_gate == "softmax" else logits.sigmoid()
             return shares if self.factors is None else self.kernel_gain * shares
@@ -159,8 +165,7 @@ class Attention(nn.Module):
     def _project(self, layer: Any, z: Tensor) -> Tensor:
         """A 1x1 convolution of vectors, (B, C) -> (B, O), in z's dtype."""
         if is_plain(layer):
-            weight, bias = layer.weight, None if layer.bias is None else layer.bias.to(z.dtype)
-            return F.linear(z, weight.flatten(1).to(z.dtype), bias)
+            return F.linear(z, layer.weight.flatten(1).to(z.dtype), cast(layer.bias, z))
         return call_in_dtype(layer, z.reshape(*z.shape, *(1,) * self.dims)).flatten(1)
 
     def _normalise(self, z: Tensor) -> Tensor:
@@ -168,11 +173,15 @@ class Attention(nn.Module):
         norm = self.bn
         if norm is None:
             return z
-        if isinstance(norm, nn.GroupNorm) and is_plain(norm):
-            return F.group_norm(z, norm.num_groups, norm.weight.to(z.dtype), norm.bias.to(z.dtype), norm.eps)
+        maps = z.reshape(*z.shape, *(1,) * self.dims)
         if isinstance(norm, BatchNorm) and norm.training and z.shape[0] == 1:
-            return normalise_one(norm, z)
-        return call_in_dtype(norm, z.reshape(*z.shape, *(1,) * self.dims)).flatten(1)
+            return normalise_one(norm, maps).flatten(1)
+        if isinstance(norm, nn.GroupNorm) and is_plain(norm):
+            return F.group_norm(z, norm.num_groups, cast(norm.weight, z), cast(norm.bias, z), norm.eps)
+        if isinstance(norm, BatchNorm) and is_plain(norm) and not norm.training and norm.running_mean is not None:
+            statistics = cast(norm.running_mean, z), cast(norm.running_var, z)
+            return F.batch_norm(z, *statistics, cast(norm.weight, z), cast(norm.bias, z), eps=norm.eps)
+        return call_in_dtype(norm, maps).flatten(1)
 
     def _new_temperature(self, device: torch.device | str | None) -> Tensor | None:
         if self.initial_temperature is None:
@@ -196,15 +205,35 @@ class Attention(nn.Module):
         return self
 
 
+def leave_as_drawn() -> None:
+    """Do nothing in place of a part's `reset_parameters`: the attention's own draws its parts together.
+
+    Programs that draw a network by the `reset_parameters` of all its modules come to these after the attention.
+    """
+
+
 def fill_in_temperature(
-    attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
+    attention: Attention,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
 ) -> None:
-    """Let a state dict without a temperature, such as a published one, leave it as it is; float32 stays float32."""
+    """Add the present temperature to a state dict without one, such as a published one; keep one in float32.
+
+    A temperature that cannot divide logits is one of the errors of loading.
+    """
     key, own = f"{prefix}temperature", attention.temperature
     if own is None:
         return
-    if isinstance(state.get(key), Tensor):
-        state[key] = state[key].float()
+    if isinstance(given := state.get(key), Tensor):
+        state[key] = given.float()
+        if not given.is_meta and not bool(((given > 0) & given.isfinite()).all()):
+            errors.append(f"{key} must be positive and finite, got {given.tolist()}")
+            state[key] = own.clone()
     else:
         state[key] = attention._new_temperature("cpu") if own.is_meta else own.clone()
 
@@ -224,6 +253,7 @@ def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
     own: list[Any] = [*statistics, *weights, *biases, *([] if fc is None else [fc])]
     if any(tensor is None or tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in own):
         return None
+    flops.watch()
     gates = torch.ops.odconv.attend(
         x.mean(tuple(range(2, x.dim()))).contiguous(),
         fc,
@@ -262,25 +292,35 @@ def is_plain(module: Any) -> bool:
 
     Hooks (pruning, old weight norm, adapters), parametrizations and other classes want to be called.
     """
-    return type(module) in PLAIN and "forward" not in vars(module) and not any(getattr(module, h) for h in HOOKS)
+    if type(module) not in PLAIN or "forward" in vars(module):
+        return False
+    return not any(getattr(module, hooks) for hooks in HOOKS) and not any(getattr(everywhere, g) for g in GLOBAL_HOOKS)
+
+
+def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a tensor that may be absent in the dtype of another."""
+    return None if tensor is None else tensor.to(like.dtype)
 
 
 def call_in_dtype(module: nn.Module, z: Tensor) -> Tensor:
     """Return ``module(z)``, computed in z's dtype whatever dtype its parameters and buffers have."""
     own = [*module.named_parameters(), *module.named_buffers()]
-    if all(tensor.dtype == z.dtype or not tensor.is_floating_point() for _, tensor in own):
+    other = [tensor.dtype for _, tensor in own if tensor.is_floating_point() and tensor.dtype != z.dtype]
+    if not other:
         return module(z)
-    cast = {name: tensor.to(z.dtype) for name, tensor in own if tensor.is_floating_point()}
-    y = functional_call(module, cast, (z,))
+    if is_traced():  # which knows no calls with other parameters
+        return module(z.to(other[0])).to(z.dtype)
+    copies = {name: tensor.to(z.dtype) for name, tensor in own if tensor.is_floating_point()}
+    y = functional_call(module, copies, (z,))
     if module.training:
         for name, buffer in module.named_buffers():
-            if name in cast and cast[name] is not buffer:  # statistics, updated in a copy
-                buffer.copy_(cast[name])
+            if name in copies and copies[name] is not buffer:  # statistics, updated in a copy
+                buffer.copy_(copies[name])
     return y
 
 
 def normalise_one(bn: BatchNorm, z: Tensor) -> Tensor:
-    """Return a training batch of one, (1, C), normalised by the running statistics, which then move as they do.
+    """Return a training batch of one, (1, C, *ones), normalised by the running statistics, which then move as they do.
 
     One sample has no variance: what moves the running one is the sample's squared distance from the running mean, as
     in the incremental variance of Welford and West.
@@ -288,14 +328,26 @@ def normalise_one(bn: BatchNorm, z: Tensor) -> Tensor:
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError("norm without running statistics cannot normalise a training batch of one")
     mean, var = bn.running_mean.to(z.dtype, copy=True), bn.running_var.to(z.dtype, copy=True)
-    weight, bias = (None if tensor is None else tensor.to(z.dtype) for tensor in (bn.weight, bn.bias))
-    with torch.no_grad():
-        if bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-        momentum = 1 / float(bn.num_batches_tracked or 1) if bn.momentum is None else bn.momentum
-        bn.running_mean.copy_(mean.lerp(z[0], momentum))
-        bn.running_var.copy_((1 - momentum) * (var + momentum * (z[0] - mean).square()))
-    return F.batch_norm(z, mean, var, weight, bias, False, 0.0, bn.eps)
+    if is_plain(bn):
+        y = F.batch_norm(z, mean, var, cast(bn.weight, z), cast(bn.bias, z), eps=bn.eps)
+    else:
+        own = [*bn.named_parameters(), *bn.named_buffers()]
+        copies = {name: tensor.to(z.dtype) for name, tensor in own if tensor.is_floating_point()}
+        bn.training = False  # as if evaluating; hooks, masks and other classes are called
+        try:
+            y = functional_call(bn, copies | {"running_mean": mean, "running_var": var}, (z,))
+        finally:
+            bn.training = True
+    if bn.track_running_stats:
+        with torch.no_grad():
+            momentum: Any = bn.momentum
+            if bn.num_batches_tracked is not None:
+                bn.num_batches_tracked.add_(1)
+                momentum = 1 / bn.num_batches_tracked if momentum is None else momentum
+            sample = z.flatten()
+            bn.running_mean.copy_(mean + momentum * (sample - mean))
+            bn.running_var.copy_((1 - momentum) * (var + momentum * (sample - mean).square()))
+    return y
 
 
 def check_temperature(value: float) -> None:

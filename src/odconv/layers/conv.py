@@ -1,7 +1,8 @@
 """The dynamic layers: one N-d core and, for each method, how its attention is built."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -10,7 +11,6 @@ from torch.nn import functional as F
 
 from odconv.layers.attention import Attention
 from odconv.layers.starts import draw_kernels, mixture_size
-from odconv.ops import flops
 from odconv.ops.contract import Attentions, Geometry, check_map, per_axis, positive
 from odconv.ops.dynamic_conv import compute, pad_by_name
 
@@ -48,7 +48,6 @@ class DynamicConv(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        flops.register()
         in_channels, out_channels = positive("in_channels", in_channels), positive("out_channels", out_channels)
         groups, kernel_num = positive("groups", groups), positive("kernel_num", kernel_num)
         if in_channels % groups or out_channels % groups:
@@ -108,8 +107,6 @@ class DynamicConv(nn.Module):
         Raises:
             ValueError: x or context has another shape, or the context that `context_channels` announces is missing.
         """
-        if isinstance(x, fx.Proxy):
-            return trace_as_leaf(self, x, context=context)
         attentions = self._attend(x, context)
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -123,6 +120,8 @@ class DynamicConv(nn.Module):
 
     def _attend(self, x: Tensor, context: Tensor | None) -> Attentions:
         """The attentions of each sample, after checking the shapes."""
+        if isinstance(x, fx.Proxy):  # which meets a layer in a network as a node, before this
+            raise TypeError(f"torch.fx has nothing to trace in a lone {type(self).__name__}; put it into a network")
         if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("DHW"[3 - self.dims :])
             raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
@@ -154,15 +153,29 @@ class DynamicConv(nn.Module):
         # `Module.to(memory_format=...)` takes a weight of five axes for that of a 3-d convolution: fn meets the kernels
         # below each other, and the result is made contiguous, as the operator wants it. Sharded and other tensors of
         # their own class cannot be flattened, or not in that way.
-        shape = self.weight.shape
+        shape = getattr(getattr(self, "weight", None), "shape", None)  # FSDP takes the weight away
 
         def below_each_other(t: Tensor) -> Tensor:
             if t.shape != shape or type(t) not in (Tensor, nn.Parameter):
                 return fn(t)
-            return fn(t.flatten(0, 1)).contiguous().unflatten(0, shape[:2])
+            return fn(t.flatten(0, 1)).contiguous().unflatten(0, t.shape[:2])
 
         super()._apply(below_each_other, recurse)
         return self
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Call the layer, or record the call as one node where torch.fx traces; hooks are the node's own."""
+        proxy = next((value for value in (*args, *options.values()) if isinstance(value, fx.Proxy)), None)
+        if proxy is None:
+            return super().__call__(*args, **options)
+        return proxy.tracer.call_module(self, partial(trace_as_leaf, self, proxy.tracer), args, options)  # type: ignore
+
+    @classmethod
+    def kinds(cls) -> Iterator[type["DynamicConv"]]:
+        """Yield the class and all that derive from it: many programs ask for the class itself."""
+        yield cls
+        for derived in cls.__subclasses__():
+            yield from derived.kinds()
 
     def __prepare_scriptable__(self) -> NoReturn:
         # what torch.jit.script calls first
@@ -195,12 +208,9 @@ class DynamicConv(nn.Module):
         return ", ".join(parts)
 
 
-def trace_as_leaf(layer: DynamicConv, x: fx.Proxy, **options: Any) -> Any:
+def trace_as_leaf(layer: DynamicConv, tracer: Any, *args: Any, **options: Any) -> Any:
     """Record a call of a layer as one node of torch.fx, as it records those of nn.Conv2d."""
-    name = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
-    if not name:
-        raise TypeError(f"a {type(layer).__name__} alone has nothing for torch.fx to trace; put it into a network")
-    return x.tracer.create_proxy("call_module", name, (x,), {k: v for k, v in options.items() if v is not None})
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, options)
 
 
 class _ODConv(DynamicConv):

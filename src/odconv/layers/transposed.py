@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
-from odconv.layers.conv import DynamicConv, Size, _CondConv, _DyConv, _ODConv, trace_as_leaf
+from odconv.layers.conv import DynamicConv, Size, _CondConv, _DyConv, _ODConv
 from odconv.ops import dynamic_conv_transpose
 from odconv.ops.contract import per_axis
 
@@ -68,8 +68,6 @@ class DynamicConvTranspose(DynamicConv):
         Raises:
             ValueError: x or context has another shape, or no output padding leads to `output_size`.
         """
-        if isinstance(x, fx.Proxy):
-            return trace_as_leaf(self, x, output_size=output_size, context=context)
         attentions = self._attend(x, context)
         y = dynamic_conv_transpose(
             x,

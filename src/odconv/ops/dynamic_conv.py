@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.ops import cpu, eager, traced
+from odconv.ops import cpu, eager, flops, traced
 from odconv.ops.contract import (
     Attentions,
     Geometry,
@@ -101,6 +101,7 @@ def compute(
     x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry, backend: str = "auto"
 ) -> Tensor:
     """What :func:`dynamic_conv` computes, of arguments that fit: what a layer, which has checked its own, calls."""
+    flops.watch()
     dtype = compute_dtype(x, weight)
     if x.dtype != dtype or weight.dtype != dtype:
         x, weight = x.to(dtype), weight.to(dtype)

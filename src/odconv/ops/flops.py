@@ -1,6 +1,7 @@
 """What PyTorch's FlopCounterMode, and Lightning's summary with it, count for the operators that are compiled here."""
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -10,18 +11,29 @@ import torch
 Shape = Sequence[int]
 
 
+def watch() -> None:
+    """Register the formulas if there may be a counter: what calls the operators calls this before."""
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+        register()
+
+
 @cache
 def register() -> None:
-    """Register the formulas, once; a counter takes those that are there when it is made.
+    """Register the formulas, once, and with the counters that are counting.
 
     PyTorch's counter imports Triton where that is installed, which is why ``import odconv`` does not do this.
     """
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     ops = torch.ops.odconv
     register_flop_formula([ops.conv, ops.triton_conv])(forward)
     register_flop_formula([ops.conv_backward, ops.triton_conv_backward])(backward)
     register_flop_formula(ops.attend)(attend)
+    for mode in _get_current_dispatch_mode_stack():  # each has the formulas that were there when it was made
+        counter: Any = getattr(mode, "counter", None)
+        if hasattr(counter, "flop_registry"):
+            counter.flop_registry |= flop_registry
 
 
 def forward(

@@ -11,18 +11,21 @@ from odconv.data.transforms import MEAN, STD, evaluation_sizes
 from odconv.export.opened import open_exported
 from odconv.predict.classifier import Classifier
 from odconv.predict.names import class_names
+from odconv.train.config import LARGEST_SIDE
 
 logger = logging.getLogger(__name__)
 
 
-def exported_classifier(path: Path, image_size: int | None, resize_size: int | None, classes: str | None) -> Classifier:
+def exported_classifier(
+    path: Path, image_size: int | None, resize_size: int | None, classes: str | None, trust: bool = False
+) -> Classifier:
     """Open a file; what it does not say is assumed, and named in a warning.
 
     Raises:
         ValueError: it is no classifier of images, or takes images of another size alone.
-        OSError, ImportError: as :func:`odconv.export.opened.open_exported`.
+        ValueError, OSError, ImportError: as :func:`odconv.export.opened.open_exported`.
     """
-    file = open_exported(path)
+    file = open_exported(path, trust)
     notes = _sound(file.notes)
     batch, side = _batch_and_side(path, file.shape)
     if image_size is not None and side not in (image_size, None):
@@ -86,8 +89,8 @@ def _sound(notes: dict[str, Any]) -> dict[str, Any]:
     forms = {
         "arch": lambda value: isinstance(value, str),
         "classes": lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
-        "image_size": lambda value: isinstance(value, int) and value > 0,
-        "resize_size": lambda value: isinstance(value, int) and value > 0,
+        "image_size": lambda value: isinstance(value, int) and 0 < value <= LARGEST_SIDE,
+        "resize_size": lambda value: isinstance(value, int) and 0 < value <= LARGEST_SIDE,
         "mean": channels,
         "std": channels,
     }

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from odconv.checkpoints import SUFFIXES as CHECKPOINTS
-from odconv.checkpoints import resolve
+from odconv.checkpoints import malformed, resolve
 from odconv.data.transforms import evaluation_sizes
+from odconv.devices import Device, find_device
 from odconv.export.opened import SUFFIXES as EXPORTED
 from odconv.layers import set_temperature
 from odconv.predict.classifier import Classifier
@@ -30,6 +31,8 @@ def load_classifier(
     image_size: int | None = None,
     resize_size: int | None = None,
     classes: str | None = None,
+    device: Device = "auto",
+    trust: bool = False,
 ) -> Classifier:
     """Load a trained classifier.
 
@@ -46,13 +49,15 @@ def load_classifier(
             where image_size is another, else 8/7 of image_size.
         classes: Text file with the name of a class in each line; default: what the file says, else ImageNet's names for
             1,000 classes.
+        device: Where to compute: cpu, gpu, or auto for a GPU if there is one.
+        trust: Open a .pt2 file, which can run code as it is opened; other files cannot and need no trust.
 
     Returns:
-        The classifier, on a GPU if there is one; an exported file computes where it was made for.
+        The classifier; an exported file computes where it was made for.
 
     Raises:
         ValueError: an option that does not fit, or is missing, or weights that do not fit the network, or a file that
-            holds no classifier of images.
+            holds no classifier of images, or a .pt2 file that is not trusted.
         OSError: a file cannot be read.
         ImportError: a package is missing.
     """
@@ -60,21 +65,23 @@ def load_classifier(
     check({**network, "temperature": temperature, "image_size": image_size, "resize_size": resize_size})
     path, given = Path(weights), [name for name, value in network.items() if value is not None]
     if path.suffix in EXPORTED and not path.is_dir():
-        given += ["temperature"] * (temperature is not None)
+        given += ["temperature"] * (temperature is not None) + ["device"] * (device != "auto")
         if given:
             raise ValueError(f"{weights} is an exported network; leave out {', '.join(given)}")
-        return exported_classifier(path, image_size, resize_size, classes)
+        return exported_classifier(path, image_size, resize_size, classes, trust)
+    place = find_device(device)
     if path.is_dir() or (arch is None and _is_repository(weights)):
         if given:
             raise ValueError(f"config.json of {weights} says what network it is; leave out {', '.join(given)}")
-        return _from_hub(weights, temperature, image_size, resize_size, classes)
+        return _from_hub(weights, temperature, image_size, resize_size, classes, place)
     restored = restore(weights, temperature=temperature, image_size=image_size, resize_size=resize_size, **network)
     names = class_names(classes, restored.classes, restored.num_classes)
-    return _of_model(restored.model, restored.arch, names, restored.image_size, restored.resize_size)
+    return _of_model(restored.model, restored.arch, names, restored.image_size, restored.resize_size, place)
 
 
-def _of_model(model: nn.Module, name: str, classes: list[str], image_size: int, resize_size: int) -> Classifier:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _of_model(
+    model: nn.Module, name: str, classes: list[str], image_size: int, resize_size: int, device: torch.device
+) -> Classifier:
     return Classifier(
         name=name,
         compute=model.to(device),
@@ -93,7 +100,12 @@ def _is_repository(weights: str) -> bool:
 
 
 def _from_hub(
-    weights: str, temperature: float | None, image_size: int | None, resize_size: int | None, classes: str | None
+    weights: str,
+    temperature: float | None,
+    image_size: int | None,
+    resize_size: int | None,
+    classes: str | None,
+    device: torch.device,
 ) -> Classifier:
     from odconv.hub import CONFIG, WEIGHTS, HubModel
 
@@ -106,8 +118,9 @@ def _from_hub(
         files = sorted(file.name for file in folder.iterdir() if file.name.endswith((*CHECKPOINTS, *EXPORTED)))
         hint = f"; did you mean {' or '.join(str(folder / name) for name in files[:3])}?" if files else ""
         raise FileNotFoundError(f"the folder {folder} has no {' and no '.join(missing)}{hint}")
-    model = HubModel.from_pretrained(folder)
+    with malformed(folder / CONFIG):
+        model = HubModel.from_pretrained(folder)
     if temperature is not None:
         set_temperature(model, temperature)
     names = class_names(classes, None, model.config["num_classes"])
-    return _of_model(model.model, model.config["name"], names, *evaluation_sizes(image_size, resize_size))
+    return _of_model(model.model, model.config["name"], names, *evaluation_sizes(image_size, resize_size), device)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from odconv.files import replacing
 from odconv.predict.predictions import Prediction, Predictions
+from odconv.words import printable
 
 SUFFIXES = (".csv", ".json")
 Write: TypeAlias = Callable[[Prediction], None]
@@ -103,4 +104,4 @@ def _table(console: Console, predictions: Predictions) -> Write:
 
 def shown(name: str | Path) -> str:
     """A name as it can be printed in a line: control characters and bytes that are no text are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    return printable(name).replace("\n", r"\n")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from odconv.files import replacing
-from odconv.profile.table import Table, show
+from odconv.profiling.table import Table, show
 from odconv.report.content import words
 from odconv.report.run import Run, read_run
 from odconv.visualize import draw_history

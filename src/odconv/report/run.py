@@ -134,7 +134,7 @@ def read_run(folder: str | Path) -> Run:
             continue
         except OSError as error:
             problems.append(f"{file} cannot be read: {error.strerror}")
-        except (ValueError, csv.Error, yaml.YAMLError) as error:
+        except (ValueError, RecursionError, csv.Error, yaml.YAMLError) as error:
             problems.append(f"{file} cannot be read: {' '.join(str(error).split())}")
     return Run(folder, **content, problems=problems)
 

@@ -8,15 +8,23 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 Amp: TypeAlias = Literal["none", "bf16", "fp16"]
 Stem: TypeAlias = Literal["standard", "small"]
 
+LARGEST_SIDE = 8192
+"""Pixels of the side of an image that a network is given, whoever says it: files do, too."""
+
 # what a value must be, and the fields this holds for
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("at least 1", lambda value: 1 <= value < inf, "kernel_num num_classes image_size resize_size epochs batch_size"),
+    ("at least 1", lambda value: 1 <= value < inf, "kernel_num num_classes epochs batch_size"),
     (
         "at least 1",
         lambda value: 1 <= value < inf,
         "test_batch step temp_init devices top accumulate nan_steps",
     ),
-    ("at least 1", lambda value: 1 <= value < inf, "save_every detections_per_image max_size"),
+    ("at least 1", lambda value: 1 <= value < inf, "save_every detections_per_image"),
+    (
+        f"at least 1 and at most {LARGEST_SIDE:,}",
+        lambda value: 1 <= value <= LARGEST_SIDE,
+        "image_size resize_size max_size",
+    ),
     ("at least 0", lambda value: 0 <= value < inf, "workers wd temp_epoch warmup_steps warmup_epochs mixup cutmix"),
     ("at least 0 and at most 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
     ("above 0", lambda value: 0 < value < inf, "lr temperature clip timeout attention_lr"),

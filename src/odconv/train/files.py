@@ -26,7 +26,9 @@ class CheckpointFiles(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, partial)
             except RuntimeError as error:  # of PyTorch's own writer, on a full disk for example
-                raise OSError(f"the disk may be full ({error})") from error
+                there = partial.parent.is_dir()
+                reason = f"the disk may be full ({error})" if there else f"the folder {partial.parent} is gone"
+                raise OSError(reason) from error
             if (last := Path(path)).name == LAST and zipfile.is_zipfile(last):  # whole, as far as can be seen quickly
                 _keep(last, last.with_name(PREVIOUS))
 

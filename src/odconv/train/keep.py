@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from odconv.train.files import BEST, LAST
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What tells a run to save and end: torchrun, systemd and clusters send the first, SLURM's users often the second."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""What tells a run to save and end: torchrun, systemd and clusters send the first, SLURM's users often the second.
+
+Windows has no second."""
 
 ASK = 8
 """Steps after which several processes ask each other whether one of them shall stop."""

@@ -101,9 +101,11 @@ def write_beginning(config: RunConfig, resumed: Resumed, processes: int) -> None
 
 
 def write_result(config: RunConfig, resumed: Resumed, result: Mapping[str, Any]) -> None:
-    """Write what came out, and the report, unless they were there before."""
+    """Write what came out, and the report, unless they were there before: a run may be killed between the two."""
+    written, report = Path(config.out, RESULT), Path(config.out, "report.html")
     if not is_finished(config, resumed):
-        _write(Path(config.out) / RESULT, json.dumps(result, indent=2) + "\n")
+        _write(written, json.dumps(result, indent=2) + "\n")
+    if not report.exists() or report.stat().st_mtime_ns < written.stat().st_mtime_ns:
         print(write_report(config.out, defaults(type(config))))
 
 

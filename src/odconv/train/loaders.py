@@ -21,6 +21,8 @@ class Loader(DataLoader):
     """
 
     def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):  # on Windows, which sends these to one process
+            return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             return super().__iter__()

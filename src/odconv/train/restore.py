@@ -1,6 +1,5 @@
 """A trained network: from a checkpoint of ours alone, from others' with a description of the network."""
 
-import zipfile
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -8,10 +7,11 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from odconv.checkpoints import load_checkpoint, read_state_dict, resolve
+from odconv.checkpoints import load_checkpoint, malformed, read_state_dict, resolve, unpickle
 from odconv.layers import try_temperature
-from odconv.models import BACKBONES, METHODS, check_layer_options, create_model
+from odconv.models import METHODS, check_described, check_layer_options, create_model
 from odconv.train.config import Stem, check
+from odconv.zoo import BACKBONES
 
 
 class Restored(NamedTuple):
@@ -63,14 +63,22 @@ def restore(
 
     Raises:
         ValueError: `arch` is needed, or a number is out of range, or the weights do not fit the network, or it has no
-            temperature to set. The message says which network of the zoo the weights fit, if any.
+            temperature to set, or what the file says is malformed. The message says which network of the zoo the
+            weights fit, if any.
         OSError: the file cannot be read.
     """
-    from odconv.data.transforms import evaluation_sizes  # with torchvision, which the command's help does without
-
     numbers = {"kernel_num": kernel_num, "reduction": reduction, "image_size": image_size, "resize_size": resize_size}
     check({**numbers, "temperature": temperature})
     path = resolve(weights)
+    with malformed(path):
+        return _restore(path, arch, stem, numbers, temperature)
+
+
+def _restore(
+    path: Path, arch: str | None, stem: Stem | None, numbers: dict[str, Any], temperature: float | None
+) -> Restored:
+    from odconv.data.transforms import evaluation_sizes  # with torchvision, which the command's help does without
+
     state = read_state_dict(path)
     options, notes = saved_by_training(path)
     recorded = "arch" in options
@@ -78,7 +86,8 @@ def restore(
         raise ValueError(f"{path} is a detector, {options['detector']}: see odconv detect")
     if arch is not None and options.get("arch", arch) != arch:
         raise ValueError(f"arch must be {options['arch']}, the network of {path}, got {arch}")
-    sizes = evaluation_sizes(image_size, resize_size, options)
+    check(options)
+    sizes = evaluation_sizes(numbers["image_size"], numbers["resize_size"], options)
     given = {"arch": arch, "stem": stem, **numbers}
     options |= {name: value for name, value in given.items() if value is not None}
     if "arch" not in options:
@@ -89,14 +98,15 @@ def restore(
     num_classes = classifier[-1].shape[0]
     layer_options = options.get("layer_options") or {}
     check_layer_options(options["arch"], layer_options)  # what a file says must not be any argument of create_model
-    model = create_model(
-        options["arch"],
-        kernel_num=options.get("kernel_num"),
-        reduction=options.get("reduction"),
-        num_classes=num_classes,
-        stem=options.get("stem", "standard"),
+    described = {
+        "kernel_num": options.get("kernel_num"),
+        "reduction": options.get("reduction"),
+        "num_classes": num_classes,
+        "stem": options.get("stem", "standard"),
         **layer_options,
-    )
+    }
+    check_described(path, options["arch"], **described)
+    model = create_model(options["arch"], **described)
     try:
         load_checkpoint(model, path)  # with the temperature that the file records
     except ValueError as error:
@@ -113,11 +123,18 @@ def restore(
 
 
 def saved_by_training(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the run and what else `odconv train` noted beside the weights."""
-    if path.suffix == ".safetensors":
+    """Return the options of the run and what else `odconv train` noted beside the weights.
+
+    Raises:
+        ValueError: they are no names with values.
+    """
+    checkpoint = {} if path.suffix == ".safetensors" else unpickle(path)
+    if "odconv" not in checkpoint:
         return {}, {}
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    return (checkpoint["hyper_parameters"], checkpoint["odconv"]) if "odconv" in checkpoint else ({}, {})
+    options, notes = checkpoint.get("hyper_parameters"), checkpoint["odconv"]
+    if not isinstance(options, dict) or not isinstance(notes, dict):
+        raise ValueError(f"{path} is malformed: what it says of its training run are no names with values")
+    return options, notes
 
 
 def _hint(state: dict[str, Tensor]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from odconv.checkpoints import read_state_dict
+from odconv.checkpoints import malformed, read_state_dict
 from odconv.train.config import RunConfig
 from odconv.train.files import LAST, PREVIOUS, CheckpointFiles
 
@@ -76,6 +76,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check(
+    path: Path, checkpoint: dict[str, Any], config: RunConfig, classes: list[str], fixed: Sequence[str]
+) -> Resumed:
+    with malformed(path):
+        return _compare(path, checkpoint, config, classes, fixed)
+
+
+def _compare(
     path: Path, checkpoint: dict[str, Any], config: RunConfig, classes: list[str], fixed: Sequence[str]
 ) -> Resumed:
     saved, notes = checkpoint["hyper_parameters"], checkpoint["odconv"]

@@ -35,7 +35,7 @@ def plot_attentions(
     Args:
         attentions: what :func:`record_attentions` gave, for at most about 12 images.
         images: the images, (B, 3, H, W) or (B, 1, H, W); each is stretched to its own range. Default none.
-        titles: a word an image. Default its number.
+        titles: a word or two an image, for which the column of the images is made wide enough. Default its number.
         layers: names of the layers to draw. Default four, evenly spread over the depth.
 
     Returns:
@@ -59,13 +59,14 @@ def plot_attentions(
 
     kinds = [kind for kind in PANELS if any(getattr(a, kind) is not None for a in chosen.values())]
     row, head, top = 0.36, 0.95, 0.95  # inches: height of an image, of what stands above a block, above all
+    first = max(1.1, 0.5 + 0.085 * max(map(len, titles)))  # relative to the panels, as an image and letters are wide
     width, height = 13.0, top + 0.2 + len(chosen) * (batch * row + head)
     figure = Figure((width, height), facecolor="white")
     figure.text(0.02, 1 - 0.34 / height, "Attentions, image by image", size=16, weight="bold", color=INK)
     figure.text(0.02, 1 - 0.85 / height, EXPLANATION, size=9, color=FAINT, linespacing=1.5)
     grid = figure.add_gridspec(
         len(chosen), 1 + len(kinds),
-        width_ratios=[1.1, *(PANELS[kind].width for kind in kinds)],
+        width_ratios=[first, *(PANELS[kind].width for kind in kinds)],
         left=0.02, right=0.985, bottom=0.2 / height, top=1 - (top + head) / height,
         wspace=0.05, hspace=head / (batch * row),
     )  # fmt: skip

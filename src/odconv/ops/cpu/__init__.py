@@ -1,38 +1,26 @@
 """The compiled form for the CPU: C++ mixes a tile of kernels and multiplies it while it is in the cache.
 
 It is compiled at its first use, in about fifteen seconds, kept in the cache folder (``$ODCONV_CACHE``, else
-``~/.cache/odconv``), and loaded from there ever after. Where there is no compiler, or the processor is another than x86
-with AVX2, the forms in plain PyTorch give the same results, only slower. ``ODCONV_CPU_KERNEL=0`` asks for them.
+``$XDG_CACHE_HOME/odconv``, else ``~/.cache/odconv``), and loaded from there ever after; library.py sees to that. Where
+there is no compiler, or the processor is another than x86 with AVX2, the forms in plain PyTorch give the same results,
+only slower. ``ODCONV_CPU_KERNEL=0`` asks for them.
 """
 
-import hashlib
-import logging
 import math
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from odconv.files import cache_folder
 from odconv.ops.contract import Attentions, Geometry, is_transformed, output_size
 from odconv.ops.recompute import differentiable_gradients
 
-logger = logging.getLogger(__name__)
-SOURCES = Path(__file__).parent
-VECTORS = {  # by what torch says of the processor
-    "AVX2": ("-mavx2", "-mfma"),
-    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
-}
 DTYPES = (torch.float32, torch.float64)
 ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? kernel, Tensor? spatial, Tensor? channel, Tensor? filter, "
@@ -63,10 +51,12 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _load() -> bool:
     if os.environ.get("ODCONV_CPU_KERNEL") == "0" or sys.platform != "linux":
         return False
-    if torch.backends.cpu.get_cpu_capability() not in VECTORS:
+    from odconv.ops.cpu import library  # which is for Linux
+
+    if torch.backends.cpu.get_cpu_capability() not in library.VECTORS:
         return False
     try:
-        torch.ops.load_library(build())
+        library.load()
     except (OSError, RuntimeError) as error:
         warnings.warn(
             f"odconv's CPU kernel could not be compiled, its slower forms in plain PyTorch are used instead: {error}. "
@@ -75,49 +65,6 @@ def _load() -> bool:
         )
         return False
     return True
-
-
-def build() -> Path:
-    """Compile the kernel for this processor and this torch, unless that was done before.
-
-    Returns:
-        The compiled library.
-
-    Raises:
-        OSError: there is no compiler, or the cache folder cannot be written.
-        RuntimeError: the compiler failed; the message holds what it said.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    root = Path(torch.__file__).parent
-    flags = [
-        *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"),
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *VECTORS[torch.backends.cpu.get_cpu_capability()],
-    ]
-    made_of = [
-        *(file.read_text() for file in sorted(SOURCES.glob("*.[hc]*"))),
-        torch.__version__,
-        sys.platform,
-        compiler,
-        *flags,
-    ]
-    library = cache_folder() / f"cpu-{hashlib.sha256(' '.join(made_of).encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    if shutil.which(compiler) is None:
-        raise FileNotFoundError(f"no C++ compiler {compiler!r} (environment variable CXX names another)")
-    logger.info("compiling the CPU kernel into %s, once", library)
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
-        includes = [f"-I{root / path}" for path in ("include", "include/torch/csrc/api/include")]
-        link = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
-        command = [compiler, *flags, *includes, str(SOURCES / "operators.cpp"), "-o", str(made), *link]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[:2000]}")
-        made.replace(library)  # whole or not at all, however many processes compile it
-    return library
 
 
 def takes(x: Tensor) -> bool:

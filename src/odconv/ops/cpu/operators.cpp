@@ -58,30 +58,75 @@ Geometry geometry_of(const Tensor& weight, at::IntArrayRef stride, at::IntArrayR
   return {three(weight.sizes().slice(3), 1), three(stride, 1), three(padding, 0), three(dilation, 1), groups};
 }
 
-// Python has checked the arguments and says what is wrong with them; this only keeps a wrong call from reading elsewhere.
-void check(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
-           const Optional& filter, int64_t groups) {
-  TORCH_CHECK(weight.dim() == x.dim() + 1 && x.dim() > 2 && groups > 0 && weight.size(1) % groups == 0 &&
-                  x.size(1) == weight.size(2) * groups && weight.is_contiguous() && weight.dtype() == x.dtype() &&
-                  (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
-              "odconv: x of shape ", x.sizes(), " does not fit a contiguous weight of shape ", weight.sizes());
+// Python has checked the arguments of layers and says what is wrong with them; these checks keep a direct call of an operator,
+// with whatever arguments, from dividing by zero and from reading or writing elsewhere.
+bool is_plain(const Tensor& tensor, const Tensor& x) {
+  return tensor.is_contiguous() && tensor.dtype() == x.dtype() && tensor.device() == x.device();
+}
+
+bool are_numbers(const Tensor& x) {
+  return x.layout() == at::kStrided && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
+}
+
+// The shape of the output, of arguments that were checked.
+std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
+                           const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation, int64_t groups) {
+  TORCH_CHECK(are_numbers(x) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0,
+              "odconv: x must have 1, 2 or 3 axes of space, numbers in float32 or float64, and some of them, got shape ", x.sizes());
+  TORCH_CHECK(weight.dim() == x.dim() + 1 && weight.numel() > 0 && is_plain(weight, x) && groups > 0 &&
+                  weight.size(1) % groups == 0 && x.size(1) == weight.size(2) * groups,
+              "odconv: x of shape ", x.sizes(), " does not fit a contiguous weight of shape ", weight.sizes(), " and its dtype, in ",
+              groups, " groups");
   const int64_t batch = x.size(0), taps = weight.numel() / (weight.size(0) * weight.size(1) * weight.size(2));
   auto fits = [&](const Optional& tensor, int64_t size) {
-    return !tensor || (tensor->numel() == batch * size && tensor->is_contiguous() && tensor->dtype() == x.dtype());
+    return !tensor || (tensor->dim() > 1 && tensor->size(0) == batch && tensor->numel() == batch * size && is_plain(*tensor, x));
   };
   TORCH_CHECK(fits(kernel, weight.size(0)) && fits(spatial, taps) && fits(channel, x.size(1)) && fits(filter, weight.size(1)) &&
                   (kernel || weight.size(0) == 1),
               "odconv: attentions do not fit x of shape ", x.sizes(), " and a weight of shape ", weight.sizes());
+  const size_t axes = x.dim() - 2;
+  constexpr int64_t MOST = int64_t(1) << 31;  // no sum or product of two overflows
+  auto within = [&](at::IntArrayRef values, int64_t least) {
+    return values.size() == axes && std::all_of(values.begin(), values.end(), [&](int64_t v) { return least <= v && v < MOST; });
+  };
+  TORCH_CHECK(within(stride, 1) && within(padding, 0) && within(dilation, 1), "odconv: stride ", stride, ", padding ", padding,
+              " and dilation ", dilation, " must have ", axes, " numbers each, of at least 1, 0 and 1");
+  std::vector<int64_t> size = {batch, weight.size(1)};
+  for (size_t a = 0; a < axes; ++a) {
+    const int64_t reach = dilation[a] * (weight.size(a + 3) - 1) + 1, extent = x.size(a + 2) + 2 * padding[a];
+    TORCH_CHECK(weight.size(a + 3) < MOST && x.size(a + 2) < MOST && reach <= extent, "odconv: a kernel that reaches over ", reach,
+                " does not fit a padded map of ", extent);
+    size.push_back((extent - reach) / stride[a] + 1);
+  }
+  return size;
+}
+
+std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, const std::vector<Tensor>& norm, double eps,
+                                   const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                                   at::ArrayRef<double> gains, const Optional& temperature) {
+  TORCH_CHECK(are_numbers(pooled) && pooled.dim() == 2 && pooled.size(1) > 0 && pooled.is_contiguous(),
+              "odconv: pooled must be contiguous numbers (B, C), got shape ", pooled.sizes());
+  const int64_t hidden = fc && fc->dim() > 0 ? fc->size(0) : pooled.size(1);
+  auto fits = [&](const Tensor& tensor, int64_t rows, int64_t columns) {
+    return tensor.dim() > 0 && tensor.size(0) == rows && rows > 0 && tensor.numel() == rows * columns && is_plain(tensor, pooled);
+  };
+  bool all = (!fc || fits(*fc, hidden, pooled.size(1))) && (norm.empty() || norm.size() == 4) && !weights.empty() &&
+             biases.size() == weights.size() && gains.size() == weights.size();
+  for (const Tensor& tensor : norm) all = all && fits(tensor, hidden, 1);
+  for (size_t i = 0; all && i < weights.size(); ++i)
+    all = weights[i].dim() > 0 && fits(weights[i], weights[i].size(0), hidden) && fits(biases[i], weights[i].size(0), 1);
+  TORCH_CHECK(all, "odconv: the layers of the attention do not fit pooled of shape ", pooled.sizes(), " and each other");
+  TORCH_CHECK(!temperature || (temperature->scalar_type() == at::kFloat && temperature->numel() == 1 && temperature->is_cpu()),
+              "odconv: temperature must be one number in float32");
+  return attend(pooled, fc, norm, eps, weights, biases, gains, temperature);
 }
 
 Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
             const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
             at::IntArrayRef dilation, int64_t groups) {
-  check(x, weight, kernel, spatial, channel, filter, groups);
+  const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
   const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
-  std::vector<int64_t> size = {x.size(0), weight.size(1)};
-  for (int64_t a = 0; a < int64_t(stride.size()); ++a)
-    size.push_back((x.size(a + 2) + 2 * padding[a] - dilation[a] * (weight.size(a + 3) - 1) - 1) / stride[a] + 1);
   Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
   const int64_t filters = weight.size(1) / groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
@@ -105,7 +150,9 @@ Gradients conv_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
     const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool to_x, bool to_weights) {
-  check(x, weight, kernel, spatial, channel, filter, groups);
+  const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
+  TORCH_CHECK(grad.sizes() == size && grad.dtype() == x.dtype() && grad.layout() == at::kStrided && grad.device() == x.device(),
+              "odconv: grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
   if (weight.size(1) == groups && weight.size(2) == 1)
     return depthwise_backward(grad, x, weight, kernel, spatial, channel, filter, stride, padding, dilation, to_x, to_weights);
   const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
@@ -159,5 +206,5 @@ Gradients conv_backward(
 TORCH_LIBRARY_IMPL(odconv, CPU, library) {
   library.impl("conv", odconv::conv);
   library.impl("conv_backward", odconv::conv_backward);
-  library.impl("attend", odconv::attend);
+  library.impl("attend", odconv::attend_checked);
 }

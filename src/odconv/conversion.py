@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from odconv import layers
+import odconv.layers
 from odconv.layers import DynamicConv
 from odconv.layers.starts import SETTLED
 
@@ -22,7 +22,9 @@ Chosen = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FAMILIES: dict[str, list[type[DynamicConv]]] = {
-    method.lower(): [getattr(layers, f"{method}{form}{dims}d") for form in ("", "Transpose") for dims in (1, 2, 3)]
+    method.lower(): [
+        getattr(odconv.layers, f"{method}{form}{dims}d") for form in ("", "Transpose") for dims in (1, 2, 3)
+    ]
     for method in ("ODConv", "CondConv", "DyConv")
 }
 SHORTCUTS = {"downsample", "shortcut", "skip", "proj"}

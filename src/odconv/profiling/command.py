@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import torch
 
+from odconv.devices import Device, find_device
 from odconv.models import create_model, split_name
-from odconv.profile.count import profile
-from odconv.profile.latency import describe, find_device, latencies
-from odconv.profile.published import NOTES, published_table
-from odconv.profile.table import short, show
+from odconv.profiling.count import profile
+from odconv.profiling.latency import describe, latencies
+from odconv.profiling.published import NOTES, published_table
+from odconv.profiling.table import short, show
 
 
 def main(
@@ -19,11 +20,11 @@ def main(
     reduction: float | None = None,
     num_classes: int = 1000,
     stem: Literal["standard", "small"] = "standard",
-    input_size: int = 224,
+    image_size: int = 224,
     batch_size: int = 1,
     latency: bool = True,
     runs: int = 10,
-    device: Literal["cpu", "gpu"] = "cpu",
+    device: Device = "cpu",
     table: bool = False,
 ) -> None:
     """Count parameters and multiply-adds, and measure latency.
@@ -34,11 +35,11 @@ def main(
         reduction: Width of the attention's hidden layer, as a share of the channels; default: that of the network.
         num_classes: Outputs of the classifier.
         stem: First layers: standard, or small for images well below 100 pixels.
-        input_size: Side of the images, in pixels.
+        image_size: Side of the images, in pixels.
         batch_size: Images at a time when latency is measured.
         latency: Measure latency, and its ratio to the static network's.
         runs: Timed runs, of which the median counts.
-        device: Where latency is measured.
+        device: Where latency is measured: cpu, gpu, or auto for a GPU if there is one.
         table: Print the published table of ODConv beside what is counted here.
 
     Raises:
@@ -46,7 +47,7 @@ def main(
     """
     if not names and not table:
         raise ValueError("name a network, such as od_resnet18, or give --table for the published ones")
-    for option, value in {"input_size": input_size, "batch_size": batch_size, "runs": runs}.items():
+    for option, value in {"image_size": image_size, "batch_size": batch_size, "runs": runs}.items():
         if value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
     place = find_device(device)
@@ -56,7 +57,7 @@ def main(
     for name in names:
         options: dict[str, Any] = {"num_classes": num_classes, "stem": stem}
         model = create_model(name, kernel_num=kernel_num, reduction=reduction, **options).eval()
-        counts = profile(model, (3, input_size, input_size))
+        counts = profile(model, (3, image_size, image_size))
         show(counts.table)
         print(f"{name}: {counts.parameters / 1e6:.2f}M parameters, {short(counts.madds)} multiply-adds an image")
         if not latency:
@@ -65,8 +66,8 @@ def main(
         method, backbone = split_name(name)
         if method:
             models.append(create_model(backbone, **options).eval().to(place))
-        ours, *static = latencies(models, torch.rand(batch_size, 3, input_size, input_size, device=place), runs)
-        how = f"median of {runs} runs, batch {batch_size}, {input_size} x {input_size}, {describe(place)}"
+        ours, *static = latencies(models, torch.rand(batch_size, 3, image_size, image_size, device=place), runs)
+        how = f"median of {runs} runs, batch {batch_size}, {image_size} x {image_size}, {describe(place)}"
         print(f"latency {ours * 1e3:.1f} ms ({how})")
         if static:
             print(f"{ours / static[0]:.2f} times that of {backbone} ({static[0] * 1e3:.1f} ms, measured in turns)")

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from odconv.convert import Chosen, decide, dynamic_like
+from odconv.conversion import Chosen, decide, dynamic_like
 from odconv.layers import DynamicConv
-from odconv.profile.count import count_madds, profile, record_calls, zeros_for
-from odconv.profile.table import Table, short
+from odconv.profiling.count import count_madds, profile, record_calls, zeros_for
+from odconv.profiling.table import Table, short
 
 
 class Replacement(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.layers import DynamicConv
-from odconv.profile.table import Table
+from odconv.profiling.table import Table
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

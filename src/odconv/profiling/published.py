@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from odconv.models import create_model
-from odconv.profile.count import Profile, profile
-from odconv.profile.table import Table, short
+from odconv.profiling.count import Profile, profile
+from odconv.profiling.table import Table, short
 
 
 class Published(NamedTuple):

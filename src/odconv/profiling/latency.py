@@ -34,16 +34,6 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def find_device(name: str) -> torch.device:
-    """The device to measure on."""
-    if name == "cpu":
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        raise ValueError("device gpu needs an accelerator, and PyTorch finds none here")
-    return accelerator
-
-
 def describe(device: torch.device) -> str:
     """What the latency was measured on."""
     if device.type == "cpu":

@@ -1,0 +1,156 @@
+"""What is built from this tree: an archive of the source and a wheel that hold all of it, and work installed."""
+
+import email
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_detect_training import make_coco
+
+from odconv import __version__
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "odconv"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The archive of the source, and the wheel that is built from it."""
+    out = tmp_path_factory.mktemp("built")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
+
+
+def test_both_hold_every_file_of_the_package(built: tuple[Path, Path]) -> None:
+    ours = {
+        path.relative_to(PACKAGE.parent).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert len([name for name in ours if name.endswith(".yaml")]) == 37
+    archive, wheel = built
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert ours == {name.removeprefix("src/") for name in names if name.startswith("src/")}
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"} <= names
+    with zipfile.ZipFile(wheel) as packed:
+        assert ours == {name for name in packed.namelist() if name.startswith("odconv/")}
+
+
+def test_the_oldest_torch_is_the_one_that_is_tested() -> None:
+    allowed = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    tested = re.search(r"^OLDEST := torch==([\d.]+)\.0 ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert allowed is not None
+    assert tested is not None
+    assert allowed[1] == tested[1]
+
+
+def test_one_version_everywhere(built: tuple[Path, Path]) -> None:
+    archive, wheel = built
+    assert archive.name == f"odconv-{__version__}.tar.gz"
+    assert wheel.name.startswith(f"odconv-{__version__}-")
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## {re.escape(__version__)} - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+@pytest.fixture(scope="module")
+def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `odconv` of an environment with the wheel; other packages are those of this one."""
+    root = tmp_path_factory.mktemp("environment")
+    venv.create(root)
+    folders = {name: sysconfig.get_path(name, "venv", {"base": str(root)}) for name in ("scripts", "purelib")}
+    python = str(Path(folders["scripts"], "python"))
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, str(built[1])], check=True, timeout=120)
+    # behind its own, and without their .pth files, one of which leads to this tree
+    Path(folders["purelib"], "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return Path(folders["scripts"], "odconv")
+
+
+@pytest.mark.slow
+def test_what_is_installed_trains_by_recipes(installed: Path, tmp_path: Path) -> None:
+    def odconv(*words: str) -> list[str]:
+        done = subprocess.run(
+            [installed, *words], capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    words = [str(installed.with_name("python")), "-c", "import odconv; print(odconv.__file__)"]
+    place = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert Path(place).is_relative_to(installed.parents[1])
+    assert len(odconv("recipes")) == 2 + 37
+    little = ("--arch", "od_mobilenetv2_050", "--epochs", "1", "--batch_size", "256")
+    odconv("train", "--config", "digits_od_resnet18_1x", *little, "--out", "digits")
+    assert json.loads((tmp_path / "digits/result.json").read_text())["arch"] == "od_mobilenetv2_050"
+    make_coco(tmp_path / "coco", {"train": 5, "val": 3})
+    odconv(
+        "detect", "train", "--config", "small_mask_rcnn_mobilenetv2_100", "--data", "coco", "--out", "boxes",
+        "--epochs", "1", "--schedule", "[]", "--min_size", "[32]", "--max_size", "48", "--workers", "0",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "boxes/result.json").read_text())["detector"] == "mask_rcnn"
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "package", "message"),
+    [
+        ("odconv.hub", "", "huggingface_hub", "odconv.hub needs huggingface_hub: pip install 'odconv[models]'"),
+        ("odconv.timm", "", "timm", "odconv.timm needs timm: pip install timm"),
+        ("odconv.mmcv", "", "mmengine", "odconv.mmcv needs mmengine: pip install mmengine"),
+        ("odconv.yolo", "register", "ultralytics", "odconv.yolo needs ultralytics: pip install ultralytics"),
+        ("odconv.counters", "register_thop", "thop", "register_thop needs thop: pip install thop"),
+        (
+            "odconv.pruning",
+            "pruners",
+            "torch_pruning",
+            "odconv.pruning.pruners needs torch_pruning: pip install torch-pr",
+        ),
+    ],
+)
+def test_what_is_missing_is_named_with_how_to_install_it(module, function, package, message, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package] + [package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ImportError, match=f"^{re.escape(message)}"):
+        getattr(importlib.import_module(module), function)()
+
+
+def test_networks_need_no_more_than_the_extra_models(built: tuple[Path, Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(built[1]) as wheel:
+        metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
+        needs = email.message_from_bytes(wheel.read(metadata)).get_all("Requires-Dist", [])
+    train, models = (
+        {re.split(r"[^\w-]", need)[0] for need in needs if need.endswith(f"extra == '{extra}'")}
+        for extra in ("train", "models")
+    )
+    there = models | {"pillow", "jinja2", "filelock", "pyyaml"}  # with torch, torchvision and huggingface_hub
+    modules = {"scikit-learn": "sklearn", "docstring-parser": "docstring_parser"}
+    blocked = {modules.get(name, name): None for name in train - there}
+    assert {"lightning", "captum", "sklearn", "tensorboard", "matplotlib"} < blocked.keys()
+    code = f"""
+import sys
+sys.modules |= {blocked}
+import odconv, torch
+from odconv.checkpoints import save_safetensors
+from odconv.hub import HubModel
+model = odconv.create_model("od_mobilenetv2_050", kernel_num=2)
+save_safetensors(model, "model.safetensors")
+odconv.create_model("od_mobilenetv2_050", kernel_num=2, weights="model.safetensors")
+HubModel("od_mobilenetv2_050", kernel_num=2).save_pretrained("folder")
+HubModel.from_pretrained("folder")
+print(odconv.profile(model, (3, 32, 32)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
