@@ -478,7 +478,7 @@ def test_a_bad_temperature_leaves_the_model_untouched(temperature: object, tmp_p
     assert_same(other.state_dict(), before)
 
 
-@pytest.mark.parametrize("temperature", [float("nan"), -1.0, 0.0, float("inf"), [1.0, 2.0]])
+@pytest.mark.parametrize("temperature", [float("nan"), -1.0, 0.0, float("inf")])
 def test_a_bad_temperature_of_an_attention_leaves_the_model_untouched(temperature: object, tmp_path: Path) -> None:
     other = nn.Sequential(ODConv2d(4, 4, 3))
     before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
@@ -659,3 +659,26 @@ for weights in sys.argv[1:]:
         "error: someone/empty is no file, and the Hugging Face Hub gives no model.safetensors or"
     )
     assert output[4].startswith("error: someone/nothing is no file, and the Hugging Face Hub gives no model.pth under")
+
+
+def test_another_attentions_temperature_is_no_affair_of_ours(tmp_path: Path) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.Module()
+            self.attention.register_buffer("temperature", torch.tensor([-1.0, 2.0, 0.0]))
+            self.layer = ODConv2d(4, 4, 3, temperature=5.0)
+
+    model, path = Other(), tmp_path / "other.safetensors"
+    save_safetensors(model, path, published=True)
+    assert "attention.temperature" in read_state_dict(path)
+    again = Other()
+    again.attention.temperature.zero_()
+    load_checkpoint(again, path)
+    assert_same(again.state_dict(), model.state_dict())
+    state = {key: value for key, value in model.state_dict().items() if key != "attention.temperature"}
+    torch.save(state | {"layer.attention.temperature": torch.tensor([2.0])}, tmp_path / "missing.pth")
+    with pytest.raises(ValueError, match=r"1 keys missing in the file: attention\.temperature"):
+        load_checkpoint(again, tmp_path / "missing.pth")
+    load_checkpoint(again, tmp_path / "missing.pth", strict=False)
+    assert again.layer.attention.temperature == 2

@@ -183,6 +183,7 @@ def test_evaluation_is_that_of_the_run(run: Path, coco: Path, tmp_path: Path, ca
     assert json.loads((tmp_path / "scores.json").read_text())["ap"] == result["ap"]
 
 
+@pytest.mark.slow
 def test_two_processes_score_the_same(run: Path, coco: Path, tmp_path: Path) -> None:
     options = {"weights": str(run / "last.ckpt"), "data": str(coco), "workers": 0, "score_threshold": 0.0}
     one = evaluate(**options, test_batch=1, out=str(tmp_path / "one"))  # an image a batch in both: nothing is padded

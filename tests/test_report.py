@@ -400,8 +400,8 @@ def test_commands(runs: dict[str, Path], tmp_path: Path, monkeypatch, capsys: py
     for status, said, *arguments in (
         (0, "report.html", "report", dynamic, static),
         (0, "curves in compare.png", "compare", dynamic, static),
-        (2, "missing options: runs", "compare"),
-        (2, "missing options: runs", "report"),
+        (2, "missing: runs", "compare"),
+        (2, "missing: runs", "report"),
         (1, "runs must be different ones, got .*dynamic 2 times", "compare", dynamic, f"{dynamic}/../dynamic"),
         (1, "there is no folder nowhere", "compare", "nowhere"),
         (1, "is no run: it holds neither config.yaml nor metrics.csv", "report", str(tmp_path)),

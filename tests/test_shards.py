@@ -675,6 +675,7 @@ def test_processes_download_once(server: Server, cache: Path, packed: Path) -> N
     assert {server.asked[f"/{path.name}"] for path in packed.glob("train-*.tar")} == {1}
 
 
+@pytest.mark.slow
 def test_killed_while_downloading(server: Server, cache: Path, packed: Path) -> None:
     content = (packed / "val-00000.tar").read_bytes()
     server.faults = {"/val-00000.tar": [body(content[:-100], len(content), pause=30)]}

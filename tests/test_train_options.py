@@ -266,6 +266,7 @@ def test_a_batch_must_divide_into_parts(folder: Path, tmp_path: Path) -> None:
         train(**OPTIONS, data=str(folder), out=str(tmp_path), accumulate=3)
 
 
+@pytest.mark.slow
 def test_compressed_gradients(tmp_path: Path) -> None:
     arguments = ["--standalone", "--nproc_per_node=2", __file__]
     for compress in ("none", "bf16"):

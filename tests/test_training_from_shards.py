@@ -107,6 +107,7 @@ def test_shards_are_the_folder(folder: Path, shards: Path) -> None:
         pack(data=str(shards), out=str(shards / "again"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_in_its_shards(shards: Path, tmp_path: Path) -> None:
     options = OPTIONS | RANDOM | {"data": str(shards), "epochs": 2}
     train(**options, out=str(tmp_path / "whole"))

@@ -129,12 +129,18 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
             f"the {type(model).__name__} is on the meta device, where nothing can be loaded; call "
             "model.to_empty(device=...) first"
         )
+    tempered = _with_temperature(model)
+    state = {key: t.reshape(()) if names.get(key) in tempered and t.numel() == 1 else t for key, t in state.items()}
     fits = {key: names[key] for key, tensor in state.items() if key in own and own[key].shape == tensor.shape}
     attentions = {_attention(key): _attention(name) for key, name in names.items()}
     new = {key: attentions[_attention(key)] for key in state if key.endswith(FACTORS) and _attention(key) in attentions}
     fits |= {key: f"{attention}.factors" if attention else "factors" for key, attention in new.items()}
     mismatch = Mismatch(
-        missing=[key for key in own if key not in state and not key.endswith(("num_batches_tracked", TEMPERATURE))],
+        missing=[
+            key
+            for key in own
+            if key not in state and not (key.endswith("num_batches_tracked") or names[key] in tempered)
+        ],
         unexpected=[key for key in state if key not in own and key not in new],
         mismatched=[
             (key, tuple(tensor.shape), tuple(own[key].shape))
@@ -147,9 +153,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
     if complex_ones := [key for key in fits if state[key].is_complex() and not (key in own and own[key].is_complex())]:
         raise ValueError(f"{path} holds complex numbers, and the model real ones: {_some(complex_ones)}")
     if temperature is not None:
-        layers: list[Any] = [module for module in model.modules() if callable(getattr(module, "set_temperature", None))]
-        for layer in layers:
-            layer.set_temperature(temperature)
+        for attention in tempered.values():
+            attention.set_temperature(temperature)
     before = _factors(model)
     model.load_state_dict(OrderedDict((own_name, state[key]) for key, own_name in fits.items()), strict=False)
     after = _factors(model)
@@ -188,11 +193,12 @@ def save_safetensors(
     if published:
         if factors := [key for key in state if key.endswith(FACTORS)]:
             raise ValueError(f"published must be False for layers with a gain or kernel_gain, got {_some(factors)}")
-        values = {float(value) for key, value in state.items() if key.endswith(TEMPERATURE)}
+        temperatures = {key: value for key, value in state.items() if _is_temperature(key, state)}
+        values = {float(value) for value in temperatures.values()}
         if len(values) > 1:
             raise ValueError(f"published must be False for different temperatures: {_some(map(str, sorted(values)))}")
         record = {NOTED_TEMPERATURE: str(values.pop())} if values else {}
-        state = {key: value for key, value in state.items() if not key.endswith(TEMPERATURE)}
+        state = {key: value for key, value in state.items() if key not in temperatures}
     tensors = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in state.items()
@@ -295,7 +301,7 @@ def _content(path: Path) -> Content:
         if key.endswith(FACTORS) and not (tensor.shape == (2,) and (tensor > 0).all() and tensor.isfinite().all()):
             given = _some(map(str, tensor.flatten().tolist()))
             raise ValueError(f"{path} records factors that are no two positive numbers: {printable(key)} is {given}")
-        if key.endswith(TEMPERATURE) and not (tensor.numel() == 1 and (tensor > 0).all() and tensor.isfinite().all()):
+        if _is_temperature(key, state) and not (tensor > 0).logical_and(tensor.isfinite()).all():
             given = _some(map(str, tensor.flatten().tolist()))
             raise ValueError(f"{path} records a temperature that is no positive number: {printable(key)} is {given}")
     # copies, for memory that is mapped from a file changes with the file
@@ -348,6 +354,24 @@ def _factors(model: nn.Module) -> dict[str, tuple[float, float]]:
     """Return the factors of gates and shares by the attentions' names."""
     attentions = ((name, module) for name, module in model.named_modules() if hasattr(module, "set_factors"))
     return {name: (attention.gain, attention.kernel_gain) for name, attention in attentions}
+
+
+def _with_temperature(model: nn.Module) -> dict[str, Any]:
+    """Return the attentions that have a temperature, by the names of these buffers."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{name}.temperature" if name else "temperature": m for name, m in modules if _has_temperature(m)}
+
+
+def _has_temperature(module: Any) -> bool:
+    return getattr(module, "initial_temperature", None) is not None
+
+
+def _is_temperature(key: str, state: Mapping[str, Tensor]) -> bool:
+    """Tell an attention's temperature from other tensors of that name: a number, beside heads."""
+    if not key.endswith(TEMPERATURE) or state[key].numel() != 1:
+        return False
+    place = key.removesuffix("temperature")
+    return any(f"{place}{name}_fc.weight" in state for name in ("kernel", "channel", "filter", "spatial"))
 
 
 def _attention(key: str) -> str:
