@@ -72,7 +72,7 @@ def test_anchors_in_the_padding_are_neither_objects_nor_background():
     features = {str(level): torch.zeros(2, 256, 32 >> level, 40 >> level) for level in range(5)}
     anchors = model.anchor_generator(images, list(features.values()))
     wanted = [targets_of((30, 40, 90, 100)), targets_of((100, 100, 140, 120), (5, 6, 30, 50))]
-    sized = [t | {"size": torch.tensor(s)} for t, s in zip(wanted, images.image_sizes, strict=True)]
+    sized = [t | {"size": s} for t, s in zip(wanted, images.image_sizes, strict=True)]
     labels, matched = model.assign_targets_to_anchors(anchors, sized)
     for places, label, match, target, (height, width) in zip(
         anchors, labels, matched, wanted, [(128, 160), (96, 64)], strict=True
@@ -84,7 +84,7 @@ def test_anchors_in_the_padding_are_neither_objects_nor_background():
         assert label[inside].tolist() == [1.0 if number >= 0 else 0.0 if number == -1 else -1.0 for number in expected]
         objects = [number for number in expected if number >= 0]
         torch.testing.assert_close(match[inside][label[inside] == 1], target["boxes"][objects])
-    nothing, _ = model.assign_targets_to_anchors(anchors[1:], [targets_of() | {"size": torch.tensor((70, 33))}])
+    nothing, _ = model.assign_targets_to_anchors(anchors[1:], [targets_of() | {"size": (70, 33)}])
     assert set(nothing[0].tolist()) == {0.0, -1.0}
 
 

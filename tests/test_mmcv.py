@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from stirring import stirred
 from torch import nn
 
 import odconv
@@ -35,20 +36,6 @@ def seed():
 
 def conv_module(**options):
     return mmcv.ConvModule(16, 16, 3, padding=1, conv_cfg={"type": "ODConv2d", "kernel_num": 4}, **options)
-
-
-def stirred(model):
-    """The model with attentions that differ between images, and batch norms that change what they meet."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            for parameter in module.parameters():
-                nn.init.normal_(parameter, std=0.3)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2)
-    return model
 
 
 def heads(model):

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
+from stirring import stirred
 from torch import nn
 
 import odconv
-from odconv.layers import Attention, DynamicConv
+from odconv.layers import DynamicConv
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("torchvision")
@@ -25,20 +26,6 @@ SOME = {
 """Some of the names, and how many kernels they are tried with."""
 
 TWO = ("od_resnet18", "od_mobilenetv2_050")
-
-
-def stirred(model):
-    """The model with attentions that differ from sample to sample, and batch norms that change what they meet."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            for parameter in module.parameters():
-                nn.init.normal_(parameter, std=0.3)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2)
-    return model
 
 
 def images(batch=2, channels=3, size=64, dtype=torch.float32):

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stirring import stirred
 from torch import nn
 
 import odconv
 from odconv import yolo
-from odconv.layers import Attention, DynamicConv
+from odconv.layers import DynamicConv
 
 PAGE = (Path(__file__).parents[1] / "docs" / "yolo.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
@@ -37,20 +38,6 @@ def ultralytics(monkeypatch, tmp_path):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # restored afterwards
     monkeypatch.chdir(tmp_path)
     return package
-
-
-def stirred(model):
-    """The model with attentions that differ from sample to sample, and batch norms that change what they meet."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            for parameter in module.parameters():
-                nn.init.normal_(parameter, std=0.3)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2)
-    return model
 
 
 def static_network(ultralytics, name="yolov8n.yaml"):

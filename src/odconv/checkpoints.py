@@ -101,9 +101,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, strict: bool = True) -> 
 
     Where the file records the temperature at which its dynamic layers were trained, as a tensor of each attention or
     one for all beside the tensors, it is set in the model's; published files do not, and the model keeps its own.
-    Factors of gates and shares
-    that a file holds (those of a network with a warm start) are taken over, and a warning says so where the model had
-    others. A file without them is a published one: it does not fit a model that has some.
+    Factors of gates and shares that a file holds (those of a network with a warm start) are taken over, and a warning
+    says so where the model had others. A file without them is a published one: it does not fit a model that has some.
 
     Args:
         model: the network.
@@ -358,12 +357,11 @@ def _factors(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 def _with_temperature(model: nn.Module) -> dict[str, Any]:
     """Return the attentions that have a temperature, by the names of these buffers."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {f"{name}.temperature" if name else "temperature": m for name, m in modules if _has_temperature(m)}
-
-
-def _has_temperature(module: Any) -> bool:
-    return getattr(module, "initial_temperature", None) is not None
+    return {
+        f"{name}.temperature".removeprefix("."): module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if getattr(module, "initial_temperature", None) is not None
+    }
 
 
 def _is_temperature(key: str, state: Mapping[str, Tensor]) -> bool:

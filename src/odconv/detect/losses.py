@@ -5,6 +5,7 @@ Written from its documented configuration: `MaxIoUAssigner` (min_pos_iou, match_
 """
 
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torchvision.ops import box_iou, roi_align
 DIVISOR = 32
 """Each image is padded to a multiple of so many pixels before images are padded to the largest of a batch."""
 
-Target = dict[str, Tensor]
+Target = dict[str, Any]
 
 
 class FlooredMatcher(Matcher):
@@ -59,9 +60,7 @@ class Proposals(RegionProposalNetwork):
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Propose boxes; see torchvision's."""
         if targets is not None:
-            targets = [
-                target | {"size": torch.tensor(size)} for target, size in zip(targets, images.image_sizes, strict=True)
-            ]
+            targets = [target | {"size": size} for target, size in zip(targets, images.image_sizes, strict=True)]
         return super().forward(images, features, targets)
 
     def assign_targets_to_anchors(
@@ -71,7 +70,7 @@ class Proposals(RegionProposalNetwork):
         labels, matched = [], []
         for places, target in zip(anchors, targets, strict=True):
             boxes = target["boxes"]
-            height, width = (-(-target["size"] // DIVISOR) * DIVISOR).tolist()
+            height, width = (-(-side // DIVISOR) * DIVISOR for side in target["size"])
             x, y = (places[:, :2] + places[:, 2:]).div(2).unbind(1)
             inside = (x < width) & (y < height)
             if len(boxes):

@@ -304,19 +304,25 @@ def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 def call_in_dtype(module: nn.Module, z: Tensor) -> Tensor:
     """Return ``module(z)``, computed in z's dtype whatever dtype its parameters and buffers have."""
-    own = [*module.named_parameters(), *module.named_buffers()]
-    other = [tensor.dtype for _, tensor in own if tensor.is_floating_point() and tensor.dtype != z.dtype]
+    own = [*module.parameters(), *module.buffers()]
+    other = [tensor.dtype for tensor in own if tensor.is_floating_point() and tensor.dtype != z.dtype]
     if not other:
         return module(z)
     if is_traced():  # which knows no calls with other parameters
         return module(z.to(other[0])).to(z.dtype)
-    copies = {name: tensor.to(z.dtype) for name, tensor in own if tensor.is_floating_point()}
+    copies = copies_in_dtype(module, z.dtype)
     y = functional_call(module, copies, (z,))
     if module.training:
         for name, buffer in module.named_buffers():
             if name in copies and copies[name] is not buffer:  # statistics, updated in a copy
                 buffer.copy_(copies[name])
     return y
+
+
+def copies_in_dtype(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module that are numbers, by name, in a dtype."""
+    own = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.to(dtype) for name, tensor in own if tensor.is_floating_point()}
 
 
 def normalise_one(bn: BatchNorm, z: Tensor) -> Tensor:
@@ -331,8 +337,7 @@ def normalise_one(bn: BatchNorm, z: Tensor) -> Tensor:
     if is_plain(bn):
         y = F.batch_norm(z, mean, var, cast(bn.weight, z), cast(bn.bias, z), eps=bn.eps)
     else:
-        own = [*bn.named_parameters(), *bn.named_buffers()]
-        copies = {name: tensor.to(z.dtype) for name, tensor in own if tensor.is_floating_point()}
+        copies = copies_in_dtype(bn, z.dtype)
         bn.training = False  # as if evaluating; hooks, masks and other classes are called
         try:
             y = functional_call(bn, copies | {"running_mean": mean, "running_var": var}, (z,))

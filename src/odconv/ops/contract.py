@@ -33,6 +33,10 @@ class Geometry(NamedTuple):
     groups: int
 
 
+Placement = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
+"""Stride, padding, output padding, groups and dilation of a transposed convolution."""
+
+
 def per_axis(name: str, value: int | Sequence[int], dims: int, least: int) -> tuple[int, ...]:
     """`value` as one int an axis; a ValueError names the argument where it is not."""
     try:

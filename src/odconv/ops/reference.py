@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from odconv.ops.contract import Attentions, Geometry
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def reference(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:

@@ -9,12 +9,9 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from odconv.ops.contract import Attentions, Geometry
-
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+from odconv.ops.contract import Attentions, Geometry, Placement
+from odconv.ops.reference import CONVOLUTIONS, TRANSPOSED
 
 
 def convolve(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
@@ -43,16 +40,8 @@ def convolve(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geomet
     return scaled_output(y, n, kernel, filter, filters)
 
 
-def convolve_transposed(
-    x: Tensor,
-    weight: Tensor,
-    attentions: Attentions,
-    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]],
-) -> Tensor:
-    """Multiply x with the mixed kernels, scale what each tap gives, and lay the taps down by ones.
-
-    `geometry` is stride, padding, output padding, groups and dilation.
-    """
+def convolve_transposed(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:
+    """Multiply x with the mixed kernels, scale what each tap gives, and lay the taps down by ones."""
     kernel, spatial, channel, filter = attentions
     n, channels, per_group, *taps = constant_shape(weight)
     stride, padding, extra, groups, dilation = geometry

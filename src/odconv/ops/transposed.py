@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from odconv.ops import traced
 from odconv.ops.contract import (
     Attentions,
     Geometry,
+    Placement,
     check_shapes,
     is_exported_sample,
     is_exporting,
@@ -22,9 +22,7 @@ from odconv.ops.contract import (
 )
 from odconv.ops.dynamic_conv import add_bias, compute_dtype
 from odconv.ops.eager import mix, over_map
-from odconv.ops.reference import by_sample
-
-CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+from odconv.ops.reference import TRANSPOSED, by_sample
 
 
 def dynamic_conv_transpose(
@@ -97,10 +95,6 @@ def dynamic_conv_transpose(
     return add_bias(y, bias, attentions.kernel)
 
 
-Placement = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]
-"""Stride, padding, output padding, groups and dilation."""
-
-
 def check_output(x: Tensor, taps: tuple[int, ...], geometry: Geometry, extra: tuple[int, ...]) -> None:
     """Raise a ValueError where the output would be empty or its padding is none that the geometry allows."""
     for extent, k, s, p, d, e in zip(x.shape[2:], taps, *geometry[:3], extra, strict=True):
@@ -114,7 +108,7 @@ def check_output(x: Tensor, taps: tuple[int, ...], geometry: Geometry, extra: tu
 
 def reference(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:
     """The formula, a sample at a time: the definition that the other forms are held against."""
-    conv = CONVOLUTIONS[weight.dim() - 3]
+    conv = TRANSPOSED[weight.dim() - 3]
     return by_sample(lambda sample, mixed: conv(sample, mixed, None, *geometry), x, weight, attentions)
 
 
@@ -129,7 +123,7 @@ def grouped(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placeme
     mixed = mixed.expand(batch, *mixed.shape[1:]).flatten(0, 1)  # (B * C, O/g, *k)
     one_sample = x.reshape(1, -1, *x.shape[2:])
     stride, padding, extra, _, dilation = geometry
-    y = CONVOLUTIONS[weight.dim() - 3](one_sample, mixed, None, stride, padding, extra, batch * groups, dilation)
+    y = TRANSPOSED[weight.dim() - 3](one_sample, mixed, None, stride, padding, extra, batch * groups, dilation)
     y = y.view(batch, -1, *y.shape[2:])
     return y if filter is None else y * over_map(filter, y)
 
@@ -150,7 +144,7 @@ def dense(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement
     ones = torch.eye(math.prod(taps), dtype=x.dtype, device=x.device).reshape(-1, 1, *taps)
     stride, padding, extra, _, dilation = geometry
     ones = ones.repeat(filters, 1, *(1,) * len(taps))
-    y = CONVOLUTIONS[len(taps)](columns, ones, None, stride, padding, extra, filters, dilation)
+    y = TRANSPOSED[len(taps)](columns, ones, None, stride, padding, extra, filters, dilation)
     return y if filter is None else y * over_map(filter, y)
 
 
