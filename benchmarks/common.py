@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.data import Images
+from odconv.app.data import Images
 from odconv.layers import attention as attention_room
 from odconv.layers import conv as layer_room
 from odconv.ops.contract import Attentions, Geometry

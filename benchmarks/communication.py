@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import odconv
-from odconv.models import split_name
+from odconv.models.build import split_name
 
 PROCESSES = 2
 NETWORKS = ("resnet18", "resnet50", "resnet101", "mobilenetv2_050", "mobilenetv2_075", "mobilenetv2_100")

@@ -32,7 +32,7 @@ from common import (
 from torch import Tensor, nn
 
 import odconv
-from odconv.models import split_name
+from odconv.models.build import split_name
 from odconv.ops import cpu
 
 KEYS = ("detector", "backbone", "kernel_num", "height", "width", "batch", "mode", "form")

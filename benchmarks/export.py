@@ -25,7 +25,7 @@ from torch import nn
 
 import odconv
 from odconv.layers import DynamicConv
-from odconv.models import split_name
+from odconv.models.build import split_name
 
 KEYS = ("model", "kernel_num", "form", "batch", "size", "threads")
 FORMS: dict[str, dict[str, Any]] = {

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import odconv
-from odconv.data import Images, normalise, open_data
+from odconv.app.data import Images, normalise, open_data
+from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.layers import Attention
-from odconv.train.loaders import evaluation_loader, training_loader
 
 STARTS = {  # options of odconv.convert; None stays static
     "static": None,

@@ -15,7 +15,7 @@ from common import MODELS, RESULTS, Sheet, alternate, origin, percentiles
 from torch import Tensor, nn
 
 import odconv
-from odconv.models import split_name
+from odconv.models.build import split_name
 
 
 def infer(model: nn.Module, x: Tensor) -> None:

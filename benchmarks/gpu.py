@@ -31,7 +31,7 @@ from torch.nn import functional as F
 import odconv
 from odconv.functional import dynamic_conv
 from odconv.layers import conv as layer_room
-from odconv.models import split_name
+from odconv.models.build import split_name
 from odconv.ops import BACKENDS, triton
 from odconv.ops.contract import Attentions, Geometry
 from odconv.ops.dynamic_conv import compute

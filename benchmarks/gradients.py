@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import odconv
-from odconv.data import normalise, open_data
+from odconv.app.data import normalise, open_data
 from odconv.layers import Attention, Attentions, DynamicConv
 
 STARTS: dict[str, tuple[dict[str, Any], list[float]]] = {  # options, and the temperatures to look at

@@ -42,7 +42,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 import odconv
-from odconv.models import split_name
+from odconv.models.build import split_name
 from odconv.ops import cpu
 
 KEYS = ("model", "kernel_num", "batch", "size", "mode", "form", "compiled")

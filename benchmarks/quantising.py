@@ -23,8 +23,8 @@ from export import measure, settle
 from torch import Tensor, nn
 
 import odconv
-from odconv.data import Images, normalise, open_data
-from odconv.models import split_name
+from odconv.app.data import Images, normalise, open_data
+from odconv.models.build import split_name
 
 KEYS = ("measured", "model", "kernel_num", "precision", "threads")
 SIZE = 224

@@ -32,8 +32,8 @@ from common import RESULTS, Sheet, origin
 from export import settle
 
 import odconv
-from odconv.data import open_data
-from odconv.models import split_name
+from odconv.app.data import open_data
+from odconv.models.build import split_name
 
 SERVER = Path(__file__).parents[1] / "examples" / "serving" / "server.py"
 KEYS = ("model", "kernel_num", "form", "clients", "max_batch", "wait_ms")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 import odconv
-from odconv.conversion import find_family, options_of
+from odconv.conversion.convert import find_family, options_of
 
 METHODS = {  # options of odconv.convert; None stays static
     "static": None,

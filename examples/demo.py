@@ -12,13 +12,14 @@ import torch
 import yaml
 
 import odconv
-from odconv.cli import main as command
-from odconv.data import normalise, open_data
-from odconv.listing import find_recipes
+from odconv.app.classify.restore import Restored, restore
+from odconv.app.cli import main as command
+from odconv.app.commands.listing import find_recipes
+from odconv.app.data import normalise, open_data
+from odconv.app.pages import plot_attentions, plot_history
+from odconv.attentions import record_attentions
 from odconv.profiling.table import Table, short, show
-from odconv.train.restore import Restored, restore
-from odconv.visualize import plot_attentions, plot_history, record_attentions
-from odconv.words import count
+from odconv.system.text import count
 
 RECIPES = {
     "ResNet18": "digits_resnet18",

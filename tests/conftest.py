@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, with all that is random in one."""
-    from odconv.train import train
+    from odconv.app.classify import train
 
     out = tmp_path_factory.mktemp("runs") / "whole"
     train(**OPTIONS | RANDOM, data=str(folder), out=str(out))

@@ -14,17 +14,17 @@ from PIL import Image
 from torch import nn
 
 from odconv import ODConv2d
-from odconv.data import Images, evaluation_transform
-from odconv.train import TrainConfig
-from odconv.train.loaders import evaluation_loader, training_loader
-from odconv.train.module import Training
-from odconv.train.trainer import make_trainer
+from odconv.app.classify import TrainConfig
+from odconv.app.classify.module import Training
+from odconv.app.data import Images, evaluation_transform
+from odconv.app.engine.loaders import evaluation_loader, training_loader
+from odconv.app.engine.trainer import make_trainer
 
 COMMAND = [
     sys.executable,
     "-c",
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from odconv.cli import main; sys.exit(main(sys.argv[1:]))",
+    "from odconv.app.cli import main; sys.exit(main(sys.argv[1:]))",
 ]
 """Starts odconv listening to Ctrl-C even where the tests run as a background job, which ignores it."""
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from odconv.acceleration import accelerate, is_accelerated, restore_forward
+from odconv.conversion.acceleration import accelerate, is_accelerated, restore_forward
 
 
 class FourGates(nn.Module):

@@ -24,7 +24,7 @@ from benchmarks.accuracy.report import (
     write_report,
 )
 
-from odconv.train.module import Training
+from odconv.app.classify.module import Training
 
 NETWORK = ("imagenette", "mobilenetv2_050")
 

@@ -10,55 +10,72 @@ import pytest
 import odconv
 
 PACKAGE = Path(__file__).parents[1] / "src" / "odconv"
-BELOW = {  # the rooms that a room may import from
-    "files": set(),
-    "packages": set(),
-    "devices": set(),
-    "words": set(),
-    "ops": {"files"},
+BELOW: dict[str, set[str]] = {  # the rooms that a room may import from
+    "system": set(),
+    "ops": {"system"},
     "functional": {"ops"},
-    "checkpoints": {"files", "words"},
-    "data": {"files"},
     "layers": {"ops"},
-    "conversion": {"layers", "ops"},
-    "freeze": {"conversion", "layers", "ops"},
-    "fusion": {"layers"},
-    "groups": {"layers"},
-    "pruning": {"packages", "layers"},
-    "acceleration": {"layers", "ops"},
-    "mmcv": {"packages", "conversion", "layers"},
-    "counters": {"packages", "layers", "ops", "profiling"},
-    "yolo": {"packages", "conversion", "counters", "fusion", "layers"},
-    "zoo": set(),
-    "models": {"packages", "zoo", "conversion", "layers", "ops", "checkpoints", "files"},
+    "conversion": {"system", "ops", "layers"},
+    "checkpoints": {"system"},
+    "models": {"system", "checkpoints", "ops", "layers", "conversion"},
+    "profiling": {"system", "ops", "layers", "conversion", "models"},
+    "attentions": {"system", "ops", "layers"},
+    "export": {"system", "ops", "layers"},
+    "timm": {"system", "conversion", "models"},
+    "mmcv": {"system", "layers", "conversion"},
+    "yolo": {"system", "layers", "conversion", "profiling"},
+    "hub": {"system", "checkpoints", "models", "profiling"},
 }
-LEAVES = ("train", "detect", "export", "predict", "profiling", "visualize", "timm")
-BELOW |= {leaf: {*BELOW} for leaf in LEAVES}
-BELOW |= {"report": {"files", "layers", "models", "profiling", "visualize", "words"}}
-BELOW["train"].add("report")
-BELOW["detect"].add("train")
-BELOW["export"] |= {"train", "detect"}
-BELOW["predict"] |= {"train", "export", "hub"}
-BELOW |= {"demo": {"data", "export", "files", "layers", "predict", "profiling", "visualize"}}
-BELOW |= {"inspection": {*BELOW} - {"demo", "detect", "export"}}
-BELOW |= {"reporting": {*BELOW, "report"}}
-BELOW |= {"hub": {"packages", "models", "checkpoints", "profiling"}}
-BELOW |= {"listing": {"zoo"}}
-BELOW |= {"cli": {*BELOW}, "__main__": {"cli"}, "public": {*BELOW}, "__init__": {"public"}}
+LIBRARY = {*BELOW}
+BELOW |= {"public": LIBRARY, "__init__": {"public"}, "__main__": {"app.cli"}}
+BELOW |= {  # the application: all may use the library, which uses none of it
+    f"app.{room}": LIBRARY | {f"app.{other}" for other in others.split()}
+    for room, others in {
+        "data": "",
+        "engine": "data",
+        "pages": "data",
+        "classify": "data engine pages",
+        "detect": "data engine pages",
+        "predict": "data engine classify",
+        "demo": "data pages predict",
+        "commands": "data pages classify detect predict",
+    }.items()
+}
+BELOW |= {"app.__init__": set(), "app.cli": {"system", "app.commands"}}
+
+
+def room_of(module: tuple[str, ...]) -> str:
+    """Return the room of a module's path below the package: "layers", or "app.engine"."""
+    return ".".join(module[:2]) if module[0] == "app" else module[0]
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"odconv.{alias.name}" for alias in node.names] if node.module == "odconv" else [node.module or ""]
+    return []
 
 
 def test_imports_point_downward():
     for file in PACKAGE.rglob("*.py"):
-        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        room = room_of(file.relative_to(PACKAGE).with_suffix("").parts)
         for node in ast.walk(ast.parse(file.read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{file}: relative import"
                 light = node.module != "odconv" or room in ("public", "__main__") or node.names[0].name == "__version__"
                 assert light, f"{file} imports from odconv itself, which imports all of it"
-                modules = [f"odconv.{alias.name}" if node.module == "odconv" else node.module for alias in node.names]
-            rooms = {module.split(".")[1] for module in modules if module.startswith("odconv.")} - {room, "__version__"}
-            assert rooms <= BELOW[room], f"{file} imports from {rooms - BELOW[room]}"
+            rooms = {room_of(tuple(name.split(".")[1:])) for name in imported(node) if name.startswith("odconv.")}
+            assert rooms - {room, "__version__"} <= BELOW[room], f"{file} imports from {rooms - BELOW[room] - {room}}"
+
+
+def test_rooms_are_few_and_described():
+    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    rooms = {name for name in modules if not name.startswith("__")}
+    assert rooms == LIBRARY | {"app", "public"}
+    assert len(rooms) <= 16
+    plan = (PACKAGE.parents[1] / "docs/architecture.md").read_text()
+    assert not [name for name in {*BELOW} - {"__init__", "__main__", "app.__init__"} if f"`{name}`" not in plan]
 
 
 def test_no_module_hides_a_public_name():
@@ -73,7 +90,7 @@ def test_no_module_hides_a_public_name():
 def test_import_odconv_is_light():
     heavy = (
         "torchvision lightning pytorch_lightning torchmetrics jsonargparse matplotlib rich yaml sklearn PIL "
-        "safetensors timm huggingface_hub onnx onnxscript onnxruntime gradio"
+        "safetensors timm huggingface_hub onnx onnxscript onnxruntime gradio odconv.app"
     )
     code = f"import sys, odconv; odconv.ODConv2d; print(*[name for name in {heavy.split()!r} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from odconv import ODConv2d
+from odconv.app.classify.restore import restore
+from odconv.app.cli import main
 from odconv.checkpoints import load_checkpoint, read_state_dict, resolve, save_safetensors
-from odconv.cli import main
-from odconv.train.restore import restore
 
 pytest.importorskip("faster_coco_eval")
-from odconv.detect.restore import restore as restore_detector
+from odconv.app.detect.restore import restore as restore_detector
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

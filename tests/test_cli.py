@@ -19,11 +19,12 @@ import yaml
 from small_runs import COMMAND
 
 import odconv
-from odconv import __version__, cli, create_model
-from odconv.cli import COMMANDS, Command, main, parse_options
-from odconv.listing import find_recipes
-from odconv.predict import load_classifier
-from odconv.profiling import main as profile
+from odconv import __version__, create_model
+from odconv.app import cli
+from odconv.app.cli import COMMANDS, Command, main, parse_options
+from odconv.app.commands.listing import find_recipes
+from odconv.app.commands.profile import profile_networks as profile
+from odconv.app.predict import load_classifier
 
 DIGITS = ["--data", "digits", "--image_size", "8", "--resize_size", "8", "--workers", "0", "--stem", "small"]
 TRAIN = ["train", "--arch", "mobilenetv2_050", *DIGITS, "--augment", "small", "--epochs", "1", "--out"]
@@ -86,7 +87,7 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_help_imports_no_heavy_package() -> None:
-    code = "import sys; from odconv.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from odconv.app.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
     code += "print([name for name in ('lightning', 'torchvision', 'torchmetrics', 'sklearn') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -96,7 +97,7 @@ def test_help_imports_no_heavy_package() -> None:
     "words", [["--help"], ["--version"], ["trian"], ["models"], ["models", "--help"], ["recipes", "*x*"]]
 )
 def test_what_lists_and_helps_does_without_torch(words: list[str]) -> None:
-    code = f"import sys; from odconv.cli import main\ntry: main({words})\nexcept SystemExit: pass\n"
+    code = f"import sys; from odconv.app.cli import main\ntry: main({words})\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules; import odconv; odconv.ODConv2d; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

@@ -393,7 +393,7 @@ def test_the_gain_survives_copies_and_travels_with_the_state_dict():
 
 
 def predictions(model, images):
-    from odconv.data import normalise
+    from odconv.app.data import normalise
 
     with torch.inference_mode():
         return torch.cat([model(normalise(batch)).argmax(1) for batch, _ in torch.utils.data.DataLoader(images, 50)])
@@ -403,7 +403,7 @@ def predictions(model, images):
 def real(shared_data):
     """MobileNetV2 with ImageNet weights, the 1,000 images, and its predictions."""
     pytest.importorskip("torchvision")
-    from odconv.data import open_data
+    from odconv.app.data import open_data
 
     weights = shared_data / "weights" / "mobilenet_v2_1.0_imagenet_fp16.pth"
     model = odconv.create_model("mobilenetv2_100", weights=weights).eval()

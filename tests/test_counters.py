@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import odconv
-from odconv import counters
+from odconv.profiling import counters
 
 SHAPE = (3, 24, 24)
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import odconv
-from odconv.files import cache_folder
 from odconv.functional import dynamic_conv
 from odconv.ops import cpu
 from odconv.ops.cpu import library
+from odconv.system.files import cache_folder
 
 NEEDS_KERNEL = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler, or not x86 with AVX2")
 

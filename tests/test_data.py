@@ -27,7 +27,7 @@ from torchvision import transforms as v1
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from odconv.data import (
+from odconv.app.data import (
     IGNORE,
     EvaluationSampler,
     evaluation_transform,
@@ -40,7 +40,7 @@ from odconv.data import (
     sort_validation,
     training_transform,
 )
-from odconv.data.archives import unpack
+from odconv.app.data.archives import unpack
 
 SMALL = {"image_size": 16, "resize_size": 16}
 

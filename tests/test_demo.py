@@ -21,16 +21,16 @@ from PIL import Image
 from small_runs import COMMAND, wait_until
 
 import odconv
-from odconv.cli import main
-from odconv.data import Images, normalise, open_data
+from odconv.app.cli import main
+from odconv.app.data import Images, normalise, open_data
 
 pytest.importorskip("gradio")
 
-from odconv.demo.cards import show_answers, show_problem
-from odconv.demo.examples import make_examples
-from odconv.demo.networks import Answer, ask, load
-from odconv.demo.uploads import MEGABYTES, read_upload
-from odconv.predict import load_classifier
+from odconv.app.demo.cards import show_answers, show_problem
+from odconv.app.demo.examples import make_examples
+from odconv.app.demo.networks import Answer, ask, load
+from odconv.app.demo.uploads import MEGABYTES, read_upload
+from odconv.app.predict import load_classifier
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DIGITS = [*"0123456789"]

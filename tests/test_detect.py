@@ -22,7 +22,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 from torchvision.transforms.functional import to_tensor
 
-from odconv.detect import conventions, mmdetection
+from odconv.models.detectors import conventions, mmdetection
 
 SMALL = {"min_size": 64, "max_size": 96}
 PARAMETERS = [  # detector, backbone, kernel_num, parameters, published millions, of them the unused classifier
@@ -660,7 +660,7 @@ def test_published_weights_that_do_not_fit(tmp_path):
 
 
 def test_the_classes_that_mmdetection_notes_are_those_of_the_detector(tmp_path):
-    from odconv.detect.restore import restore
+    from odconv.app.detect.restore import restore
 
     names = ("cat", "unicorn", "dog")
     state = mmdetection_state(masks=False, classes=3)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from odconv.detect.coco import Annotations, check_files, read_annotations
-from odconv.detect.images import UNREADABLE, CocoImages, collate
-from odconv.detect.masks import decode_masks
-from odconv.detect.sampler import GroupedSampler
-from odconv.detect.scores import METRICS, describe_detections, score
+from odconv.app.detect.coco import Annotations, check_files, read_annotations
+from odconv.app.detect.images import UNREADABLE, CocoImages, collate
+from odconv.app.detect.masks import decode_masks
+from odconv.app.detect.sampler import GroupedSampler
+from odconv.app.detect.scores import METRICS, describe_detections, score
 
 Content = dict[str, list[dict]]
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]

@@ -15,14 +15,15 @@ from PIL import Image
 from small_runs import checkpoint, same_weights, start, wait_until, weights
 
 import odconv
-from odconv.cli import main, parse_options
-from odconv.detect import DetectConfig, conventions, evaluate, predict, train
-from odconv.detect.coco import read_annotations
-from odconv.detect.images import UNREADABLE, CocoImages
-from odconv.detect.module import DetectorTraining
-from odconv.detect.restore import RestoredDetector, build, coco_classes
-from odconv.detect.schedule import learning_rate
+from odconv.app.cli import main, parse_options
+from odconv.app.detect import DetectConfig, evaluate, predict, train
+from odconv.app.detect.coco import read_annotations
+from odconv.app.detect.images import UNREADABLE, CocoImages
+from odconv.app.detect.module import DetectorTraining
+from odconv.app.detect.restore import RestoredDetector, build, coco_classes
+from odconv.app.detect.schedule import learning_rate
 from odconv.layers import Attention
+from odconv.models.detectors import conventions
 
 OPTIONS = {
     "detector": "mask_rcnn",
@@ -286,7 +287,7 @@ def test_a_detector_that_knows_scores_100(coco: Path, monkeypatch) -> None:
     annotations = read_annotations(coco / "annotations/instances_val2017.json", masks=True)
     oracle = Oracle(CocoImages(annotations, coco / "val2017", "none", masks=True))
     restored = RestoredDetector(oracle, "oracle", oracle.classes, [7, 8, 9])
-    monkeypatch.setattr("odconv.detect.restore.restore", lambda *_, **__: restored)
+    monkeypatch.setattr("odconv.app.detect.restore.restore", lambda *_, **__: restored)
     scores = evaluate(weights="", data=str(coco), workers=0)
     assert (scores["ap"], scores["mask_ap"]) == (100.0, 100.0)
     assert [*scores["classes"].values()] == 2 * [{"ap": 100.0, "mask_ap": 100.0}]
@@ -398,7 +399,7 @@ def test_a_warm_start(coco: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         train(**options, out=str(tmp_path / "cold"))
     train(**options | {"warm_start": True}, out=str(tmp_path / "run"))
-    restored = odconv.detect.restore.restore(str(tmp_path / "run" / "last.ckpt")).model
+    restored = odconv.app.detect.restore.restore(str(tmp_path / "run" / "last.ckpt")).model
     body, features = restored.backbone.body, static.eval().features
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -433,7 +434,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(coco: Path, tmp_path: Path) -
 
 
 def test_all_losses_reach_what_is_watched(coco: Path) -> None:
-    from odconv.detect.run import make_loaders, read_data
+    from odconv.app.detect.run import make_loaders, read_data
 
     for detector in ("mask_rcnn", "retinanet"):
         options = OPTIONS | {"detector": detector, "options": None if detector == "retinanet" else OPTIONS["options"]}

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from examples import demo
 
-from odconv.listing import find_recipes
+from odconv.app.commands.listing import find_recipes
 
 
 @pytest.mark.parametrize(("seconds", "epochs"), [(0.1, 6), (0.7, 6), (1.0, 4), (3.0, 1), (60.0, 1)])

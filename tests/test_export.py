@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import odconv
-from odconv.cli import main
+from odconv.app.cli import main
 from odconv.export import export_torch, verify
 
 onnx = pytest.importorskip("onnx")
@@ -429,7 +429,7 @@ def test_packages_of_aotinductor(model, precision, tmp_path):
 def test_the_same_classes_on_a_thousand_images(shared_data, tmp_path):
     """Trained weights, warm-started to four kernels, with attentions that differ between images."""
     pytest.importorskip("torchvision")
-    from odconv.data import normalise, open_data
+    from odconv.app.data import normalise, open_data
 
     model = odconv.create_model(
         "mobilenetv2_100", weights=shared_data / "weights" / "mobilenet_v2_1.0_imagenet_fp16.pth"

@@ -26,9 +26,9 @@ from small_runs import (
     without_times,
 )
 
-from odconv.data.pack import pack
-from odconv.train import evaluate, train
-from odconv.train.files import LAST, PREVIOUS, CheckpointFiles
+from odconv.app.classify import evaluate, train
+from odconv.app.data.pack import pack
+from odconv.app.engine.files import LAST, PREVIOUS, CheckpointFiles
 
 HOT = {"temp_epoch": 1000}  # these images are noise: at temperature 1 the gradients would soon explode
 

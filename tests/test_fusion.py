@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import odconv
-from odconv.fusion import fold_batch_norm
+from odconv.conversion.fusion import fold_batch_norm
 
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 

@@ -16,7 +16,7 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 pytest.importorskip("safetensors")
 pytest.importorskip("torchvision")
 HubModel = pytest.importorskip("odconv.hub").HubModel
-load_classifier = pytest.importorskip("odconv.predict").load_classifier
+load_classifier = pytest.importorskip("odconv.app.predict").load_classifier
 
 NAME, OPTIONS = (
     "od_mobilenetv2_050",

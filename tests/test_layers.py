@@ -191,7 +191,7 @@ def test_a_pointwise_layer_with_only_the_spatial_attention_is_a_plain_convolutio
     torch.testing.assert_close(layer(x), torch.conv2d(x, layer.weight[0]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("ODConv")])  # padding knows no method
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [1, "same", "valid"])
 def test_padding_modes_are_those_of_torch(name, mode, padding):
@@ -201,9 +201,8 @@ def test_padding_modes_are_those_of_torch(name, mode, padding):
     for parameter in dynamic.attention.parameters():
         nn.init.zeros_(parameter)  # sigmoids of 0.5, a softmax of 1
     plain.load_state_dict({"weight": dynamic.weight[0]})
-    scale = {"ODConv": 1 / 8, "DyConv": 1, "CondConv": 1 / 2}[name[:-2]]
     x = map_of(dynamic)
-    torch.testing.assert_close(dynamic(x), scale * plain(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dynamic(x), plain(x) / 8, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer", "none"])

@@ -10,7 +10,7 @@ from stirring import stirred
 from torch import nn
 
 import odconv
-from odconv.fusion import fold_batch_norm
+from odconv.conversion.fusion import fold_batch_norm
 from odconv.layers import Attention, DynamicConv
 
 mmcv = pytest.importorskip("mmcv.cnn")

@@ -41,7 +41,9 @@ def test_training_where_the_system_lacks_much(folder: Path, tmp_path: Path) -> N
         ["train", *(f"--{name}={value}" for name, value in (options | {"epochs": 2, "resume": "auto"}).items())],
         ["evaluate", "--data", str(folder), "--weights", str(tmp_path / "run/best.ckpt"), "--workers", "0"],
     ]
-    code = LACKING + f"from odconv.cli import main\nfor command in {commands}:\n    assert main(command) == 0, command"
+    code = (
+        LACKING + f"from odconv.app.cli import main\nfor command in {commands}:\n    assert main(command) == 0, command"
+    )
     environment = os.environ | {"ODCONV_CPU_KERNEL": "0", "OMP_NUM_THREADS": "1"}  # it is for Linux
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=300

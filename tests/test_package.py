@@ -110,12 +110,12 @@ def test_what_is_installed_trains_by_recipes(installed: Path, tmp_path: Path) ->
         ("odconv.timm", "", "timm", "odconv.timm needs timm: pip install timm"),
         ("odconv.mmcv", "", "mmengine", "odconv.mmcv needs mmengine: pip install mmengine"),
         ("odconv.yolo", "register", "ultralytics", "odconv.yolo needs ultralytics: pip install ultralytics"),
-        ("odconv.counters", "register_thop", "thop", "register_thop needs thop: pip install thop"),
+        ("odconv.profiling.counters", "register_thop", "thop", "register_thop needs thop: pip install thop"),
         (
-            "odconv.pruning",
+            "odconv.conversion.pruning",
             "pruners",
             "torch_pruning",
-            "odconv.pruning.pruners needs torch_pruning: pip install torch-pr",
+            "odconv.conversion.pruning.pruners needs torch_pruning: pip install torch-pr",
         ),
     ],
 )

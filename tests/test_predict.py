@@ -27,14 +27,14 @@ from small_runs import OPTIONS
 from torch import nn
 
 import odconv
+from odconv.app.classify import evaluate, train
+from odconv.app.cli import main
+from odconv.app.data import evaluation_transform, normalise, read_image, read_pixels
+from odconv.app.predict import Classifier, Prediction, Predictions, Unreadable, load_classifier, predict
+from odconv.app.predict.ahead import ahead
+from odconv.app.predict.rows import shown, writing_rows
 from odconv.checkpoints import save_safetensors
-from odconv.cli import main
-from odconv.data import evaluation_transform, normalise, read_image, read_pixels
 from odconv.export import export_onnx, export_torch
-from odconv.predict import Classifier, Prediction, Predictions, Unreadable, load_classifier, predict
-from odconv.predict.ahead import ahead
-from odconv.predict.rows import shown, writing_rows
-from odconv.train import evaluate, train
 
 CPU = torch.device("cpu")
 NAME = "od_mobilenetv2_050"
@@ -447,7 +447,7 @@ def test_no_exported_file_runs_code_unless_it_is_trusted(exported: Path, tmp_pat
             torch.export.load(io.BytesIO((tmp_path / "renamed.onnx").read_bytes()))
         assert ran.exists(), "the file is as harmless as others"
         ran.unlink()
-    assert "if you trust whoever made it" in capsys.readouterr().err
+    assert "if you trust its source" in capsys.readouterr().err
     assert main(["predict", image, "--weights", str(exported / "any.pt2"), "--trust"]) == 0
 
 
@@ -801,7 +801,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_takes_seconds(read: Callable)
 
 LIMITED = """
 import resource, sys
-from odconv.data import read_image
+from odconv.app.data import read_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     read_image(sys.argv[1])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import odconv
-from odconv.profiling import PUBLISHED, latencies, main, profile
+from odconv.app.commands.profile import profile_networks
+from odconv.profiling import PUBLISHED, latencies, profile
 
 
 class Everything(nn.Module):
@@ -169,13 +170,13 @@ def test_latencies():
 
 def test_command(capsys):
     pytest.importorskip("torchvision")
-    main(["od_mobilenetv2_050", "resnet18"], num_classes=10, image_size=32, batch_size=2, runs=1)
+    profile_networks(["od_mobilenetv2_050", "resnet18"], num_classes=10, image_size=32, batch_size=2, runs=1)
     out = capsys.readouterr().out
     assert "od_mobilenetv2_050: 1.16M parameters" in out
     assert re.search(r"median of 1 runs, batch 2, 32 x 32, \d+ CPU threads?", out)
     assert re.search(r"[\d.]+ times that of mobilenetv2_050", out)
     assert "times that of resnet18" not in out
-    main(["resnet18"], image_size=32, latency=False)
+    profile_networks(["resnet18"], image_size=32, latency=False)
     assert "latency" not in capsys.readouterr().out
 
 
@@ -192,4 +193,4 @@ def test_command(capsys):
 def test_command_says_what_is_wrong(options, message):
     pytest.importorskip("torchvision")
     with pytest.raises(ValueError, match=message):
-        main(**options)
+        profile_networks(**options)

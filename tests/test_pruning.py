@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import odconv
-from odconv.pruning import keep_channels, keep_filters, pruners
+from odconv.conversion.pruning import keep_channels, keep_filters, pruners
 
 LAYERS = {
     "ODConv2d": lambda: odconv.ODConv2d(8, 12, 3, padding=1, bias=True),

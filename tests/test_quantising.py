@@ -8,7 +8,7 @@ from test_export import SIZE, nodes, randomise, run, small
 from torch import Tensor, nn
 
 import odconv
-from odconv.cli import main
+from odconv.app.cli import main
 from odconv.export import export_torch, verify
 from odconv.export.quantisation import balanced
 
@@ -160,7 +160,7 @@ def test_the_command(tmp_path, capsys):
 def test_what_a_thousand_images_are_taken_for(shared_data, tmp_path):
     """Trained weights, as four kernels that differ, with attentions that differ between images."""
     pytest.importorskip("torchvision")
-    from odconv.data import normalise, open_data
+    from odconv.app.data import normalise, open_data
 
     images = open_data(str(shared_data / "imagenet-sample"), image_size=224, resize_size=256, need_train=False).val
     weights = shared_data / "weights" / "mobilenet_v2_1.0_imagenet_fp16.pth"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from odconv import create_model, list_models
-from odconv.cli import parse_options
-from odconv.data.transforms import evaluation_sizes
-from odconv.train import TrainConfig, train
+from odconv.app.classify import TrainConfig, train
+from odconv.app.cli import parse_options
+from odconv.app.data.transforms import evaluation_sizes
 
 # name: parameters in millions; ResNets and MobileNetV2s share a recipe each
 PUBLISHED = {
@@ -33,7 +33,7 @@ PUBLISHED = {
     "od_resnet101_2x": 90.44,
 }
 DATA = ("cifar10", "digits", "imagenette")
-RECIPES = {Path(file.name).stem: file for file in (resources.files("odconv") / "recipes").iterdir()}
+RECIPES = {Path(file.name).stem: file for file in (resources.files("odconv.app.classify") / "recipes").iterdir()}
 
 
 def load(name: str) -> TrainConfig:

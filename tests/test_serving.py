@@ -107,8 +107,8 @@ def batches(address: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_an_image_is_answered_as_by_the_network_itself(server, weights, kind):
-    from odconv.data import read_image
-    from odconv.predict import load_classifier
+    from odconv.app.data import read_image
+    from odconv.app.predict import load_classifier
 
     image = encoded(1, kind)
     status, answer = post(server, image)

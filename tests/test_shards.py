@@ -31,13 +31,13 @@ pytest.importorskip("torchvision")
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from odconv.cli import main
-from odconv.data import download, open_data, shards
-from odconv.data import pack as packing
-from odconv.data.pack import pack
-from odconv.data.scan import describe, index_shards
-from odconv.data.shard_index import Index
-from odconv.data.shards import ShardError, Shards, is_sharded, open_shards
+from odconv.app.cli import main
+from odconv.app.data import download, open_data, shards
+from odconv.app.data import pack as packing
+from odconv.app.data.pack import pack
+from odconv.app.data.scan import describe, index_shards
+from odconv.app.data.shard_index import Index
+from odconv.app.data.shards import ShardError, Shards, is_sharded, open_shards
 
 KB = 1e-3
 """A kilobyte, in the megabytes that `pack` takes."""
@@ -262,7 +262,7 @@ def test_a_killed_worker_is_noticed(tmp_path: Path) -> None:
     _, error = run.communicate(timeout=60)
     assert run.returncode == 1
     assert error == (
-        "odconv: error: a worker process was killed, perhaps for want of memory (fewer workers need less)\n"
+        "odconv: error: a worker process was killed, perhaps because memory ran out (fewer workers need less)\n"
     )
 
 

@@ -17,11 +17,11 @@ from small_runs import AGAIN, OPTIONS, Tiny, fit_tiny, make_folder, rows, weight
 from torch import nn
 from torch.utils.data import DataLoader
 
-from odconv.data import IGNORE, normalise
-from odconv.train import TrainConfig, claim, evaluate, train
-from odconv.train.files import CheckpointFiles
-from odconv.train.module import Evaluation, Training
-from odconv.train.trainer import make_trainer
+from odconv.app.classify import TrainConfig, evaluate, train
+from odconv.app.classify.module import Evaluation, Training
+from odconv.app.data import IGNORE, normalise
+from odconv.app.engine.files import CheckpointFiles
+from odconv.app.engine.trainer import make_trainer
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path: Path) -> None:
 
 def test_what_a_run_leaves(trained: Path, folder: Path) -> None:
     names = {path.name for path in trained.iterdir()} - {".lock"}
-    logs = {"metrics.csv", "attentions.csv", "config.yaml", "machine.json", "result.json", "report.html", "tensorboard"}
-    assert names == logs | {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    logs = {"metrics.csv", "attentions.csv", "machine.json", "result.json", "report.html", "tensorboard"}
+    assert names == logs | {"config.yaml", "defaults.yaml", "best.ckpt", "last.ckpt", "previous.ckpt"}
     table, result = rows(trained), json.loads((trained / "result.json").read_text())
     assert [row["epoch"] for row in table] == [1, 2, 3]
     best = max(table, key=lambda row: row["top1"])
@@ -125,7 +125,7 @@ def test_going_on_in_another_folder(trained: Path, copy: Path, folder: Path, tmp
 
 
 def test_two_runs_cannot_share_a_folder(copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "LOCK_WAIT", 0.1)
+    monkeypatch.setattr("odconv.app.engine.folder.LOCK_WAIT", 0.1)
     options = AGAIN | {"data": str(folder), "out": str(copy), "resume": "auto"}
     hold = (
         "from filelock import FileLock\nwith FileLock(__import__('sys').argv[1]):\n    print(flush=True)\n    input()"

@@ -14,12 +14,12 @@ from torch.distributed.run import main as torchrun
 from torchvision.transforms import v2
 
 from odconv import create_model
-from odconv.data import Images, evaluation_transform
-from odconv.train import TrainConfig, evaluate, train
-from odconv.train.loaders import training_loader
-from odconv.train.module import Training, mixing
-from odconv.train.restore import restore
-from odconv.train.schedule import learning_rate, temperature
+from odconv.app.classify import TrainConfig, evaluate, train
+from odconv.app.classify.module import Training, mixing
+from odconv.app.classify.restore import restore
+from odconv.app.classify.schedule import learning_rate, temperature
+from odconv.app.data import Images, evaluation_transform
+from odconv.app.engine.loaders import training_loader
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 IMAGENET = 1_281_167

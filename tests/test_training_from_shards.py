@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import OPTIONS, RANDOM, checkpoint, rows, same_weights, start, wait_until, without_times
 
-from odconv.data import TrainingSampler, open_data
-from odconv.data.pack import pack
-from odconv.train import evaluate, train
-from odconv.train.files import LAST
+from odconv.app.classify import evaluate, train
+from odconv.app.data import TrainingSampler, open_data
+from odconv.app.data.pack import pack
+from odconv.app.engine.files import LAST
 
 
 @pytest.fixture(scope="module")

@@ -16,20 +16,21 @@ from PIL import Image
 from torch import nn
 
 import odconv
-from odconv.cli import main
-from odconv.data import evaluation_transform, normalise, read_image
-from odconv.inspection.classes import scatter
-from odconv.inspection.gallery import glance
-from odconv.inspection.gradcam import choose_layer, grad_cam
-from odconv.inspection.images import Pictures, choose, find, read
-from odconv.inspection.measurement import answer, measure
-from odconv.inspection.mixing import kernel_similarity, scatter_of_kernels
-from odconv.inspection.overview import draw_deviations
-from odconv.inspection.page import write_page
-from odconv.inspection.subject import Subject
-from odconv.visualize import attention_statistics, plot_attentions, plot_history, record_attentions
-from odconv.visualize.history import draw_history
-from odconv.visualize.verdicts import deviation
+from odconv.app.cli import main
+from odconv.app.data import evaluation_transform, normalise, read_image
+from odconv.app.pages import plot_attentions, plot_history
+from odconv.app.pages.curves import draw_history
+from odconv.app.pages.inspection.gallery import explain_examples
+from odconv.app.pages.inspection.gradcam import choose_layer, grad_cam
+from odconv.app.pages.inspection.images import Pictures, choose, find, read
+from odconv.app.pages.inspection.overview import draw_deviations
+from odconv.app.pages.inspection.page import write_page
+from odconv.app.pages.inspection.subject import Subject
+from odconv.attentions import attention_statistics, record_attentions
+from odconv.attentions.classes import scatter
+from odconv.attentions.measurement import answer, measure
+from odconv.attentions.mixing import kernel_similarity, scatter_of_kernels
+from odconv.attentions.verdicts import deviation
 
 
 def network(dims=2):
@@ -155,8 +156,9 @@ def test_plot_history(tmp_path):
 
 def test_pyplot_is_not_needed():
     code = (
-        "import sys, torch, odconv, odconv.visualize as v; assert 'matplotlib' not in sys.modules;"
-        "m = odconv.ODConv2d(3, 3, 3); v.plot_attentions(v.record_attentions(m, torch.randn(2, 3, 5, 5)));"
+        "import sys, torch, odconv, odconv.app.pages as v, odconv.attentions as a;"
+        "assert 'matplotlib' not in sys.modules;"
+        "m = odconv.ODConv2d(3, 3, 3); v.plot_attentions(a.record_attentions(m, torch.randn(2, 3, 5, 5)));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -207,7 +209,7 @@ def test_the_share_of_classes():
 )
 @pytest.mark.parametrize("numbers", [1, 1 << 22])
 def test_mixed_kernels_differ_as_the_static_ones_of_single_images_do(layer, numbers, monkeypatch):
-    monkeypatch.setattr("odconv.inspection.mixing.NUMBERS", numbers)
+    monkeypatch.setattr("odconv.attentions.mixing.NUMBERS", numbers)
     torch.manual_seed(0)
     layer.attention.init = "published"  # kernels that differ between images
     layer.reset_parameters()
@@ -445,11 +447,11 @@ def test_pages_of_all_families_without_classes(layer, columns, tmp_path):
     model = nn.Sequential(layer(3, 4, 3), layer(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     pixels = torch.randint(0, 255, (5, 3, 8, 8), dtype=torch.uint8)
     device = torch.device("cpu")
-    logits, recorded = answer(model, pixels, device)
+    logits, recorded = answer(model, normalise(pixels).split(32))
     pictures = Pictures([tmp_path / f"{index}.png" for index in range(5)], pixels, None)
     layers = measure(model, recorded, None)
     subject = Subject("mine", "mine.ckpt", list("abcd"), None, pictures, logits.softmax(1), layers)
-    path = write_page(tmp_path, subject, [0, 3], glance(subject, model, device, [0, 3], None), None)
+    path = write_page(tmp_path, subject, [0, 3], explain_examples(subject, model, device, [0, 3], None), None)
     page = Page(path.read_text(encoding="utf-8"))
     assert page.shows("The classes of the images are not known")
     assert page.shows("Grad-CAM would say nothing and is left out")

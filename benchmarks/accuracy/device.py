@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import odconv
-from odconv.data import Images, normalise, open_data
-from odconv.train.config import TrainConfig
-from odconv.train.launch import count_parameters
-from odconv.train.schedule import learning_rate, temperature
+from odconv.app.classify.config import TrainConfig
+from odconv.app.classify.schedule import learning_rate, temperature
+from odconv.app.data import Images, normalise, open_data
+from odconv.app.engine.network import count_parameters
 
 MIN_SCALE, RATIO, TRIES = 0.35, 4 / 3, 10  # of a crop: its least area, its most ratio, and what torchvision tries
 TEST_BATCH = 250
@@ -265,7 +265,7 @@ class Network:
 
 
 def schedule(recipe: Recipe) -> TrainConfig:
-    """What the functions of :mod:`odconv.train.schedule` need to know of a recipe."""
+    """What the functions of :mod:`odconv.app.classify.schedule` need to know of a recipe."""
     return TrainConfig(
         out="",
         arch="",

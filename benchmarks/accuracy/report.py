@@ -13,7 +13,7 @@ from benchmarks.common import alternate, origin, percentiles, read_rows, save_ro
 from scipy import stats
 
 import odconv
-from odconv.visualize.inks import COLOURS, FAINT, INK
+from odconv.app.pages.colours import COLOURS, FAINT, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

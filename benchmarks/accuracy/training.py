@@ -12,13 +12,14 @@ from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.networks import ABLATIONS, METHODS, build
 from benchmarks.common import origin, subset
 
-from odconv.data import Images, open_data
-from odconv.train.config import TrainConfig
-from odconv.train.history import History
-from odconv.train.launch import count_parameters, make_run
-from odconv.train.loaders import evaluation_loader, training_loader
-from odconv.train.module import Training
-from odconv.train.resume import find_resumed
+from odconv.app.classify.config import TrainConfig
+from odconv.app.classify.history import AccuracyHistory
+from odconv.app.classify.module import Training
+from odconv.app.data import Images, open_data
+from odconv.app.engine.loaders import evaluation_loader, training_loader
+from odconv.app.engine.network import count_parameters
+from odconv.app.engine.resume import find_resumed
+from odconv.app.engine.trainer import make_training
 
 FOLDERS = {"imagenette": "imagenette96", "cifar10": "cifar10"}
 VALIDATION = 10  # one in so many training images is cut off, where recipes are chosen
@@ -54,8 +55,8 @@ def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
         resume="auto",
     )
     resumed = find_resumed(config, classes, ())
-    history = History(out)
-    trainer = make_run(config, "val_top1", [history])
+    history = AccuracyHistory(out)
+    trainer = make_training(config, "val_top1", [history])
     pl.seed_everything(cell.seed, verbose=False)
     model = build(cell.network, cell.method, recipe.stem, len(classes), recipe.dropout, recipe.start)
     loader = training_loader(images, config.batch_size, workers, seed=cell.seed)

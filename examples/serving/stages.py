@@ -6,8 +6,8 @@ import torch
 from mosec import Worker
 from mosec.errors import ValidationError
 
-from odconv.data import read_image
-from odconv.predict import load_classifier
+from odconv.app.data import read_image
+from odconv.app.predict import load_classifier
 
 TOP = 5
 

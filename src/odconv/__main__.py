@@ -2,6 +2,6 @@
 
 import sys
 
-from odconv.cli import main
+from odconv.app.cli import main
 
 sys.exit(main())

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from odconv.checkpoints import load_checkpoint, save_safetensors
-from odconv.models import check_described, create_model
-from odconv.packages import needed_by
+from odconv.models.build import check_described, create_model
 from odconv.profiling import profile
 from odconv.profiling.table import short
+from odconv.system.packages import needed_by
 
 with needed_by("odconv.hub", "'odconv[models]'"):
     from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from odconv.conversion import FAMILIES
+from odconv.conversion.convert import FAMILIES
 from odconv.layers import DynamicConv
-from odconv.packages import needed_by
+from odconv.system.packages import needed_by
 
 with needed_by("odconv.mmcv", "mmengine"):
     from mmengine.model import weight_init

@@ -1,14 +1,12 @@
 """The public names: those of `import odconv`, which imports this module when the first of them is asked for."""
 
 from odconv import functional
-from odconv.acceleration import accelerate, restore_forward
 from odconv.checkpoints import load_checkpoint
-from odconv.conversion import convert
-from odconv.detect import create_detector
+from odconv.conversion.acceleration import accelerate, restore_forward
+from odconv.conversion.convert import convert
+from odconv.conversion.freeze import to_static
+from odconv.conversion.fusion import fuse
 from odconv.export import export_onnx
-from odconv.freeze import to_static
-from odconv.fusion import fuse
-from odconv.groups import parameter_groups
 from odconv.layers import (
     CondConv1d,
     CondConv2d,
@@ -31,9 +29,11 @@ from odconv.layers import (
     ODConvTranspose3d,
     set_temperature,
 )
-from odconv.models import create_model
+from odconv.layers.groups import parameter_groups
+from odconv.models.build import create_model
+from odconv.models.detectors.builder import create_detector
+from odconv.models.zoo import list_models
 from odconv.profiling import conversion_report, profile
-from odconv.zoo import list_models
 
 __all__ = [
     "CondConv1d",

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from odconv.conversion import convert, options_of
-from odconv.models import METHODS, split_name
-from odconv.packages import needed_by
-from odconv.zoo import BACKBONES
+from odconv.conversion.convert import convert, options_of
+from odconv.models.build import METHODS, split_name
+from odconv.models.zoo import BACKBONES
+from odconv.system.packages import needed_by
 
 with needed_by("odconv.timm", "timm"):
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from odconv.conversion import Chosen, dynamic_like, find_convolutions, matcher, some, start_from
-from odconv.conversion import convert as convert_convolutions
-from odconv.counters import register_thop
-from odconv.fusion import BatchNorm, fold_batch_norm
+from odconv.conversion.convert import Chosen, dynamic_like, find_convolutions, matcher, start_from
+from odconv.conversion.convert import convert as convert_convolutions
+from odconv.conversion.fusion import BatchNorm, fold_batch_norm
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
-from odconv.packages import needed_by
+from odconv.profiling.counters import register_thop
+from odconv.system.packages import needed_by
+from odconv.system.text import first_few
 
 Size = int | list[int] | tuple[int, int]
 
@@ -339,7 +340,7 @@ def loading(load: Callable[..., None]) -> Callable[..., None]:
         if lost:
             LOGGER.warning(
                 f"odconv: {len(lost)} dynamic layers of the weights are lost, since the YAML of the network does not "
-                f"have them: {some(lost)}. Convert it with odconv.yolo.convert, and it will."
+                f"have them: {first_few(lost)}. Convert it with odconv.yolo.convert, and it will."
             )
 
     return load_dynamic

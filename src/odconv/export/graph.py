@@ -93,7 +93,7 @@ def tidy(graph: Any, names: Sequence[str]) -> None:
 
 
 def loop_over_batch(graph: Any, image: str, outputs: Sequence[str]) -> Any:
-    """A graph that runs the given one, of a batch of one, for each sample of a batch.
+    """Return a graph that runs the given one, of a batch of one, for each sample of a batch.
 
     The names of the given graph's input and outputs are those of :data:`SAMPLE`.
     """

@@ -28,7 +28,7 @@ class Network(nn.Module):
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The outputs in the order of :func:`named_outputs`."""
+        """Return the outputs in the order of :func:`named_outputs`."""
         return tuple(output.float() for output in named_outputs(self.model(images.to(self.dtype))).values())
 
 
@@ -40,7 +40,7 @@ class Traced(NamedTuple):
 
 
 def named_outputs(result: Any) -> dict[str, Tensor]:
-    """The outputs of a network by name: "logits", a dict's keys, "output_0" and so on of a sequence.
+    """Return the outputs of a network by name: "logits", a dict's keys, "output_0" and so on of a sequence.
 
     Raises:
         TypeError: it is none of these.
@@ -144,6 +144,6 @@ def naming_layers(model: nn.Module, where: str = "") -> Iterator[None]:
 
 
 def refusal(name: str, kind: str, reason: object) -> ValueError:
-    """The error that a layer cannot be exported."""
+    """Return the error that a layer cannot be exported."""
     where = f"layer {name} ({kind})" if name else f"the {kind}"
     return ValueError(f"{where} cannot be exported: {' '.join(str(reason).split())[:400]}")

@@ -96,7 +96,7 @@ def export_onnx(
 
 
 def translate(traced: Traced, opset: int, loop: bool) -> Any:
-    """The traced network as a model of the package onnx, with its names or those inside of the loop.
+    """Return the traced network as a model of the package onnx, with its names or those inside of the loop.
 
     Raises:
         ValueError: ONNX has no operator for something in it; the message names the layer.
@@ -121,7 +121,7 @@ def translate(traced: Traced, opset: int, loop: bool) -> Any:
 
 
 def blame(program: torch.export.ExportedProgram, message: str) -> tuple[str, str]:
-    """The layer, by its name and class, of the operator that the exporter complains about."""
+    """Return the layer, by its name and class, of the operator that the exporter complains about."""
     for node in program.run_decompositions().graph.nodes:
         if f"%{node.name} :" in message and node.meta.get("nn_module_stack"):
             name, kind = list(node.meta["nn_module_stack"].values())[-1]

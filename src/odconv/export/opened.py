@@ -58,7 +58,7 @@ def open_exported(path: Path, trust: bool = False) -> Opened:
         return _open_onnx(path)
     if not trust:
         raise ValueError(
-            f"{path} can run code when it is opened, as all .pt2 files can; if you trust whoever made it, say "
+            f"{path} can run code when it is opened, as all .pt2 files can; if you trust its source, say "
             "trust=True, or --trust to a command. ONNX files need no trust"
         )
     if not zipfile.is_zipfile(path):
@@ -101,10 +101,10 @@ def _open_program(path: Path) -> Opened:
 def _open_package(path: Path) -> Opened:
     with _reading(path, "PyTorch"):
         package = torch._inductor.aoti_load_package(str(path))
-    said = package.get_metadata()
-    notes = _entries(said.get(KEY, ""))
+    metadata = package.get_metadata()
+    notes = _entries(metadata.get(KEY, ""))
     shape = notes.pop("shape", None)
-    compute = _calling(package, torch.device(said.get("AOTI_DEVICE_KEY", "cpu")))
+    compute = _calling(package, torch.device(metadata.get("AOTI_DEVICE_KEY", "cpu")))
     return Opened(compute, shape and tuple(shape), notes.pop("outputs", []), notes)
 
 
@@ -117,7 +117,7 @@ def _calling(network: Callable[[Tensor], Any], device: torch.device) -> Callable
 
 
 def _parse(text: str) -> Any:
-    """What a note says, which others write as plain text."""
+    """Return what a note says, which others write as plain text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -125,7 +125,7 @@ def _parse(text: str) -> Any:
 
 
 def _entries(text: str) -> dict[str, Any]:
-    """What notes in one JSON object say; nothing where they are none."""
+    """Return what notes in one JSON object say; nothing where they are none."""
     notes = _parse(text)
     return notes if isinstance(notes, dict) else {}
 

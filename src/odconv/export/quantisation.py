@@ -19,7 +19,7 @@ FEW = 16
 
 @torch.no_grad()
 def balanced(model: nn.Module) -> nn.Module:
-    """A copy in which all filters of a dynamic layer have one range, so that one scale suits them.
+    """Return a copy in which all filters of a dynamic layer have one range, so that one scale suits them.
 
     What they were divided by is in the layer's filter attention: the copy computes what the network does.
 
@@ -44,7 +44,7 @@ def balanced(model: nn.Module) -> nn.Module:
 
 
 def scale_filters(attention: Any, inputs: tuple[Tensor], given: Attentions) -> Attentions:
-    """What :func:`balanced` adds to an attention."""
+    """Return what :func:`balanced` adds to an attention."""
     scale = attention.filter_scale.expand(inputs[0].shape[0], -1)
     return given._replace(filter=scale if given.filter is None else given.filter * scale)
 

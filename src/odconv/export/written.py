@@ -8,7 +8,7 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any, NamedTuple
 
-from odconv.files import check_writable, replacing
+from odconv.system.files import check_writable, replacing
 
 
 class Written(NamedTuple):

@@ -129,7 +129,7 @@ class DynamicConv(nn.Module):
             raise ValueError(
                 f"weight must have {self.kernel_num} kernels (kernel_num) on its first axis, got shape "
                 f"{tuple(self.weight.shape)}: it was rewritten, perhaps by a fusing for static convolutions; "
-                "odconv.fuse and odconv.fusion.fold_batch_norm fold batch norm into dynamic ones"
+                "odconv.fuse and odconv.conversion.fusion.fold_batch_norm fold batch norm into dynamic ones"
             )
         if context is None:
             if self.context_channels is not None:

@@ -1,6 +1,5 @@
 """What a network costs: parameters, multiply-adds and latency."""
 
-from odconv.profiling.command import main
 from odconv.profiling.conversion import Conversion, conversion_report
 from odconv.profiling.count import Profile, Row, profile
 from odconv.profiling.latency import latencies
@@ -14,7 +13,6 @@ __all__ = [
     "Row",
     "conversion_report",
     "latencies",
-    "main",
     "profile",
     "published_table",
 ]

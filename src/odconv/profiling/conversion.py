@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from odconv.conversion import Chosen, decide, dynamic_like
+from odconv.conversion.convert import Chosen, decide, dynamic_like
 from odconv.layers import DynamicConv
 from odconv.profiling.count import count_madds, profile, record_calls, zeros_for
 from odconv.profiling.table import Table, short
@@ -64,11 +64,11 @@ class Conversion:
         return Table(("layer", "kind", "becomes", "before", "after"), lines, left=3)
 
     def __str__(self) -> str:
-        """The table as plain text."""
+        """Return the table as plain text."""
         return str(self.table)
 
     def __rich__(self) -> Table:
-        """The table, for rich."""
+        """Return the table, for rich."""
         return self.table
 
 
@@ -128,5 +128,5 @@ def conversion_report(
 
 
 def parameters(module: nn.Module) -> int:
-    """Number of parameters of a module."""
+    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -81,11 +81,11 @@ class Profile:
         return Table(("layer", "kind", "output", "parameters", "multiply-adds"), lines, left=2)
 
     def __str__(self) -> str:
-        """The table as plain text."""
+        """Return the table as plain text."""
         return str(self.table)
 
     def __rich__(self) -> Table:
-        """The table, for rich."""
+        """Return the table, for rich."""
         return self.table
 
 
@@ -126,7 +126,7 @@ def profile(model: nn.Module, input_size: Sequence[int]) -> Profile:
 
 
 def layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """All modules of a network by name, a dynamic layer as one with its attention."""
+    """Yield all modules of a network by name, a dynamic layer as one with its attention."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, DynamicConv):
@@ -136,7 +136,7 @@ def layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def zeros_for(model: nn.Module, input_size: Sequence[int]) -> Tensor:
-    """An input of zeros with a batch axis, on the model's device and in its dtype."""
+    """Return an input of zeros with a batch axis, on the model's device and in its dtype."""
     size = tuple(input_size) if isinstance(input_size, Sequence) else ()
     if not size or not all(isinstance(length, int) and length > 0 for length in size):
         raise ValueError(f"input_size must be positive ints, (B, C, *map) or (C, *map), got {input_size!r}")
@@ -187,7 +187,7 @@ def count_madds(module: nn.Module, call: Call) -> int:
 
 
 def count_attention(layer: DynamicConv, call: Call) -> int:
-    """What a dynamic layer computes besides its convolution."""
+    """Return what a dynamic layer computes besides its convolution."""
     heads = layer.attention.heads
     pointwise = sum(module.weight.numel() for module in layer.attention.modules() if isinstance(module, CONVOLUTIONS))
     passes = (layer.kernel_num > 1) + ("spatial" in heads)  # over all weights: mixing, spatial attention

@@ -35,7 +35,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """What the latency was measured on."""
+    """Return what the latency was measured on."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"{threads} CPU thread{'s' * (threads > 1)}"

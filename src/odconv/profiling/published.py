@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from odconv.models import create_model
+from odconv.models.build import create_model
 from odconv.profiling.count import Profile, profile
 from odconv.profiling.table import Table, short
 
@@ -72,7 +72,7 @@ def count_published(row: Published) -> tuple[Profile, int]:
 
 
 def published_table() -> Table:
-    """The published rows, and beside them what is counted here."""
+    """Return the published rows, and beside them what is counted here."""
     header = (
         "network", "kernels", "parameters", "published", "multiply-adds", "the paper's way", "published", "difference",
         "top-1", "top-5",

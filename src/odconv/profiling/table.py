@@ -15,7 +15,7 @@ class Table(NamedTuple):
     left: int
 
     def __str__(self) -> str:
-        """The table as plain text."""
+        """Return the table as plain text."""
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
         rule = ["-" * width for width in widths]
         return "\n".join(self._line(cells, widths) for cells in (self.header, rule, *self.rows))
@@ -26,7 +26,7 @@ class Table(NamedTuple):
         return "  ".join([*left, *(cell.rjust(width) for cell, width in pairs[self.left :])]).rstrip()
 
     def __rich__(self) -> "rich.table.Table":
-        """The table as rich prints it."""
+        """Return the table as rich prints it."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table as RichTable
 

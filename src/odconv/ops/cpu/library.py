@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import torch
 
-from odconv.files import cache_folder, open_regular, replacing
+from odconv.system.files import cache_folder, open_regular, replacing
 
 SOURCES = Path(__file__).parent
 VECTORS = {  # by what torch says of the processor

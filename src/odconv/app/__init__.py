@@ -1,0 +1,1 @@
+"""The application: commands, training, evaluation, prediction and pages. The library does without it."""

@@ -1,0 +1,154 @@
+"""A trained network: from a checkpoint of ours alone, from others' with a description of the network."""
+
+from itertools import product
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from odconv.app.classify.config import Stem
+from odconv.app.engine.config import check
+from odconv.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, malformed
+from odconv.layers import try_temperature
+from odconv.models.build import METHODS, check_described, check_layer_options, create_model
+from odconv.models.zoo import BACKBONES
+
+
+class Restored(NamedTuple):
+    """A trained network.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        arch: its name.
+        classes: names of its outputs; None where they are not known.
+        num_classes: number of its outputs.
+        image_size: side of the images to give it, in pixels.
+        resize_size: shorter side before the centre is cropped, in pixels.
+    """
+
+    model: nn.Module
+    arch: str
+    classes: list[str] | None
+    num_classes: int
+    image_size: int
+    resize_size: int
+
+
+def restore(
+    weights: str,
+    *,
+    arch: str | None = None,
+    kernel_num: int | None = None,
+    reduction: float | None = None,
+    stem: Stem | None = None,
+    image_size: int | None = None,
+    resize_size: int | None = None,
+    temperature: float | None = None,
+) -> Restored:
+    """Build the network of a checkpoint and load it.
+
+    Args:
+        weights: A checkpoint of odconv train, which says all of the rest, or another file of weights.
+        arch: Network of the checkpoint, such as od_resnet18; default: what the checkpoint says.
+        kernel_num: Kernels of its dynamic layers; default: what the checkpoint says, else that of the network.
+        reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
+        stem: Its first layers; default: what the checkpoint says, else standard.
+        image_size: Side of the images, in pixels; default: what the checkpoint says, else 224.
+        resize_size: Shorter side before the centre is cropped, in pixels; default: what the checkpoint says, in
+            proportion where image_size is another, else 8/7 of image_size.
+        temperature: Temperature of the attentions; default: what the checkpoint says, else 1.
+
+    Returns:
+        The network and how to use it.
+
+    Raises:
+        ValueError: `arch` is needed, or a number is out of range, or the weights do not fit the network, or it has no
+            temperature to set, or what the file says is malformed. The message says which network of the zoo the
+            weights fit, if any.
+        OSError: the file cannot be read.
+    """
+    numbers = {"kernel_num": kernel_num, "reduction": reduction, "image_size": image_size, "resize_size": resize_size}
+    check({**numbers, "temperature": temperature})
+    checkpoint = find_checkpoint(weights)
+    with malformed(checkpoint.path):
+        return _restore(checkpoint, arch, stem, numbers, temperature)
+
+
+def _restore(
+    checkpoint: Checkpoint, arch: str | None, stem: Stem | None, numbers: dict[str, Any], temperature: float | None
+) -> Restored:
+    from odconv.app.data.transforms import evaluation_sizes  # with torchvision, which the command's help does without
+
+    path, state, options = checkpoint.path, checkpoint.state, checkpoint.options
+    recorded = "arch" in options
+    if "detector" in options:
+        raise ValueError(f"{path} is a detector, {options['detector']}: see odconv detect")
+    if arch is not None and options.get("arch", arch) != arch:
+        raise ValueError(f"arch must be {options['arch']}, the network of {path}, got {arch}")
+    check(options)
+    sizes = evaluation_sizes(numbers["image_size"], numbers["resize_size"], options)
+    given = {"arch": arch, "stem": stem, **numbers}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if "arch" not in options:
+        raise ValueError(f"arch must be given, since {path} holds weights alone{_hint(state)}")
+    classifier = [tensor for tensor in state.values() if tensor.ndim == 2]
+    if not classifier:
+        raise ValueError(f"{path} holds no classifier")
+    num_classes = classifier[-1].shape[0]
+    layer_options = options.get("layer_options") or {}
+    check_layer_options(options["arch"], layer_options)  # what a file says must not be any argument of create_model
+    described = {
+        "kernel_num": options.get("kernel_num"),
+        "reduction": options.get("reduction"),
+        "num_classes": num_classes,
+        "stem": options.get("stem", "standard"),
+        **layer_options,
+    }
+    check_described(path, options["arch"], **described)
+    model = create_model(options["arch"], **described)
+    try:
+        load_checkpoint(model, checkpoint)  # with the temperature that the file records
+    except ValueError as error:
+        raise ValueError(f"{error}{'' if recorded else _hint(state)}") from error
+    if temperature is not None and not try_temperature(model, temperature):
+        raise ValueError(f"temperature must not be given: no layer of {options['arch']} has one")
+    return Restored(
+        model.eval(),
+        options["arch"],
+        checkpoint.notes.get("classes"),
+        num_classes,
+        *sizes,
+    )
+
+
+def _hint(state: dict[str, Tensor]) -> str:
+    """Say which network of the zoo weights fit."""
+    fitting = fitting_networks(state)
+    return f"; it fits {' or '.join(fitting)}" if fitting else ""
+
+
+def fitting_networks(state: dict[str, Tensor]) -> list[str]:
+    """List the networks of the zoo that weights fit, by the options of the command line that build them."""
+    kernel_num = next((tensor.shape[0] for tensor in state.values() if tensor.ndim == 5), None)  # (n, O, C, kh, kw)
+    found = []
+    for backbone, stem in product(BACKBONES, get_args(Stem)):
+        if _convolutions(_described(backbone, stem)) == _convolutions(state):
+            for arch in [f"{method}_{backbone}" for method in METHODS] if kernel_num else [backbone]:
+                if _keys(_described(arch, stem, kernel_num)) == _keys(state):
+                    options = {"arch": arch, "kernel_num": kernel_num, "stem": None if stem == "standard" else stem}
+                    found.append(" ".join(f"--{name} {value}" for name, value in options.items() if value is not None))
+    return found
+
+
+def _described(arch: str, stem: Stem, kernel_num: int | None = None) -> dict[str, Tensor]:
+    with torch.device("meta"):  # shapes alone
+        return create_model(arch, stem=stem, kernel_num=kernel_num).state_dict()
+
+
+def _convolutions(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shapes of convolutions, in dynamic ones those of a single kernel."""
+    return {key: tensor.shape[-4:] for key, tensor in state.items() if tensor.ndim > 3 and ".attention." not in key}
+
+
+def _keys(state: dict[str, Tensor]) -> set[str]:
+    return {key for key in state if not key.endswith("num_batches_tracked")}

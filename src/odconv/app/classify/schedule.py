@@ -1,0 +1,32 @@
+"""What changes during training, as functions of how far it has come: nothing here needs to be saved and restored."""
+
+from math import cos, pi
+
+from odconv.app.classify.config import TrainConfig
+
+
+def warmup(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Return the share of the learning rate that a step has, counted from 1 over the whole run; 1 after the warm-up."""
+    return min(1.0, step / max(1.0, config.warmup_epochs * steps_per_epoch))
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """Return the learning rate of an epoch, counted from 0; it stays the same within the epoch."""
+    if config.lr_decay == "cos":
+        return config.lr * (1 + cos(pi * epoch / config.epochs)) / 2
+    drops = epoch // config.step if config.lr_decay == "step" else sum(start <= epoch for start in config.schedule)
+    return config.lr * config.gamma**drops
+
+
+def temperature(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Return the temperature of the dynamic layers: it falls in a straight line and is 1 after `temp_epoch` epochs.
+
+    ODConv: Li, Zhou, Yao, ICLR 2022, section 3.3.
+
+    Args:
+        config: the options of the run.
+        step: training step, counted from 1 over the whole run; evaluation after a step keeps its temperature.
+        steps_per_epoch: training steps in an epoch.
+    """
+    total = config.temp_epoch * steps_per_epoch
+    return 1 + (config.temp_init - 1) * max(0, total - step) / max(1, total)

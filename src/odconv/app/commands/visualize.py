@@ -1,0 +1,118 @@
+"""The command `odconv visualize`."""
+
+import csv
+from collections.abc import Sequence
+from math import isnan, nan
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from odconv.app.classify.restore import restore
+from odconv.app.data import normalise
+from odconv.app.pages.inspection.gallery import explain_examples
+from odconv.app.pages.inspection.gradcam import choose_layer
+from odconv.app.pages.inspection.images import choose, read
+from odconv.app.pages.inspection.overview import class_share
+from odconv.app.pages.inspection.page import write_page
+from odconv.app.pages.inspection.subject import Subject, as_labels
+from odconv.app.predict.names import class_names
+from odconv.attentions.measurement import CLASS_COLUMNS, WHOLE, Layer, answer, measure
+from odconv.attentions.statistics import COLUMNS
+from odconv.attentions.verdicts import KINDS, VERDICTS, deviation, verdict
+from odconv.layers import DynamicConv
+from odconv.profiling.table import Table, show
+from odconv.system.files import check_writable, replacing
+from odconv.system.text import share
+
+BATCH = 32
+"""Images in a step."""
+
+
+def visualize(
+    images: list[str],
+    *,
+    weights: str,
+    out: str,
+    max_images: int = 128,
+    shown: int = 20,
+    cam_layer: str | None = None,
+    **network: Any,
+) -> Path:
+    """Show what is dynamic in a network: its attentions on some images, as pictures and a page of them.
+
+    Args:
+        images: Files, folders, or patterns such as 'photos/*.jpg'. Subfolders of a folder are classes.
+        weights: A checkpoint of odconv train, which says what network it is, or another file of weights.
+        out: Folder for attentions.html, attentions.csv and the pictures; files of the same names are replaced.
+        max_images: Images to measure at most, evenly chosen from the classes.
+        shown: Images to draw at most, evenly chosen from those.
+        cam_layer: Layer whose map Grad-CAM weights; default: the last stage with at least 3 x 3 positions.
+        **network: What the checkpoint does not say; see :func:`odconv.app.classify.restore.restore`.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: an option or weights that do not fit, no dynamic layers, or fewer than two readable images.
+        OSError: the weights cannot be read, or `out` cannot be written.
+    """
+    for name, value, least in (("max_images", max_images, 2), ("shown", shown, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    folder = Path(out)
+    check_writable(folder)
+    restored = restore(weights, **network)
+    dynamic: list[Any] = [module for module in restored.model.modules() if isinstance(module, DynamicConv)]
+    if not dynamic:
+        raise ValueError(f"{restored.arch} is static: it has no attentions to look at")
+    known = restored.classes or []
+    answers = class_names(None, known, restored.num_classes)
+    pictures = read(images, known, answers, max_images, restored.image_size, restored.resize_size)
+    print(f"{restored.arch}: looking at {len(pictures.paths)} images", flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = restored.model.to(device)
+    cam_layer = choose_layer(model, normalise(pictures.pixels[:1].to(device)), cam_layer)
+    logits, recorded = answer(model, (normalise(batch.to(device)) for batch in pictures.pixels.split(BATCH)))
+    temperatures = [layer.attention.temperature for layer in dynamic]
+    subject = Subject(
+        restored.arch,
+        Path(weights).name,
+        answers,
+        None if temperatures[0] is None else temperatures[0].item(),
+        pictures,
+        logits.softmax(1),
+        measure(model, recorded, as_labels(pictures.classes)),
+    )
+    indices = choose(pictures.classes or [""] * len(logits), shown)
+    examples = explain_examples(subject, model, device, indices, cam_layer)
+    write_rows(folder / "attentions.csv", subject.layers)
+    page = write_page(folder, subject, indices, examples, cam_layer)
+    show(tabulate(subject.layers))
+    print(subject.sentence, *subject.notes, f"written: {page}", sep="\n")
+    return page
+
+
+def tabulate(layers: Sequence[Layer]) -> Table:
+    """Return a line for each attention: deviation and share of classes in the median layer, layers by verdict."""
+    lines = []
+    for kind in (WHOLE, *reversed(KINDS)):
+        if rows := [layer.rows[kind] for layer in layers if kind in layer.rows]:
+            of_classes = median([part for row in rows if not isnan(part := class_share(row))] or [nan])
+            given = [verdict(row) for row in rows]
+            counts = [str(given.count(word)) for word in VERDICTS[:3]]
+            lines.append([kind, f"± {share(median(map(deviation, rows)))}", share(of_classes), *counts])
+    return Table(["", "between images", "of classes", "layers: varies", "slightly", "static"], lines, left=1)
+
+
+def write_rows(path: Path, layers: Sequence[Layer]) -> None:
+    """Write the statistics, one row per layer and attention.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *CLASS_COLUMNS])
+        writer.writeheader()
+        writer.writerows(row for layer in layers for row in layer.rows.values())

@@ -1,0 +1,55 @@
+"""A function over many arguments, in several processes."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+def each(function: Callable[[A], R], arguments: Sequence[A], workers: int | None = None) -> Iterator[R]:
+    """Call a function with each argument, and give the results as they come.
+
+    Args:
+        function: one that can be pickled.
+        arguments: its arguments.
+        workers: number of processes; default one a core. One is this process itself.
+
+    Raises:
+        ValueError: `workers` is below 1.
+        OSError: a process was killed.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    workers = min(workers or os.cpu_count() or 1, len(arguments))
+    if workers <= 1:
+        yield from map(function, arguments)
+        return
+    with ProcessPoolExecutor(workers, initializer=_depend_on_parent) as pool:
+        try:
+            for future in as_completed([pool.submit(function, argument) for argument in arguments]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a worker process was killed, perhaps because memory ran out (fewer workers need less)"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _depend_on_parent() -> None:
+    """Leave Ctrl-C to the parent, and end when it does: a pool's processes would wait for ever for a parent killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)

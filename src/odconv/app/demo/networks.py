@@ -1,0 +1,97 @@
+"""What networks say of an image, and how soon."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from odconv.app.data import normalise
+from odconv.app.predict import Classifier, load_classifier
+from odconv.export.opened import SUFFIXES as EXPORTED
+from odconv.layers import DynamicConv
+from odconv.profiling.latency import latencies
+
+TOP = 5
+RUNS = 5
+"""Timed passes of each network through an image."""
+
+
+class Network(NamedTuple):
+    """A classifier, the network in it, and the network's dynamic layers by their names."""
+
+    classifier: Classifier
+    model: nn.Module
+    layers: dict[str, DynamicConv]
+
+
+class Answer(NamedTuple):
+    """What a network says of an image.
+
+    Attributes:
+        network: the network.
+        top: the most probable classes and their probabilities, in %.
+        milliseconds: median time of the network alone, for this one image.
+    """
+
+    network: Network
+    top: list[tuple[str, float]]
+    milliseconds: float
+
+
+def load(weights: str, static: str | None, static_arch: str | None, **options: Any) -> list[Network]:
+    """Load networks that know the same classes and see the same pixels.
+
+    Args:
+        weights: what :func:`odconv.app.predict.load_classifier` reads.
+        static: the same of a network to compare it with, which then comes first; None for none.
+        static_arch: name of that network, where its file does not say.
+        **options: what `weights` does not say; classes, stem and sizes hold for both.
+
+    Raises:
+        ValueError: options or weights that do not fit, an exported file, or networks that differ.
+        OSError: a file cannot be read.
+    """
+    for given in (weights, static):
+        if given is not None and given.endswith(EXPORTED) and not Path(given).is_dir():  # not opened, then refused
+            raise ValueError(f"{given} is an exported network, which nobody can look into; give its checkpoint")
+    classifiers = [load_classifier(weights, trust=False, **options)]
+    if static is not None:
+        shared: dict[str, Any] = {name: options.get(name) for name in ("classes", "stem", "image_size", "resize_size")}
+        classifiers.insert(0, load_classifier(static, arch=static_arch, **shared))
+    for what in ("classes", "image_size", "resize_size"):
+        values = [getattr(classifier, what) for classifier in classifiers]
+        if any(value != values[0] for value in values):
+            shown = " and ".join(str(value if isinstance(value, int) else len(value)) for value in values)
+            raise ValueError(f"{what} of both networks must be the same, got {shown}")
+    return [open_network(classifier) for classifier in classifiers]
+
+
+def open_network(classifier: Classifier) -> Network:
+    """Find the layers of a classifier that has a network."""
+    model = classifier.model
+    assert model is not None  # exported files have none
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv)}
+    return Network(classifier, model, layers)
+
+
+def ask(networks: Sequence[Network], image: Image.Image) -> list[Answer]:
+    """Let each network classify an image; for the times they take turns."""
+    x = prepare(networks[0].classifier, [image])
+    times = latencies([network.model for network in networks], x, RUNS)
+    answers = []
+    for network, seconds in zip(networks, times, strict=True):
+        names = network.classifier.classes
+        with torch.no_grad():
+            best = network.model(x)[0].float().softmax(dim=0).mul(100).topk(min(TOP, len(names)))
+        top = [(names[i], share) for i, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        answers.append(Answer(network, top, 1000 * seconds))
+    return answers
+
+
+def prepare(classifier: Classifier, images: Sequence[Image.Image]) -> Tensor:
+    """Return what a network sees of some images, (B, 3, image_size, image_size)."""
+    pixels = torch.stack([classifier.prepare(image) for image in images])
+    return normalise(pixels.to(classifier.device), classifier.mean, classifier.std)

@@ -1,0 +1,118 @@
+"""Finding objects on images: pictures with boxes, labels and masks, and a file of all that was found."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from odconv.app.engine.config import check
+from odconv.system.files import check_writable, replacing
+from odconv.system.text import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLOURS = ("#e41a1c", "#377eb8", "#2f9e44", "#984ea3", "#e8590c", "#0b7285", "#a65628", "#d6336c", "#5c7cfa", "#868e96")
+"""Of boxes and masks, by class; the label is white on them."""
+
+
+def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5, **detector: Any) -> dict[str, Any]:
+    """Find objects on images: draw them, and write them to a file.
+
+    Args:
+        images: Files, folders, or patterns such as 'photos/*.jpg'.
+        weights: A checkpoint of odconv detect train, which says what detector it is, or another file of a detector.
+        out: Folder for the pictures, and for detections.json, in COCO's format.
+        threshold: Score above which an object is drawn and written, from 0 to 1.
+        **detector: What the checkpoint does not say; see :func:`odconv.app.detect.restore.restore`.
+
+    Returns:
+        What is in detections.json: `images` with their files, `annotations` with the objects found, `categories`.
+        Files that cannot be read are named and left out.
+
+    Raises:
+        ValueError: an option or weights that do not fit, or no image at all can be read.
+        OSError: the weights cannot be read, or `out` cannot be written.
+    """
+    import torch
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    from odconv.app.data import readable_images
+    from odconv.app.detect.restore import restore
+    from odconv.app.detect.scores import describe_detections
+
+    check({"threshold": threshold})
+    check_writable(Path(out))
+    detector.setdefault("score_threshold", min(threshold, 0.05))
+    restored = restore(weights, **detector)
+    names = dict(zip(restored.categories, restored.classes, strict=True))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = restored.model.to(device)
+    found: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": number, "name": name} for number, name in names.items()],
+    }
+    for number, (path, image) in enumerate(readable_images(images), 1):
+        pixels = pil_to_tensor(image)
+        with torch.inference_mode():
+            (detections,) = model([pixels.to(device) / 255])
+        wanted = (detections["scores"] > threshold) & (detections["labels"] > 0)  # 0 stands for nothing
+        detections = {name: values[wanted].cpu() for name, values in detections.items()}
+        objects = describe_detections(detections, number, restored.categories)
+        picture = Path(out) / f"{number:04}_{path.stem}.png"
+        entry = {"id": number, "file_name": str(path), "width": image.width, "height": image.height}
+        found["images"].append(entry | {"picture": picture.name})
+        found["annotations"] += [item | {"area": area} for item, area in zip(objects, _areas(detections), strict=True)]
+        _save(draw(pixels, detections, restored.classes), picture)
+        lines = (f"{100 * item['score']:6.1f} %  {printable(names[item['category_id']])}" for item in objects)
+        print(printable(path), *lines, sep="\n  ")
+    if not found["images"]:
+        raise ValueError("none of the images can be read")
+    for i, item in enumerate(found["annotations"], 1):
+        item |= {"id": i, "iscrowd": 0}
+    with replacing(Path(out) / "detections.json") as partial:
+        partial.write_text(json.dumps(found) + "\n")
+    print(f"{len(found['annotations'])} objects on {len(found['images'])} images: {out}", flush=True)
+    return found
+
+
+def _areas(detections: dict[str, "Tensor"]) -> list[float]:
+    """Return the area of each object in pixels, of its mask if it has one, else of its box."""
+    if "masks" in detections:
+        return (detections["masks"] >= 0.5).sum((1, 2, 3)).tolist()
+    x1, y1, x2, y2 = detections["boxes"].unbind(1)
+    return ((x2 - x1) * (y2 - y1)).tolist()
+
+
+def draw(image: "Tensor", detections: dict[str, "Tensor"], classes: list[str]) -> "Tensor":
+    """Draw what was found on an image, with labels and scores.
+
+    Args:
+        image: bytes (3, H, W).
+        detections: `boxes` (N, 4), `labels` (N), `scores` (N) and perhaps `masks` (N, 1, H, W) of probabilities.
+        classes: names of the classes, that of label 1 first.
+
+    Returns:
+        Bytes (3, H, W).
+    """
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    labels = detections["labels"].tolist()
+    if not labels:
+        return image
+    colours = [COLOURS[(label - 1) % len(COLOURS)] for label in labels]
+    if "masks" in detections:
+        image = draw_segmentation_masks(image, detections["masks"][:, 0] >= 0.5, alpha=0.45, colors=colours)
+    scores = detections["scores"].tolist()
+    texts = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    width = max(2, round(max(image.shape) / 320))
+    return draw_bounding_boxes(
+        image, detections["boxes"], texts, colours, width=width, label_colors="white", fill_labels=True
+    )
+
+
+def _save(pixels: "Tensor", path: Path) -> None:
+    from torchvision.io import encode_png
+
+    with replacing(path) as partial:
+        partial.write_bytes(encode_png(pixels).numpy().tobytes())

@@ -1,0 +1,130 @@
+"""A detector's training run: everything is checked and put together first, then Lightning's Trainer works."""
+
+import logging
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from odconv.app.detect.coco import Annotations, check_files, read_annotations
+from odconv.app.detect.config import DetectConfig
+from odconv.app.detect.history import DetectionHistory
+from odconv.app.detect.loaders import make_loaders
+from odconv.app.detect.module import DetectorTraining
+from odconv.app.detect.restore import build
+from odconv.app.engine.errors import explained
+from odconv.app.engine.files import BEST
+from odconv.app.engine.folder import lock_folder, write_beginning, write_result
+from odconv.app.engine.network import count_parameters, resolve_layers
+from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
+from odconv.app.engine.trainer import make_training
+from odconv.app.pages.runs import refresh_report
+from odconv.checkpoints import find_checkpoint
+from odconv.models.detectors.builder import find_conventions
+from odconv.system.text import first_few
+
+FIXED = ("detector", "frozen_stages", "norm_eval", "temperature", "anchor_sizes", "group", "negatives")
+"""Options of detectors that a resumed run must share with its checkpoint: the network, the order of the images."""
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: DetectConfig) -> dict[str, Any]:
+    """Train a detector; see :func:`odconv.app.detect.train`."""
+    history = DetectionHistory(Path(config.out))
+    trainer = make_training(config, "val_ap", [history], benchmark=False)  # images differ in size from step to step
+    with lock_folder(Path(config.out), config.resume) if trainer.is_global_zero else nullcontext():
+        return _train(config, trainer, history)
+
+
+def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory) -> dict[str, Any]:
+    training, evaluation = read_data(config)
+    config = replace(config, **resolve_layers(config.arch, config.kernel_num, config.reduction))
+    resumed = find_resumed(config, training.classes, FIXED)
+    config = replace(config, conventions=_conventions(config, resumed))
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    fresh = config if not resumed.path else replace(config, weights=None, weights_backbone=None, warm_start=False)
+    model = build(fresh, len(training.classes))
+    if trainer.is_global_zero:
+        write_beginning(config, resumed, trainer.world_size)
+        print(
+            f"{config.detector} on {config.arch}: {count_parameters(model) / 1e6:.2f}M parameters, "
+            f"{len(training.classes)} classes, {len(training.images)} images to train on and "
+            f"{len(evaluation.images)} to evaluate on, results in {config.out}",
+            *filter(None, (training.describe_dropped(), evaluation.describe_dropped())),
+            *describe_resumption(config, resumed),
+            sep="\n",
+        )
+        sys.stdout.flush()
+    train_loader, val_loader = make_loaders(config, training, evaluation, trainer.global_rank, trainer.world_size)
+    train_loader.go_to(resumed.epoch, resumed.batch)
+    with explained(trainer.world_size):
+        trainer.fit(DetectorTraining(model, config, evaluation), train_loader, val_loader, ckpt_path=resumed.path)
+    best, last = max(history.rows, key=lambda row: row["ap"]), history.rows[-1]
+    result = {
+        "detector": config.detector,
+        "arch": config.arch,
+        "kernel_num": config.kernel_num,
+        "parameters": count_parameters(model),
+        "epochs": len(history.rows),
+        **{name: score for name, score in last.items() if name in ("ap", "ap50", "mask_ap", "mask_ap50")},
+        "best_ap": best["ap"],
+        "best_epoch": best["epoch"],
+        "train_seconds": sum(row["train_seconds"] for row in history.rows),
+        "val_seconds": sum(row["val_seconds"] for row in history.rows),
+    }
+    if trainer.is_global_zero:
+        write_result(config, resumed, result)
+        refresh_report(config.out)
+        print(
+            f"{history.describe(last)}, best AP {best['ap']:.2f} after epoch {best['epoch']}: "
+            f"{Path(config.out) / BEST}",
+            flush=True,
+        )
+    return result
+
+
+def _conventions(config: DetectConfig, resumed: Resumed) -> Any:
+    """Return whose arithmetic to compute with: that of the weights, unless it was chosen; and warn of what differs."""
+    if resumed.path:
+        before = resumed.options["conventions"]
+        if config.conventions not in (None, before):
+            raise ValueError(
+                f"cannot resume {resumed.path}: its conventions are {before}, those of this run {config.conventions}"
+            )
+        return before
+    checkpoint = find_checkpoint(config.weights) if config.weights else None
+    if checkpoint:
+        options = checkpoint.options
+        for name in ("anchor_sizes", "temperature"):
+            if name in options and options[name] != (now := getattr(config, name)):
+                logger.warning(
+                    "%s was trained with %s %s, and goes on with %s", config.weights, name, options[name], now
+                )
+    return config.conventions or find_conventions(checkpoint)
+
+
+def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:
+    """Read what is on the images to train and to evaluate on, and see that they are there.
+
+    Raises:
+        FileNotFoundError: annotations, or images that they list, are missing.
+        ValueError: annotations that nothing can be learned from, or of other classes for evaluation.
+    """
+    root, masks = Path(config.data), config.detector == "mask_rcnn"
+    training = read_annotations(root / config.train_annotations, config.classes, masks)
+    evaluation = read_annotations(root / config.val_annotations, config.classes, masks)
+    learnable, _ = training.without_empty(), evaluation.without_empty()  # objects there must be
+    if training.labels.keys() != evaluation.labels.keys() or training.classes != evaluation.classes:
+        only = (sorted({*a.classes} - {*b.classes}) for a, b in ((training, evaluation), (evaluation, training)))
+        first, second = (first_few(names, none="none, but other ids") for names in only)
+        raise ValueError(
+            f"{training.path} and {evaluation.path} have different categories; only in the first: {first}; only in "
+            f"the second: {second}"
+        )
+    check_files(training, root / config.train_images)
+    check_files(evaluation, root / config.val_images)
+    return training if config.negatives else learnable, evaluation

@@ -1,0 +1,93 @@
+"""The folder of a run: locked, so that nothing in it is lost, and what is written to it at the start and the end."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from odconv.app.engine.config import RunConfig, defaults
+from odconv.app.engine.files import BEST, LAST, PREVIOUS
+from odconv.app.engine.machine import write_machine
+from odconv.app.engine.resume import Resumed
+from odconv.system.files import check_writable, replacing
+
+LOCK = ".lock"
+LOCK_WAIT = 10
+"""Seconds; processes that read images for a run that was killed hold its lock for some 5 s longer."""
+
+CONFIG, DEFAULTS, RESULT = "config.yaml", "defaults.yaml", "result.json"
+
+
+@contextmanager
+def lock_folder(out: Path, resume: str | None) -> Iterator[None]:
+    """Make the folder of the run and keep others out of it; see that it holds nothing that would be lost.
+
+    Raises:
+        FileExistsError: it holds something that the run does not go on with.
+        OSError: another run is writing to it, or it cannot be written.
+    """
+    check_writable(out)
+    _check_content(out, resume)
+    lock = FileLock(out / LOCK, timeout=LOCK_WAIT)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OSError(f"another run is writing to {out}") from error
+    try:
+        _check_content(out, resume)  # another run may have been quicker
+        for partial in out.glob(".*.partial"):  # of a run that was killed
+            partial.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def _check_content(out: Path, resume: str | None) -> None:
+    names = {path.name for path in out.iterdir()} - {LOCK}
+    if resume == "auto":
+        # a run that was killed before its first checkpoint begins anew; somebody else's folder is left alone
+        if names and not names & {LAST, PREVIOUS, CONFIG}:
+            raise FileExistsError(f"the output folder {out} is not empty and holds no run to go on with")
+        if (out / BEST).exists() and not names & {LAST, PREVIOUS}:
+            raise FileNotFoundError(f"{out} holds {BEST} but neither {LAST} nor {PREVIOUS}: there is nothing to resume")
+    elif names and (resume is None or out.resolve() not in Path(resume).resolve().parents):
+        raise FileExistsError(f"the output folder {out} is not empty; resume=auto goes on with a run that is in it")
+
+
+def is_finished(config: RunConfig, resumed: Resumed) -> bool:
+    """Say whether there is nothing left to do."""
+    return resumed.epoch == config.epochs and (Path(config.out) / RESULT).exists()
+
+
+def write_beginning(config: RunConfig, resumed: Resumed, processes: int) -> None:
+    """Write what is known before the first step, and bring the best checkpoint so far along."""
+    out = Path(config.out)
+    if not is_finished(config, resumed):
+        _write(out / CONFIG, _as_yaml(asdict(config)))
+        _write(out / DEFAULTS, _as_yaml(defaults(type(config))))
+        write_machine(out, processes)
+    if resumed.path and not (out / BEST).exists() and (best := resumed.path.with_name(BEST)).exists():
+        with replacing(out / BEST) as partial:
+            shutil.copyfile(best, partial)
+
+
+def write_result(config: RunConfig, resumed: Resumed, result: Mapping[str, Any]) -> None:
+    """Write what came out, unless it was there before."""
+    if not is_finished(config, resumed):
+        _write(Path(config.out, RESULT), json.dumps(result, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+def _as_yaml(options: Mapping[str, Any]) -> str:
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return yaml.safe_dump(plain, sort_keys=False)

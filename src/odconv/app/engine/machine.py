@@ -1,0 +1,71 @@
+"""What a run works on: the machine, without its name, and the versions of what takes part."""
+
+import json
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from odconv.system.files import replacing
+
+PACKAGES = ("odconv", "torch", "torchvision", "lightning")
+
+
+def describe_machine(processes: int = 1) -> dict[str, Any]:
+    """Describe this machine.
+
+    Args:
+        processes: how many processes work together, over all machines.
+
+    Returns:
+        processor, cores (that this process may use), memory (GiB), gpus (names), system, processes, and the versions of
+        python, odconv, torch, torchvision, lightning and cuda; None where something is unknown or absent. No name of
+        the machine or of a user.
+    """
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory": _memory(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processes": processes,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+    }
+
+
+def write_machine(folder: Path, processes: int = 1) -> None:
+    """Write machine.json, :func:`describe_machine`, to the folder of a run.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(folder / "machine.json") as partial:
+        partial.write_text(json.dumps(describe_machine(processes), indent=2) + "\n")
+
+
+def _processor() -> str | None:
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or None
+
+
+def _memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):  # not a system that says so
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

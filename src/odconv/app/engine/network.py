@@ -1,0 +1,32 @@
+"""The network of a run: the options of its dynamic layers, and its size."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from odconv.app.engine.config import RunConfig
+from odconv.models.build import METHODS, check_layer_options, split_name
+
+
+def resolve_layers(arch: str, kernel_num: int | None, reduction: float | None) -> dict[str, Any]:
+    """Return the options of a network's dynamic layers by name, with what is None filled in by the defaults."""
+    given = {"kernel_num": kernel_num, "reduction": reduction}
+    method_name, _ = split_name(arch)
+    if method_name is None:
+        return given
+    method = METHODS[method_name]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(method.layer).parameters.items()}
+    return {name: (defaults | method.options).get(name) if value is None else value for name, value in given.items()}
+
+
+def layer_options(config: RunConfig) -> dict[str, Any]:
+    """Return the further options of the dynamic layers of a run: `init` and others; none for a static network."""
+    given = config.layer_options or {}
+    check_layer_options(config.arch, given)
+    return {"init": config.init, **given} if split_name(config.arch)[0] else {}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return how many numbers a network learns, or could learn if nothing were frozen."""
+    return sum(parameter.numel() for parameter in model.parameters())

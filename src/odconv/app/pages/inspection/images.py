@@ -1,0 +1,102 @@
+"""The images to look at: found, chosen evenly from their classes, and read."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from odconv.app.data import evaluation_transform, find_images, read_image
+
+
+class Pictures(NamedTuple):
+    """Images that were read.
+
+    Attributes:
+        paths: their files.
+        pixels: as networks of this size take them but for the normalising, bytes (B, 3, side, side).
+        classes: the name of the class of each; None where the folders do not say it of all.
+    """
+
+    paths: list[Path]
+    pixels: Tensor
+    classes: list[str] | None
+
+
+def find(images: Iterable[str], known: Sequence[str]) -> tuple[list[Path], list[str] | None]:
+    """Find image files and their classes: folders with the name of a known class, or else subfolders of a given one.
+
+    What is missing is named.
+
+    Returns:
+        The files, sorted by class, and the class of each; None where one has none, or all have the same.
+    """
+    found: dict[Path, str | None] = {}
+    for given in images:
+        try:
+            paths = find_images([given])
+        except OSError as error:
+            print(error, file=sys.stderr)
+            continue
+        for path in paths:
+            inside = path.relative_to(given).parts[:-1] if Path(given).is_dir() else ()
+            parent = path.absolute().parent.name
+            found.setdefault(path, parent if parent in known else inside[0] if inside else None)
+    named = {path: name for path, name in found.items() if name is not None}
+    if len(named) < len(found) or len({*named.values()}) < 2:
+        return list(found), None
+    paths = sorted(named, key=lambda path: (place(named[path], known), path))
+    return paths, [named[path] for path in paths]
+
+
+def place(name: str, known: Sequence[str]) -> tuple[int, str]:
+    """Where a class stands: in the order of the known ones, and after them by its name."""
+    return (known.index(name) if name in known else len(known)), name
+
+
+def choose(classes: Sequence[str], most: int) -> list[int]:
+    """Choose so many items at most: about equally many of each class, evenly spread over it, in their order."""
+    groups: dict[str, list[int]] = {}
+    for index, name in enumerate(classes):
+        groups.setdefault(name, []).append(index)
+    chosen: list[int] = []
+    for rank, group in enumerate(sorted(groups.values(), key=len)):
+        take = min(len(group), (most - len(chosen)) // (len(groups) - rank))
+        chosen += [group[index * len(group) // take] for index in range(take)]
+    return sorted(chosen)
+
+
+def read(
+    images: Iterable[str], known: Sequence[str], answers: Sequence[str], most: int, image_size: int, resize_size: int
+) -> Pictures:
+    """Read images; those that cannot be read are named and left out.
+
+    Args:
+        images: files, folders and patterns.
+        known: names of the folders of the network's classes, if they are known.
+        answers: what its outputs are called; of folders that are not known, in their order, where there are as many.
+        most: how many to read.
+        image_size: side of the square that is cropped, in pixels.
+        resize_size: length that the shorter side is resized to first, in pixels.
+
+    Raises:
+        ValueError: fewer than two can be read.
+    """
+    transform = evaluation_transform(image_size, resize_size)
+    paths, classes = find(images, known)
+    pixels: dict[int, Tensor] = {}
+    for index in choose(classes or [""] * len(paths), most):
+        try:
+            pixels[index] = transform(read_image(paths[index], upright=True))
+        except OSError as error:
+            print(error, file=sys.stderr)
+    if len(pixels) < 2:
+        raise ValueError(f"images must name at least two that can be read, got {len(pixels)}")
+    folders = known or sorted({*(classes or [])})
+    names = dict(zip(folders, answers, strict=False)) if known or len(folders) == len(answers) else {}
+    kept = [names.get(classes[index], classes[index]) for index in pixels] if classes else None
+    if kept and len({*kept}) < 2:
+        kept = None
+    return Pictures([paths[index] for index in pixels], torch.stack(list(pixels.values())), kept)

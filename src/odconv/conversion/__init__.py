@@ -1,0 +1,1 @@
+"""What changes a network that is there: its convolutions, its norms, its channels, its forward."""

@@ -1,0 +1,1 @@
+"""The zoo: names (`zoo`, without PyTorch), classifiers (`build`) and detectors (`detectors`)."""

@@ -1,0 +1,72 @@
+"""A network of the zoo as the backbone of a detector: four stages, a feature pyramid, what is frozen."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import MobileNetV2, ResNet
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+
+CHANNELS = 256
+"""Channels of every level of the pyramid."""
+
+
+class Pyramid(BackboneWithFPN):
+    """The feature pyramid on a backbone, five levels of 256 channels.
+
+    Args:
+        network: a ResNet or MobileNetV2 of torchvision, with whatever convolutions; its classifier is left out.
+        single_stage: False for levels 2 to 5 from the four stages and 6 by max-pooling, as R-CNNs have; True for
+            levels 3 to 5 from the last three and 6 and 7 by convolutions, as RetinaNet has.
+        frozen_stages: how many of the four stages, the stem with the first, are not trained.
+        norm_eval: True to keep all batch norm of the backbone in evaluation mode; that of frozen stages is in any case.
+
+    The parameters have the names that torchvision's own detectors give them.
+    """
+
+    def __init__(self, network: nn.Module, single_stage: bool, frozen_stages: int, norm_eval: bool) -> None:
+        body, stages, channels = split(network)
+        first = int(single_stage)
+        levels = {stage[-1]: str(level) for level, stage in enumerate(stages[first:])}
+        extra: ExtraFPNBlock = LastLevelP6P7(CHANNELS, CHANNELS) if single_stage else LastLevelMaxPool()
+        super().__init__(body, levels, channels[first:], CHANNELS, extra_blocks=extra)
+        frozen = [child for stage in stages[:frozen_stages] for child in stage]
+        for child in frozen:
+            self.body[child].requires_grad_(False)
+        self.evaluating = (
+            list(self.body) if norm_eval else frozen
+        )  # names, for SyncBatchNorm takes the place of modules
+        self.train(self.training)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the levels of the pyramid, finest first, by torchvision's names; under autocast in float32.
+
+        Anchors and boxes take their dtype from the levels, and half precision is too coarse for pixels.
+        """
+        levels: dict[str, Tensor] = super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):
+            return {name: level.float() for name, level in levels.items()}
+        return levels
+
+    def train(self, mode: bool = True) -> "Pyramid":
+        """Set the mode of all but the batch norm that stays in evaluation mode, the attentions' included."""
+        super().train(mode)
+        for child in self.evaluating:
+            for module in self.body[child].modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+def split(network: nn.Module) -> tuple[Any, list[list[str]], list[int]]:
+    """Return the part of a network that computes maps, its children's names by stage, and the stages' channels."""
+    if isinstance(network, ResNet):
+        stages = [["conv1", "bn1", "layer1"], ["layer2"], ["layer3"], ["layer4"]]
+        return network, stages, [network.inplanes // share for share in (8, 4, 2, 1)]
+    if isinstance(network, MobileNetV2):
+        features: Any = network.features
+        stages = [[str(block) for block in range(*ends)] for ends in ((0, 4), (4, 7), (7, 14), (14, 19))]
+        return features, stages, [features[int(stage[-1])].out_channels for stage in stages]
+    raise ValueError(f"backbone must be a ResNet or a MobileNetV2 of torchvision, got a {type(network).__name__}")

@@ -1,0 +1,1 @@
+"""Files, packages, devices and text: what every part of the library stands on."""
