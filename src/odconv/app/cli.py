@@ -31,7 +31,7 @@ COMMANDS = {
     "predict": Command("odconv.app.predict:predict", "classify images"),
     "demo": Command("odconv.app.demo:demo", "show a static and a dynamic network on your images, in a browser"),
     "report": Command("odconv.app.commands.report:report", "write report.html to the folders of runs"),
-    "compare": Command("odconv.app.pages.runs:compare", "compare runs: a table and their curves"),
+    "compare": Command("odconv.app.pages.reports:compare", "compare runs: a table and their curves"),
     "visualize": Command("odconv.app.commands.visualize:visualize", "show what is dynamic in a network"),
     "export": Command("odconv.app.commands.export:export", "export a network: ONNX, torch.export or AOTInductor"),
     "profile": Command("odconv.app.commands.profile:profile_networks", "count multiply-adds and measure latency"),

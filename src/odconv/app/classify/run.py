@@ -26,7 +26,7 @@ from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.app.engine.network import count_parameters, layer_options, resolve_layers
 from odconv.app.engine.resume import describe_resumption, find_resumed
 from odconv.app.engine.trainer import make_training
-from odconv.app.pages.runs import refresh_report
+from odconv.app.pages.reports import refresh_report
 from odconv.models.build import create_model, split_name
 
 FIXED = ("num_classes", "stem", "temp_epoch", "temp_init")

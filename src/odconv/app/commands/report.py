@@ -16,7 +16,7 @@ def report(runs: list[str]) -> list[Path]:
         FileNotFoundError: a folder that is missing or holds no run.
         OSError: a report cannot be written.
     """
-    from odconv.app.pages.runs import read_run, write_report
+    from odconv.app.pages.reports import read_run, write_report
 
     for folder in runs:
         read_run(folder)  # all, before one is written

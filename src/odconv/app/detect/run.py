@@ -21,7 +21,7 @@ from odconv.app.engine.folder import lock_folder, write_beginning, write_result
 from odconv.app.engine.network import count_parameters, resolve_layers
 from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
 from odconv.app.engine.trainer import make_training
-from odconv.app.pages.runs import refresh_report
+from odconv.app.pages.reports import refresh_report
 from odconv.checkpoints import find_checkpoint
 from odconv.models.detectors.builder import find_conventions
 from odconv.system.text import first_few

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from odconv.system.files import replacing
-from odconv.profiling.table import Table, show
-from odconv.app.pages.runs.content import words
-from odconv.app.pages.runs.run import Run, read_run
 from odconv.app.pages.curves import draw_history
+from odconv.app.pages.reports.content import words
+from odconv.app.pages.reports.run import Run, read_run
+from odconv.profiling.table import Table, show
+from odconv.system.files import replacing
 from odconv.system.text import UNKNOWN, duration, number, share
 
 ALWAYS = ("arch", "kernel_num", "epochs", "out", "resume")

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from odconv.system.files import replacing
-from odconv.app.pages.runs import content
-from odconv.app.pages.runs.pictures import draw_attentions, draw_curves, draw_kernels
-from odconv.app.pages.runs.run import Run, read_run
+from odconv.app.pages.reports import content
+from odconv.app.pages.reports.pictures import draw_attentions, draw_curves, draw_kernels
+from odconv.app.pages.reports.run import Run, read_run
 from odconv.app.pages.template import render_page
 from odconv.attentions.verdicts import deviation, judge_kernels, summarize, verdict
+from odconv.system.files import replacing
 from odconv.system.text import number, share
 
 
@@ -46,7 +46,7 @@ def render(run: Run) -> str:
     last = [row for row in run.attentions if row["epoch"] == last_epoch]
     changed, unchanged = content.options(run)
     return render_page(
-        "odconv.app.pages.runs",
+        "odconv.app.pages.reports",
         run=run,
         title=content.title(run),
         sentence=content.sentence(run),

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from odconv.models.build import split_name
 from odconv.attentions.statistics import COLUMNS
+from odconv.models.build import split_name
 from odconv.system.text import number
 
 Row = dict[str, Any]

@@ -1,7 +1,0 @@
-"""What came of training runs: the report of one, and several side by side."""
-
-from odconv.app.pages.runs.comparison import compare
-from odconv.app.pages.runs.page import refresh_report, write_report
-from odconv.app.pages.runs.run import read_run
-
-__all__ = ["compare", "read_run", "refresh_report", "write_report"]
