@@ -74,7 +74,7 @@ def compact(value: float | None) -> str:
 
 
 def faults(run: Run) -> list[tuple[int, int, int]] | None:
-    """The epochs with unreadable images, and how many in training and in validation; None where they were not counted."""
+    """Return the epochs with unreadable images, and how many in training and validation; None if not counted."""
     if not run.values("train_corrupt") and not run.values("val_corrupt"):
         return None
     counted = [
