@@ -107,6 +107,27 @@ def test_torchinfo(model):
         counters.torchinfo_statistics(torchinfo.summary(model, verbose=0))
 
 
+@pytest.mark.parametrize(
+    "layer", [odconv.ODConv3d(4, 6, 3), odconv.ODConv2d(4, 4, 1, groups=4, attentions=["filter"], kernel_num=1)]
+)
+def test_torchsummary_lists_any_layer(layer, capsys):
+    torchsummary = pytest.importorskip("torchsummary")
+    torchsummary.summary(nn.Sequential(layer), (4, *(6,) * layer.dims), device="cpu")
+    assert f"Total params: {sum(p.numel() for p in layer.parameters()):,}" in capsys.readouterr().out
+
+
+def test_torchsummary(model, capsys):
+    torchsummary = pytest.importorskip("torchsummary")
+    model[1][2] = nn.Identity()  # it counts a layer at each of its calls
+    model[2].kernel_bias.requires_grad_(False)
+    torchsummary.summary(model, SHAPE, device="cpu")
+    told = capsys.readouterr().out
+    parameters = (
+        odconv.profile(model, SHAPE).parameters - model[2].kernel_bias.numel()
+    )  # it knows weight and bias alone
+    assert f"Total params: {parameters:,}" in told
+
+
 def test_counting_leaves_nothing_behind(model):
     ptflops = pytest.importorskip("ptflops")
     torchinfo = pytest.importorskip("torchinfo")

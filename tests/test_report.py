@@ -67,6 +67,9 @@ class Fixed(nn.Module):
     def forward(self, x: torch.Tensor) -> Attentions:
         return self.values
 
+    def named(self, found: tuple[torch.Tensor | None, ...]) -> Attentions:
+        return Attentions(*found)
+
 
 def test_statistics_of_given_attentions() -> None:
     layer = ODConv2d(2, 2, 1, kernel_num=2)

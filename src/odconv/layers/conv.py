@@ -83,10 +83,9 @@ class DynamicConv(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters: kernels Kaiming normal, biases as nn.Conv2d's, the attention as its `init` says."""
-        draw_kernels(self.weight, self.transposed)
-        if self.attention.init == "calm" and self.groups == self.in_channels:
-            # these are drawn small already, and the batch norm behind them begins with a variance of 1
-            self.weight.data /= mixture_size(self.attention, self.kernel_num)
+        # depth-wise kernels are drawn small already, and the batch norm behind them begins with a variance of 1
+        calm = self.attention.init == "calm" and self.groups == self.in_channels
+        draw_kernels(self.weight, self.transposed, mixture_size(self.attention, self.kernel_num) if calm else 1.0)
         bound = 1 / math.sqrt(self.weight[0, 0].numel())
         for bias in (self.bias, self.kernel_bias):
             if bias is not None:
@@ -184,6 +183,18 @@ class DynamicConv(nn.Module):
             "torch.jit.trace, torch.export or odconv.export"
         )
 
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return vars(self).get("_is_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, done: bool) -> None:
+        # transformers sets this on every module, parts first, once it has read its file and put memory as it was in the
+        # place of tensors that the file lacks; the functions of torch.nn.init leave the others alone meanwhile
+        vars(self)["_is_hf_initialized"] = done
+        if done and keeps_loaded_tensors():
+            self.reset_parameters()
+
     def _margins(self) -> list[int]:
         """The padding as F.pad wants it: last axis first, both sides."""
         if not isinstance(self.padding, str):
@@ -206,6 +217,13 @@ class DynamicConv(nn.Module):
         factors = {"gain": self.attention.gain, "kernel_gain": self.attention.kernel_gain}
         parts += [f"{name}={round(value, 4)}" for name, value in factors.items() if value != 1]
         return ", ".join(parts)
+
+
+def keeps_loaded_tensors() -> bool:
+    """Return whether the functions of torch.nn.init leave tensors alone that transformers has marked as loaded."""
+    probe = torch.zeros((), device="cpu")
+    probe._is_hf_initialized = True  # type: ignore[attr-defined]
+    return nn.init.ones_(probe).item() == 0
 
 
 def trace_as_leaf(layer: DynamicConv, tracer: Any, *args: Any, **options: Any) -> Any:
