@@ -56,6 +56,24 @@ def test_thop(model, thop):
     assert thop.profile(model, (x,), verbose=False)[0] < 0.8 * odconv.profile(model, SHAPE).madds
 
 
+class ByKeyword(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        for part in self.model:
+            x = part(x=x) if isinstance(part, odconv.DynamicConv) else part(x)
+        return x
+
+
+def test_inputs_by_keyword(model, thop, capsys):
+    x = torch.rand(1, *SHAPE)
+    torch.testing.assert_close(ByKeyword(model)(x), model(x), rtol=0, atol=0)
+    assert thop.profile(ByKeyword(model), (x,), custom_ops=counters.thop_ops(), verbose=False) == expected(model)
+    pytest.importorskip("torchsummary").summary(ByKeyword(model), SHAPE, device="cpu")
+
+
 def test_thop_unasked(model, thop):
     plain = thop.profile
     counters.register_thop()

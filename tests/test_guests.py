@@ -357,6 +357,32 @@ def test_accelerate_fills_in_the_temperature(hugging_face, kinds, buffers, tmp_p
     assert not any(tensor.is_meta for tensor in again.state_dict().values())
 
 
+def test_accelerate_offloads_buffers_and_their_temperature_is_not_set_in_vain():
+    accelerate = pytest.importorskip("accelerate")
+    model, x = network(temperature=30.0), images()
+    wanted = logits(copy.deepcopy(model), x)
+    offloaded = accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    torch.testing.assert_close(logits(offloaded, x), wanted)
+    with pytest.raises(ValueError, match=r"cannot be set on the meta device: set it before offloading"):
+        odconv.set_temperature(offloaded, 5.0)
+    accelerate.hooks.remove_hook_from_submodules(offloaded)
+    odconv.set_temperature(offloaded, 5.0)
+    assert temperatures(offloaded) == [5.0]
+
+
+def test_a_network_made_under_inference_mode_infers_as_static_ones_do():
+    with torch.inference_mode():
+        model = network()
+    plain = network()
+    torch.testing.assert_close(logits(model, x := images()), logits(plain, x), rtol=0, atol=0)
+    with torch.inference_mode():
+        odconv.set_temperature(model, 5.0)
+    odconv.set_temperature(plain, 5.0)
+    torch.testing.assert_close(logits(copy.deepcopy(model), x), logits(plain, x), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"[Ii]nference"):
+        model.train()(x)
+
+
 @pytest.mark.parametrize("buffers", [False, True])
 def test_accelerate_brings_a_model_to_its_device(hugging_face, buffers, tmp_path):
     accelerate = pytest.importorskip("accelerate")

@@ -135,10 +135,15 @@ class Attention(nn.Module):
             value: the temperature, above 0; large values make all attentions alike.
 
         Raises:
-            ValueError: value is not a positive, finite number.
+            ValueError: value is not a positive, finite number, or the temperature is on the meta device.
         """
         check_temperature(value)
         if self.temperature is not None:
+            if self.temperature.is_meta:
+                raise ValueError(
+                    f"temperature {value} cannot be set on the meta device: set it before offloading the buffers "
+                    "(accelerate), or after to_empty"
+                )
             self.temperature.fill_(value)  # in place: a compiled network reads the new value without recompiling
 
     def __call__(self, x: Tensor) -> Attentions:
@@ -405,7 +410,7 @@ def set_temperature(model: nn.Module, value: float) -> None:
         value: the temperature, above 0. The published schedule falls from 30 to 1 over the first ten epochs.
 
     Raises:
-        ValueError: value is not a positive, finite number.
+        ValueError: value is not a positive, finite number, or a temperature is on the meta device.
     """
     if not try_temperature(model, value):
         warnings.warn(f"no layer of the {type(model).__name__} has a temperature: none was set", stacklevel=2)
