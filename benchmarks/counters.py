@@ -92,8 +92,7 @@ def by_torchinfo(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Count]]:
 
     plain = torchinfo.summary(model, tuple(x.shape), verbose=0)
     for line, found in (("", plain), ("torchinfo_statistics", counters.torchinfo_statistics(plain))):
-        madds = found.total_mult_adds / (2 if line else 1)
-        yield line, (madds, found.total_params, found.total_param_bytes)
+        yield line, (found.total_mult_adds, found.total_params, found.total_param_bytes)
 
 
 def by_torchsummary(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Count]]:
