@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from odconv import CondConv2d, DyConv2d, ODConv2d
 from odconv.cli import main
-from odconv.layers import Attentions
+from odconv.layers import Attention
 from odconv.report import attention_statistics, compare, describe_machine, write_report
 from odconv.report.callback import IMAGES, AttentionStatistics
 from odconv.report.run import read_run
@@ -56,19 +56,15 @@ def copy(run: Path, place: Path, without: str = "") -> Path:
 # ---- statistics
 
 
-class Fixed(nn.Module):
+class Fixed(Attention):
     """An attention that is given."""
 
     def __init__(self, gain: float, **values: list) -> None:
-        super().__init__()
-        self.gain, self.kernel_gain = gain, 1.0
-        self.values = Attentions(**{name: torch.tensor(value) for name, value in values.items()})
+        super().__init__(2, 2, {name: (len(value[0]),) for name, value in values.items()}, hidden=None, gain=gain)
+        self.values = tuple(torch.tensor(value) for value in values.values())
 
-    def forward(self, x: torch.Tensor) -> Attentions:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.values
-
-    def named(self, found: tuple[torch.Tensor | None, ...]) -> Attentions:
-        return Attentions(*found)
 
 
 def test_statistics_of_given_attentions() -> None:
