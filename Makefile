@@ -62,7 +62,7 @@ $(VENV)/installed: pyproject.toml
 	@echo "$(@D): fetching PyTorch with CUDA and engines, about 4 GB, 8 GB on the disk. Once; it takes $(SOON)."
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --editable ".[models]" pytest $(ENGINES)
+	$(@D)/bin/python -m pip install --editable ".[train]" pytest $(ENGINES)
 	touch $@
 
 .venv-oldest/installed: pyproject.toml Makefile

@@ -23,7 +23,8 @@ class DynamicConv(nn.Module):
     """The core of every dynamic layer: n kernels, an attention, and :func:`odconv.functional.dynamic_conv`.
 
     A subclass says how many `dims` it has, whether it is transposed and whether its bias is mixed, and builds its
-    `attention`. The arguments are those of ``torch.nn.Conv2d``, the number of kernels, and the width of the context.
+    `attention`. It describes the convolution by keywords: those of ``torch.nn.Conv2d``, the number of kernels, and the
+    width of the context.
     """
 
     dims: ClassVar[int]
@@ -33,6 +34,7 @@ class DynamicConv(nn.Module):
 
     def __init__(
         self,
+        *,
         in_channels: int,
         out_channels: int,
         kernel_size: Size,
@@ -293,8 +295,9 @@ class _ODConv(DynamicConv):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
-            context_channels, device, dtype,
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode, kernel_num=kernel_num,
+            context_channels=context_channels, device=device, dtype=dtype,
         )  # fmt: skip
         attentions = attentions if isinstance(attentions, str) else tuple(attentions)
         if isinstance(attentions, str) or not attentions or not set(attentions) <= set(ATTENTIONS):
@@ -378,8 +381,9 @@ class _DyConv(DynamicConv):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
-            context_channels, device, dtype,
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode, kernel_num=kernel_num,
+            context_channels=context_channels, device=device, dtype=dtype,
         )  # fmt: skip
         self.attention = Attention(
             self.dims,
@@ -440,8 +444,9 @@ class _CondConv(DynamicConv):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
-            context_channels, device, dtype,
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode, kernel_num=kernel_num,
+            context_channels=context_channels, device=device, dtype=dtype,
         )  # fmt: skip
         self.attention = Attention(
             self.dims,
