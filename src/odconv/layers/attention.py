@@ -100,8 +100,9 @@ class Attention(nn.Module):
         All by functions of torch.nn.init, of which programs such as transformers except tensors that they have loaded.
         """
         if isinstance(self.bn, _BatchNorm | nn.GroupNorm):
-            for name, tensor in (*self.bn.named_parameters(), *self.bn.named_buffers()):
-                nn.init.constant_(tensor, 1.0 if name in ("weight", "running_var") else 0.0)
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                if isinstance(tensor := getattr(self.bn, name, None), Tensor):
+                    nn.init.constant_(tensor, 1.0 if name in ("weight", "running_var") else 0.0)
         if self.temperature is not None and self.initial_temperature is not None:
             nn.init.constant_(self.temperature, self.initial_temperature)
         if self.factors is not None:

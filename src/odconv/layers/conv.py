@@ -166,8 +166,8 @@ class DynamicConv(nn.Module):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Call the layer, or record the call as one node where torch.fx traces; hooks are the node's own."""
-        if "x" in options:  # hooks, such as those of counters, get what is given by position alone
-            args = (options.pop("x"), *args)
+        if not args and "x" in options:  # hooks, such as those of counters, get what is given by position alone
+            args = (options.pop("x"),)
         proxy = next((value for value in (*args, *options.values()) if isinstance(value, fx.Proxy)), None)
         if proxy is None:
             return super().__call__(*args, **options)
