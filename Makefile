@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 
 # the oldest PyTorch that pyproject.toml allows, with the torchvision that belongs to it
 OLDEST := torch==2.12.0 torchvision==0.27.0
+# Core ML's converter knows the engine itself on Apple's systems alone
+ENGINES := coremltools litert-torch ncnn pnnx torchao
 SOON := 2 minutes on a fast line, a quarter of an hour on a slow one
 
-.PHONY: demo test test-oldest slow yolo lint format clean
+.PHONY: demo test test-oldest slow yolo engines lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --out demo
@@ -19,6 +21,10 @@ test: lint
 # ultralytics is AGPL, and its thop takes the place of the plain one
 yolo: .venv-yolo/installed
 	OMP_NUM_THREADS=1 .venv-yolo/bin/python -m pytest tests/test_yolo.py tests/test_counters.py -m "slow or not slow"
+
+# what they bring along (JAX, TensorFlow's converter) is large and holds older packages than ours
+engines: .venv-engines/installed
+	OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest tests/test_engines.py -m slow
 
 # what is compiled and exported depends most on PyTorch
 test-oldest: .venv-oldest/installed
@@ -52,6 +58,13 @@ $(VENV)/installed: pyproject.toml
 	$(@D)/bin/python -m pip install --editable ".[train,export]" hypothesis pytest "ultralytics>=8.4"
 	touch $@
 
+.venv-engines/installed: pyproject.toml Makefile
+	@echo "$(@D): fetching PyTorch with CUDA and engines, about 4 GB, 8 GB on the disk. Once; it takes $(SOON)."
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --editable ".[train]" pytest $(ENGINES)
+	touch $@
+
 .venv-oldest/installed: pyproject.toml Makefile
 	@echo "$(@D): fetching $(OLDEST) with CUDA, about 3 GB, 6 GB on the disk. Once; it takes $(SOON)."
 	$(PYTHON) -m venv $(@D)
@@ -60,4 +73,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-yolo .venv-oldest demo dist build
+	rm -rf $(VENV) .venv-yolo .venv-engines .venv-oldest demo dist build

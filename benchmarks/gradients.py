@@ -96,7 +96,9 @@ def look(model: nn.Module, x: Tensor) -> dict[str, str]:
         return {"logit_std": "", "entropy": "", "common": ""}
     found: dict[str, Attentions] = {}
     hooks = [
-        layer.attention.register_forward_hook(lambda _, inputs, given, name=name: found.update({name: given}))
+        layer.attention.register_forward_hook(
+            lambda attention, _, given, name=name: found.update({name: attention.named(given)})
+        )
         for name, layer in layers.items()
     ]
     model(x)

@@ -56,6 +56,24 @@ def test_thop(model, thop):
     assert thop.profile(model, (x,), verbose=False)[0] < 0.8 * odconv.profile(model, SHAPE).madds
 
 
+class ByKeyword(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        for part in self.model:
+            x = part(x=x) if isinstance(part, odconv.DynamicConv) else part(x)
+        return x
+
+
+def test_inputs_by_keyword(model, thop, capsys):
+    x = torch.rand(1, *SHAPE)
+    torch.testing.assert_close(ByKeyword(model)(x), model(x), rtol=0, atol=0)
+    assert thop.profile(ByKeyword(model), (x,), custom_ops=counters.thop_ops(), verbose=False) == expected(model)
+    pytest.importorskip("torchsummary").summary(ByKeyword(model), SHAPE, device="cpu")
+
+
 def test_thop_unasked(model, thop):
     plain = thop.profile
     counters.register_thop()
@@ -105,6 +123,27 @@ def test_torchinfo(model):
     assert (again.total_mult_adds, again.total_params) == (right.total_mult_adds, right.total_params)
     with pytest.raises(ValueError, match="give summary an input_size"):
         counters.torchinfo_statistics(torchinfo.summary(model, verbose=0))
+
+
+@pytest.mark.parametrize(
+    "layer", [odconv.ODConv3d(4, 6, 3), odconv.ODConv2d(4, 4, 1, groups=4, attentions=["filter"], kernel_num=1)]
+)
+def test_torchsummary_lists_any_layer(layer, capsys):
+    torchsummary = pytest.importorskip("torchsummary")
+    torchsummary.summary(nn.Sequential(layer), (4, *(6,) * layer.dims), device="cpu")
+    assert f"Total params: {sum(p.numel() for p in layer.parameters()):,}" in capsys.readouterr().out
+
+
+def test_torchsummary(model, capsys):
+    torchsummary = pytest.importorskip("torchsummary")
+    model[1][2] = nn.Identity()  # it counts a layer at each of its calls
+    model[2].kernel_bias.requires_grad_(False)
+    torchsummary.summary(model, SHAPE, device="cpu")
+    told = capsys.readouterr().out
+    parameters = (
+        odconv.profile(model, SHAPE).parameters - model[2].kernel_bias.numel()
+    )  # it knows weight and bias alone
+    assert f"Total params: {parameters:,}" in told
 
 
 def test_counting_leaves_nothing_behind(model):

@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
@@ -294,6 +295,14 @@ def hugging_face():
     return model, Model
 
 
+def drop(path, kinds):
+    """Take the keys that end in one of `kinds` out of a file, as in a published one, and return what is left."""
+    state = load_file(path)
+    left = {key: tensor for key, tensor in state.items() if not key.endswith(kinds)}
+    save_file(left, path, {"format": "pt"})
+    return left
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_brings_a_model_back(hugging_face, dtype, tmp_path):
     model, kind = hugging_face
@@ -303,6 +312,75 @@ def test_transformers_brings_a_model_back(hugging_face, dtype, tmp_path):
     x = images()
     tolerance = {"rtol": 0, "atol": 0} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.01}
     torch.testing.assert_close(logits(again, x.to(dtype)).float(), logits(model, x), **tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}], ids=str)
+@pytest.mark.parametrize("kinds", [("temperature",), ("temperature", "factors"), ("1.weight", "fc.weight", "fc.bias")])
+def test_transformers_fills_in_what_a_file_lacks(hugging_face, kinds, options, tmp_path):
+    model, kind = hugging_face
+    model.save_pretrained(tmp_path)
+    held = drop(tmp_path / "model.safetensors", kinds)
+    memory = [torch.full((size,), 2e8) for size in (1, 2, 8, 64, 128, 576, 2304)]  # which others then get as it was
+    del memory
+    again = kind.from_pretrained(tmp_path, **options)
+    assert temperatures(again) == [30.0 if "temperature" in kinds else 5.0]
+    assert again.model[1].attention.factors.tolist() == [2, 2]
+    state = again.state_dict()
+    for key, tensor in held.items():
+        assert torch.equal(state[key], tensor.to(state[key].dtype)), key
+    layer, drawn = again.model[1], kind(model.config).model[1]
+    for name in ("weight", "attention.kernel_fc.weight", "attention.fc.weight"):
+        assert 0.5 < layer.get_parameter(name).std() / drawn.get_parameter(name).std() < 2, name
+
+
+def test_transformers_leaves_new_layers_as_they_are_drawn(hugging_face):
+    model, kind = hugging_face
+    assert temperatures(kind(model.config)) == [30.0]
+    assert (model.model[1].attention.bn.weight == 0.5).all()
+    assert 0 < model.model[1].attention.kernel_fc.weight.std() < 0.2
+    assert model.model[0].weight.std() < 0.03  # its own draw of other convolutions
+
+
+@pytest.mark.parametrize("kinds", [("temperature",), ("temperature", "factors")])
+@pytest.mark.parametrize("buffers", [False, True])
+def test_accelerate_fills_in_the_temperature(hugging_face, kinds, buffers, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, kind = hugging_face
+    model.save_pretrained(tmp_path)
+    drop(path := tmp_path / "model.safetensors", kinds)
+    with accelerate.init_empty_weights(include_buffers=buffers):
+        empty = kind(model.config)
+    again = accelerate.load_checkpoint_and_dispatch(empty, str(path), device_map={"": "cpu"})
+    assert temperatures(again) == [30.0]
+    odconv.set_temperature(again, 5.0)
+    torch.testing.assert_close(logits(again, x := images()), logits(model, x), rtol=0, atol=0)
+    assert not any(tensor.is_meta for tensor in again.state_dict().values())
+
+
+def test_accelerate_offloads_buffers_and_their_temperature_is_not_set_in_vain():
+    accelerate = pytest.importorskip("accelerate")
+    model, x = network(temperature=30.0), images()
+    wanted = logits(copy.deepcopy(model), x)
+    offloaded = accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
+    torch.testing.assert_close(logits(offloaded, x), wanted)
+    with pytest.raises(ValueError, match=r"cannot be set on the meta device: set it before offloading"):
+        odconv.set_temperature(offloaded, 5.0)
+    accelerate.hooks.remove_hook_from_submodules(offloaded)
+    odconv.set_temperature(offloaded, 5.0)
+    assert temperatures(offloaded) == [5.0]
+
+
+def test_a_network_made_under_inference_mode_infers_as_static_ones_do():
+    with torch.inference_mode():
+        model = network()
+    plain = network()
+    torch.testing.assert_close(logits(model, x := images()), logits(plain, x), rtol=0, atol=0)
+    with torch.inference_mode():
+        odconv.set_temperature(model, 5.0)
+    odconv.set_temperature(plain, 5.0)
+    torch.testing.assert_close(logits(copy.deepcopy(model), x), logits(plain, x), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"[Ii]nference"):
+        model.train()(x)
 
 
 @pytest.mark.parametrize("buffers", [False, True])

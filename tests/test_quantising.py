@@ -111,7 +111,7 @@ def test_balanced_filters_compute_the_same(method, groups):
     assert torch.equal(layer.weight, before)
     largest = copied.weight.abs().amax()
     assert largest == 1
-    assert copied.attention.filter_scale.shape == (6,)
+    assert copied.attention.scale.shape == (6,)
 
 
 def test_filters_of_different_size_need_balance(model, files, tmp_path, monkeypatch):

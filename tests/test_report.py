@@ -29,7 +29,7 @@ from odconv.app.pages.reports.run import read_run
 from odconv.attentions import attention_statistics
 from odconv.attentions.statistics import COLUMNS, kernel_distance, mixture_entropy
 from odconv.attentions.verdicts import judge_kernels, summarize, verdict
-from odconv.layers import Attentions
+from odconv.layers import Attention
 
 FILES = ("config.yaml", "metrics.csv", "attentions.csv", "result.json", "machine.json")
 HOSTILE = "<script>alert('$x^2$')</script>"
@@ -58,15 +58,14 @@ def copy(run: Path, place: Path, without: str = "") -> Path:
 # ---- statistics
 
 
-class Fixed(nn.Module):
+class Fixed(Attention):
     """An attention that is given."""
 
     def __init__(self, gain: float, **values: list) -> None:
-        super().__init__()
-        self.gain, self.kernel_gain = gain, 1.0
-        self.values = Attentions(**{name: torch.tensor(value) for name, value in values.items()})
+        super().__init__(2, 2, {name: (len(value[0]),) for name, value in values.items()}, hidden=None, gain=gain)
+        self.values = tuple(torch.tensor(value) for value in values.values())
 
-    def forward(self, x: torch.Tensor) -> Attentions:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.values
 
 

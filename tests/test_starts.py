@@ -19,7 +19,7 @@ from torch import nn
 
 import odconv
 from odconv import convert
-from odconv.layers import Attention, Attentions, DynamicConv
+from odconv.layers import Attention, DynamicConv
 from odconv.layers.starts import LOGIT, OPEN
 
 LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if name[-1] == "d" and "Conv" in name}
@@ -177,7 +177,7 @@ def test_a_new_network_learns_as_the_static_one(method: str, lr: float, steps: i
 def rearranged(layer: DynamicConv, rearrange: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Let a layer compute with other attentions than those of its samples."""
     hook = layer.attention.register_forward_hook(
-        lambda _, inputs, found: Attentions(*(None if a is None else rearrange(a).contiguous() for a in found))
+        lambda _, inputs, found: tuple(rearrange(attention).contiguous() for attention in found)
     )
     yield
     hook.remove()

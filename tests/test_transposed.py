@@ -1,6 +1,7 @@
 """The transposed operator and layers: against the definition, against torch, and life as a module among others."""
 
 import copy
+import inspect
 import itertools
 import pickle
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.export import Dim, export
 
 import odconv
+from odconv.conversion import options_of
 from odconv.functional import dynamic_conv_transpose
 from odconv.layers import DynamicConvTranspose
 
@@ -242,3 +244,20 @@ def test_what_a_layer_refuses(change, message):
 def test_there_is_a_layer_for_every_method_and_dimension():
     assert len(LAYERS) == 9
     assert all(issubclass(layer, DynamicConvTranspose) for layer in LAYERS.values())
+
+
+@pytest.mark.parametrize("name", [name for name in odconv.__all__ if name.endswith("d") and "Conv" in name])
+def test_a_layer_has_the_signature_of_its_convolution_and_its_methods_options(name):
+    layer = getattr(odconv, name)
+    found = inspect.signature(layer).parameters
+    static = inspect.signature(getattr(nn, f"Conv{'Transpose' if layer.transposed else ''}{layer.dims}d")).parameters
+    positional = [key for key, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == [key for key in static if key not in ("device", "dtype")]
+    for key in positional[3:]:
+        assert found[key].default == (False if key == "bias" else static[key].default), key
+    method = inspect.signature(getattr(odconv, name.replace("Transpose", ""))).parameters
+    assert [p for p in found.values() if p.kind is p.KEYWORD_ONLY] == [
+        p for p in method.values() if p.kind is p.KEYWORD_ONLY
+    ]
+    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in found.values())
+    assert options_of(layer) == [key for key in found if key not in (*positional, "device", "dtype")]

@@ -77,7 +77,8 @@ class DynamicBlock(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.conv = self.layer(c1, c2, k, s, autopad(k, p, d), groups=g, dilation=d, **options)
+        geometry: dict[str, Any] = {"kernel_size": k, "stride": s, "padding": autopad(k, p, d), "dilation": d}
+        self.conv = self.layer(in_channels=c1, out_channels=c2, groups=g, **geometry, **options)
         self.bn = nn.BatchNorm2d(c2)
         self.act = nn.SiLU() if act is True else act if isinstance(act, nn.Module) else nn.Identity()
 

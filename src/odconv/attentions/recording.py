@@ -40,8 +40,8 @@ def recording(model: nn.Module) -> Iterator[dict[str, Attentions]]:
     if not names:
         raise ValueError(f"model must have dynamic layers, got a {type(model).__name__} without")
 
-    def record(module: nn.Module, _: Any, attentions: Attentions) -> None:
-        recorded[names[module]] = Attentions(*(None if a is None else a.detach().cpu() for a in attentions))
+    def record(module: Any, _: Any, found: tuple[Tensor, ...]) -> None:
+        recorded[names[module]] = module.named(tuple(attention.detach().cpu() for attention in found))
 
     training = {module: module.training for module in model.modules()}
     hooks = [attention.register_forward_hook(record) for attention in names]

@@ -179,9 +179,8 @@ def check_options(layer: type[DynamicConv], options: dict[str, Any]) -> None:
 
 
 def options_of(layer: type[DynamicConv]) -> list[str]:
-    """The keyword arguments of a layer that a convolution does not have."""
-    initialisers = [vars(kind)["__init__"] for kind in layer.__mro__ if "__init__" in vars(kind)]
-    parameters = [parameter for init in initialisers for parameter in inspect.signature(init).parameters.values()]
+    """Return the keyword arguments of a layer that a convolution does not have."""
+    parameters = inspect.signature(layer).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("device", "dtype")]
 
 
@@ -279,9 +278,9 @@ def dynamic_like(
     if layer.transposed:
         options = {"output_padding": conv.output_padding} | options
     return layer(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=conv.kernel_size,
         stride=conv.stride,
         padding=conv.padding,
         dilation=conv.dilation,

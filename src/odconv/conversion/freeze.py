@@ -113,14 +113,15 @@ def _recording(model: nn.Module) -> Iterator[dict[str, Attentions]]:
     counts: dict[str, int] = {}
     means: dict[str, Attentions] = {}
 
-    def record(name: str, attentions: Attentions) -> None:
+    def record(name: str, attention: Any, found: tuple[Tensor, ...]) -> None:
+        attentions = attention.named(found)
         totals = [None if a is None else a.sum(0, keepdim=True, dtype=torch.float64) for a in attentions]
         before = sums.get(name, [0.0] * len(totals))
         sums[name] = [None if total is None else total + old for total, old in zip(totals, before, strict=True)]
         counts[name] = counts.get(name, 0) + max((len(a) for a in attentions if a is not None), default=1)
 
     hooks = [
-        module.attention.register_forward_hook(lambda _, __, attentions, name=name: record(name, attentions))
+        module.attention.register_forward_hook(lambda attention, _, found, name=name: record(name, attention, found))
         for name, module in model.named_modules()
         if isinstance(module, DynamicConv)
     ]

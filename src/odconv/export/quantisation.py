@@ -38,15 +38,25 @@ def balanced(model: nn.Module) -> nn.Module:
         largest = blocks.abs().amax((0, 2 if layer.transposed else 3, 4), keepdim=True)
         scale = torch.where(largest > 0, largest, 1)
         layer.weight.copy_((blocks / scale).reshape(layer.weight.shape))
-        layer.attention.register_buffer("filter_scale", scale.flatten())
-        layer.attention.register_forward_hook(scale_filters)
+        layer.attention = ScaledFilters(layer.attention, scale.flatten())  # type: ignore[assignment]
     return copied
 
 
-def scale_filters(attention: Any, inputs: tuple[Tensor], given: Attentions) -> Attentions:
-    """Return what :func:`balanced` adds to an attention."""
-    scale = attention.filter_scale.expand(inputs[0].shape[0], -1)
-    return given._replace(filter=scale if given.filter is None else given.filter * scale)
+class ScaledFilters(nn.Module):
+    """An attention whose filter attention, which it may lack, is multiplied by a number for each filter."""
+
+    scale: Tensor
+
+    def __init__(self, attention: nn.Module, scale: Tensor) -> None:
+        super().__init__()
+        self.attention = attention
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Attentions:
+        """Return the attentions of each sample in x, (B, C, *map)."""
+        given = self.attention(x)
+        scale = self.scale.expand(x.shape[0], -1)
+        return given._replace(filter=scale if given.filter is None else given.filter * scale)
 
 
 def quantise(network: Any) -> None:

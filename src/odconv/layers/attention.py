@@ -95,11 +95,18 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as `init` says, and go back to the first temperature."""
-        if self.initial_temperature is not None:
-            self.set_temperature(self.initial_temperature)
+        """Draw the parameters as `init` says, and go back to the first temperature and statistics.
+
+        All by functions of torch.nn.init, of which programs such as transformers except tensors that they have loaded.
+        """
         if isinstance(self.bn, _BatchNorm | nn.GroupNorm):
-            type(self.bn).reset_parameters(self.bn)  # type: ignore[arg-type]
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                if isinstance(tensor := getattr(self.bn, name, None), Tensor):
+                    nn.init.constant_(tensor, 1.0 if name in ("weight", "running_var") else 0.0)
+        if self.temperature is not None and self.initial_temperature is not None:
+            nn.init.constant_(self.temperature, self.initial_temperature)
+        if self.factors is not None:
+            self._place_factors(self.factors.device)
         for part in self.children():
             part.reset_parameters = leave_as_drawn  # type: ignore[assignment]
         (draw_calm if self.init == "calm" else draw_published)(self)
@@ -120,7 +127,7 @@ class Attention(nn.Module):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         self.gain, self.kernel_gain = float(gain), float(kernel_gain)
-        self._place_factors(next(self.parameters()).device if self.heads else None)
+        self._place_factors(next((tensor.device for tensor in (*self.buffers(), *self.parameters())), None))
 
     def set_temperature(self, value: float) -> None:
         """Divide every logit by `value` from now on; a method without a temperature keeps none.
@@ -129,16 +136,35 @@ class Attention(nn.Module):
             value: the temperature, above 0; large values make all attentions alike.
 
         Raises:
-            ValueError: value is not a positive, finite number.
+            ValueError: value is not a positive, finite number, or the temperature is on the meta device.
         """
         check_temperature(value)
         if self.temperature is not None:
+            if self.temperature.is_meta:
+                raise ValueError(
+                    f"temperature {value} cannot be set on the meta device: set it before offloading the buffers "
+                    "(accelerate), or after to_empty"
+                )
             self.temperature.fill_(value)  # in place: a compiled network reads the new value without recompiling
 
-    def forward(self, x: Tensor) -> Attentions:
-        """The attentions of each sample in x, (B, C, *map), in float32 or float64."""
+    def __call__(self, x: Tensor) -> Attentions:
+        """Return the attentions of each sample in x, (B, C, *map), in float32 or float64.
+
+        Hooks meet what :meth:`forward` returns, since those of other programs want tensors alone, and of one rank.
+        """
+        return self.named(super().__call__(x))
+
+    def named(self, found: tuple[Tensor, ...]) -> Attentions:
+        """Return what :meth:`forward` returned by name and in the shapes of `heads`."""
+        gates = dict(zip(self.heads, found, strict=True))
+        if "spatial" in gates:  # unflatten would fix the batch in PyTorch's older ONNX exporter
+            gates["spatial"] = gates["spatial"].reshape(-1, *self.heads["spatial"])
+        return Attentions(**gates)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return each head's attention of each sample in x, flat, (B, numbers of the head)."""
         if not self.heads:
-            return Attentions()
+            return ()
         fused = fused_attention(self, x)
         if fused is not None:
             return fused
@@ -149,7 +175,7 @@ class Attention(nn.Module):
             z = x.mean(axes) if x.dtype == dtype else x.mean(axes, dtype=dtype)  # some exporters know the first alone
             if self.fc is not None:
                 z = self._normalise(self._project(self.fc, z)).relu()
-            return Attentions(**{name: self._gate(name, z) for name in self.heads})
+            return tuple(self._gate(name, z) for name in self.heads)
 
     def _gate(self, name: str, z: Tensor) -> Tensor:
         logits = self._project(getattr(self, f"{name}_fc"), z)
@@ -159,8 +185,7 @@ class Attention(nn.Module):
         if name == "kernel":
             shares = logits.softmax(1) if self.kernel_gate == "softmax" else logits.sigmoid()
             return shares if self.factors is None else self.kernel_gain * shares
-        gate = logits.sigmoid() if self.factors is None else self.gain * logits.sigmoid()
-        return gate.reshape(-1, *self.heads[name])  # unflatten would fix the batch in PyTorch's older ONNX exporter
+        return logits.sigmoid() if self.factors is None else self.gain * logits.sigmoid()
 
     def _project(self, layer: Any, z: Tensor) -> Tensor:
         """A 1x1 convolution of vectors, (B, C) -> (B, O), in z's dtype."""
@@ -194,14 +219,18 @@ class Attention(nn.Module):
         self.factors = None if factors == (1, 1) else torch.tensor(factors, dtype=torch.float64, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        # Numbers that the layer knows can leave the meta device, which other tensors cannot.
         before = self.temperature
+        if before is not None and before.is_meta:
+            self.temperature = before = self._new_temperature("cpu")
+        if self.factors is not None and self.factors.is_meta:
+            self._place_factors("cpu")
         super()._apply(fn, recurse)
+        stayed = any(parameter.is_meta for parameter in self.parameters())
         if before is not None and self.temperature is not None:  # stays float32, and keeps its value in to_empty()
-            device = self.temperature.device
-            lost = before.is_meta and not self.temperature.is_meta
-            self.temperature = self._new_temperature(device) if lost else before.to(device)
+            self.temperature = before.to("meta" if stayed else self.temperature.device)
         if self.factors is not None:
-            self._place_factors(self.factors.device)
+            self._place_factors("meta" if stayed else self.factors.device)
         return self
 
 
@@ -238,8 +267,11 @@ def fill_in_temperature(
         state[key] = attention._new_temperature("cpu") if own.is_meta else own.clone()
 
 
-def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
-    """The attentions without gradients on the CPU, in one step where the compiled kernel has one; else None."""
+def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | None:
+    """Return what :meth:`Attention.forward` does, without gradients on the CPU, in one step of the compiled kernel.
+
+    None where that has no such step.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting() or not cpu.takes(x):
         return None
     norm, layers = attention.bn, [getattr(attention, f"{name}_fc") for name in attention.heads]
@@ -264,11 +296,12 @@ def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
         [attention.gain if name != "kernel" else float(attention.kernel_gate == "sigmoid") for name in attention.heads],
         attention.temperature,
     )
-    shapes = attention.heads.values()
-    found = {n: g.view(-1, *s) for n, g, s in zip(attention.heads, gates, shapes, strict=True)}
-    if "kernel" in found and attention.factors is not None:
-        found["kernel"] = attention.kernel_gain * found["kernel"]
-    return Attentions(**found)
+    if attention.factors is None:
+        return tuple(gates)
+    return tuple(
+        attention.kernel_gain * gate if name == "kernel" else gate
+        for name, gate in zip(attention.heads, gates, strict=True)
+    )
 
 
 def take_factors(attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
@@ -378,7 +411,7 @@ def set_temperature(model: nn.Module, value: float) -> None:
         value: the temperature, above 0. The published schedule falls from 30 to 1 over the first ten epochs.
 
     Raises:
-        ValueError: value is not a positive, finite number.
+        ValueError: value is not a positive, finite number, or a temperature is on the meta device.
     """
     if not try_temperature(model, value):
         warnings.warn(f"no layer of the {type(model).__name__} has a temperature: none was set", stacklevel=2)

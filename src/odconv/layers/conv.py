@@ -23,7 +23,8 @@ class DynamicConv(nn.Module):
     """The core of every dynamic layer: n kernels, an attention, and :func:`odconv.functional.dynamic_conv`.
 
     A subclass says how many `dims` it has, whether it is transposed and whether its bias is mixed, and builds its
-    `attention`. The arguments are those of ``torch.nn.Conv2d``, the number of kernels, and the width of the context.
+    `attention`. It describes the convolution by keywords: those of ``torch.nn.Conv2d``, the number of kernels, and the
+    width of the context.
     """
 
     dims: ClassVar[int]
@@ -33,6 +34,7 @@ class DynamicConv(nn.Module):
 
     def __init__(
         self,
+        *,
         in_channels: int,
         out_channels: int,
         kernel_size: Size,
@@ -83,10 +85,9 @@ class DynamicConv(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters: kernels Kaiming normal, biases as nn.Conv2d's, the attention as its `init` says."""
-        draw_kernels(self.weight, self.transposed)
-        if self.attention.init == "calm" and self.groups == self.in_channels:
-            # these are drawn small already, and the batch norm behind them begins with a variance of 1
-            self.weight.data /= mixture_size(self.attention, self.kernel_num)
+        # depth-wise kernels are drawn small already, and the batch norm behind them begins with a variance of 1
+        calm = self.attention.init == "calm" and self.groups == self.in_channels
+        draw_kernels(self.weight, self.transposed, mixture_size(self.attention, self.kernel_num) if calm else 1.0)
         bound = 1 / math.sqrt(self.weight[0, 0].numel())
         for bias in (self.bias, self.kernel_bias):
             if bias is not None:
@@ -165,6 +166,8 @@ class DynamicConv(nn.Module):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Call the layer, or record the call as one node where torch.fx traces; hooks are the node's own."""
+        if not args and "x" in options:  # hooks, such as those of counters, get what is given by position alone
+            args = (options.pop("x"),)
         proxy = next((value for value in (*args, *options.values()) if isinstance(value, fx.Proxy)), None)
         if proxy is None:
             return super().__call__(*args, **options)
@@ -183,6 +186,18 @@ class DynamicConv(nn.Module):
             f"{type(self).__name__} cannot be scripted, since its operator chooses its form by the input; use "
             "torch.jit.trace, torch.export or odconv.export"
         )
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return vars(self).get("_is_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, done: bool) -> None:
+        # transformers sets this on every module, parts first, once it has read its file and put memory as it was in the
+        # place of tensors that the file lacks; the functions of torch.nn.init leave the others alone meanwhile
+        vars(self)["_is_hf_initialized"] = done
+        if done and keeps_loaded_tensors():
+            self.reset_parameters()
 
     def _margins(self) -> list[int]:
         """The padding as F.pad wants it: last axis first, both sides."""
@@ -206,6 +221,13 @@ class DynamicConv(nn.Module):
         factors = {"gain": self.attention.gain, "kernel_gain": self.attention.kernel_gain}
         parts += [f"{name}={round(value, 4)}" for name, value in factors.items() if value != 1]
         return ", ".join(parts)
+
+
+def keeps_loaded_tensors() -> bool:
+    """Return whether the functions of torch.nn.init leave tensors alone that transformers has marked as loaded."""
+    probe = torch.zeros((), device="cpu")
+    probe._is_hf_initialized = True  # type: ignore[attr-defined]
+    return nn.init.ones_(probe).item() == 0
 
 
 def trace_as_leaf(layer: DynamicConv, tracer: Any, *args: Any, **options: Any) -> Any:
@@ -273,8 +295,9 @@ class _ODConv(DynamicConv):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
-            context_channels, device, dtype,
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode, kernel_num=kernel_num,
+            context_channels=context_channels, device=device, dtype=dtype,
         )  # fmt: skip
         attentions = attentions if isinstance(attentions, str) else tuple(attentions)
         if isinstance(attentions, str) or not attentions or not set(attentions) <= set(ATTENTIONS):
@@ -358,8 +381,9 @@ class _DyConv(DynamicConv):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
-            context_channels, device, dtype,
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode, kernel_num=kernel_num,
+            context_channels=context_channels, device=device, dtype=dtype,
         )  # fmt: skip
         self.attention = Attention(
             self.dims,
@@ -420,8 +444,9 @@ class _CondConv(DynamicConv):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, kernel_num,
-            context_channels, device, dtype,
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode, kernel_num=kernel_num,
+            context_channels=context_channels, device=device, dtype=dtype,
         )  # fmt: skip
         self.attention = Attention(
             self.dims,

@@ -41,16 +41,17 @@ def check_start(init: str) -> None:
 
 
 @torch.no_grad()
-def draw_kernels(weight: Tensor, transposed: bool) -> None:
+def draw_kernels(weight: Tensor, transposed: bool, divisor: float = 1.0) -> None:
     """Draw each of n kernels as a convolution's, Kaiming normal (fan-out, ReLU).
 
     Args:
         weight: (n, O, C/groups, *kernel_size), or (n, C, O/groups, *kernel_size) of a transposed layer; drawn as one,
             for a sharded tensor has no kernels to loop over.
         transposed: which of the two it is.
+        divisor: how much smaller to draw them.
     """
     filters = weight.shape[2 if transposed else 1]
-    nn.init.normal_(weight, std=math.sqrt(2 / (filters * math.prod(weight.shape[3:]))))
+    nn.init.normal_(weight, std=math.sqrt(2 / (filters * math.prod(weight.shape[3:]))) / divisor)
 
 
 def mixture_size(attention: "Attention", kernel_num: int) -> float:

@@ -3,25 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from odconv.layers.conv import DynamicConv, Size, _CondConv, _DyConv, _ODConv
+from odconv.layers.conv import ATTENTIONS, DynamicConv, Size, _CondConv, _DyConv, _ODConv
 from odconv.ops import dynamic_conv_transpose
 from odconv.ops.contract import per_axis
 
 
 class DynamicConvTranspose(DynamicConv):
-    """Transposed convolution with a kernel mixed for each sample. A drop-in for ``torch.nn.ConvTransposeNd``.
-
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, dilation: as in
-            ``torch.nn.ConvTranspose2d``, with its order and defaults.
-        bias: add a bias. Default False.
-        padding_mode: only "zeros".
-        **options: those of the method: of :class:`ODConv2d` for :class:`ODConvTranspose2d`, and so on.
-
-    Raises:
-        ValueError: an argument is out of range; the message names it.
+    """The core of every transposed layer, before the method's own class in the order of bases.
 
     Input is (B, C, *map), output (B, O, *map); the weight is (n, C, O/groups, *kernel_size).
     """
@@ -29,26 +20,11 @@ class DynamicConvTranspose(DynamicConv):
     transposed = True
     padding: tuple[int, ...]
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        output_padding: Size = 0,
-        groups: int = 1,
-        bias: bool = False,
-        dilation: Size = 1,
-        padding_mode: str = "zeros",
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, padding: Size, output_padding: Size, padding_mode: str, **others: Any) -> None:
         if padding_mode != "zeros":
             raise ValueError(f"padding_mode must be 'zeros' for a transposed layer, got {padding_mode!r}")
         padding = per_axis("padding", padding, self.dims, least=0)  # no names such as "same"
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **options
-        )
+        super().__init__(padding=padding, padding_mode=padding_mode, **others)
         self.output_padding = per_axis("output_padding", output_padding, self.dims, least=0)
 
     def forward(  # type: ignore[override]  # the order of nn.ConvTransposeNd's arguments
@@ -101,37 +77,179 @@ class DynamicConvTranspose(DynamicConv):
         return f"{parts}, output_padding={self.output_padding}" if any(self.output_padding) else parts
 
 
-class ODConvTranspose1d(DynamicConvTranspose, _ODConv):
+class _ODConvTranspose(DynamicConvTranspose, _ODConv):
+    """Omni-dimensional dynamic convolution, transposed. A drop-in for ``torch.nn.ConvTransposeNd``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, dilation: as in
+            ``torch.nn.ConvTranspose2d``, with its order and defaults.
+        bias: add a static bias. Default False.
+        padding_mode: only "zeros".
+        kernel_num, reduction, min_channels, attentions, norm, temperature, gain, kernel_gain,
+            init, context_channels, device, dtype: as in :class:`ODConv2d`.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Input is (B, C, *map), output (B, O, *map); the weight is (n, C, O/groups, *kernel_size).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = False,
+        dilation: Size = 1,
+        padding_mode: str = "zeros",
+        *,
+        kernel_num: int = 4,
+        reduction: float = 0.0625,
+        min_channels: int = 16,
+        attentions: Sequence[str] = ATTENTIONS,
+        norm: str = "batch",
+        temperature: float = 1.0,
+        gain: float = 1.0,
+        kernel_gain: float | str = 1.0,
+        init: str = "calm",
+        context_channels: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            output_padding=output_padding, groups=groups, bias=bias, dilation=dilation, padding_mode=padding_mode,
+            kernel_num=kernel_num, reduction=reduction, min_channels=min_channels, attentions=attentions, norm=norm,
+            temperature=temperature, gain=gain, kernel_gain=kernel_gain, init=init, context_channels=context_channels,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+
+
+class _DyConvTranspose(DynamicConvTranspose, _DyConv):
+    """Dynamic convolution, transposed. A drop-in for ``torch.nn.ConvTransposeNd``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, dilation: as in
+            ``torch.nn.ConvTranspose2d``, with its order and defaults.
+        bias: add a mixed bias. Default False.
+        padding_mode: only "zeros".
+        kernel_num, reduction, min_channels, temperature, kernel_gain, init, context_channels,
+            device, dtype: as in :class:`DyConv2d`.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Input is (B, C, *map), output (B, O, *map); the weight is (n, C, O/groups, *kernel_size).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = False,
+        dilation: Size = 1,
+        padding_mode: str = "zeros",
+        *,
+        kernel_num: int = 4,
+        reduction: float = 0.25,
+        min_channels: int = 4,
+        temperature: float = 1.0,
+        kernel_gain: float | str = 1.0,
+        init: str = "calm",
+        context_channels: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            output_padding=output_padding, groups=groups, bias=bias, dilation=dilation, padding_mode=padding_mode,
+            kernel_num=kernel_num, reduction=reduction, min_channels=min_channels, temperature=temperature,
+            kernel_gain=kernel_gain, init=init, context_channels=context_channels, device=device, dtype=dtype,
+        )  # fmt: skip
+
+
+class _CondConvTranspose(DynamicConvTranspose, _CondConv):
+    """Conditionally parameterised convolution, transposed. A drop-in for ``torch.nn.ConvTransposeNd``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, dilation: as in
+            ``torch.nn.ConvTranspose2d``, with its order and defaults.
+        bias: add a mixed bias. Default False.
+        padding_mode: only "zeros".
+        kernel_num, init, context_channels, device, dtype: as in :class:`CondConv2d`.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+
+    Input is (B, C, *map), output (B, O, *map); the weight is (n, C, O/groups, *kernel_size).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = False,
+        dilation: Size = 1,
+        padding_mode: str = "zeros",
+        *,
+        kernel_num: int = 8,
+        init: str = "calm",
+        context_channels: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            output_padding=output_padding, groups=groups, bias=bias, dilation=dilation, padding_mode=padding_mode,
+            kernel_num=kernel_num, init=init, context_channels=context_channels, device=device, dtype=dtype,
+        )  # fmt: skip
+
+
+class ODConvTranspose1d(_ODConvTranspose):
     dims = 1
 
 
-class ODConvTranspose2d(DynamicConvTranspose, _ODConv):
+class ODConvTranspose2d(_ODConvTranspose):
     dims = 2
 
 
-class ODConvTranspose3d(DynamicConvTranspose, _ODConv):
+class ODConvTranspose3d(_ODConvTranspose):
     dims = 3
 
 
-class DyConvTranspose1d(DynamicConvTranspose, _DyConv):
+class DyConvTranspose1d(_DyConvTranspose):
     dims = 1
 
 
-class DyConvTranspose2d(DynamicConvTranspose, _DyConv):
+class DyConvTranspose2d(_DyConvTranspose):
     dims = 2
 
 
-class DyConvTranspose3d(DynamicConvTranspose, _DyConv):
+class DyConvTranspose3d(_DyConvTranspose):
     dims = 3
 
 
-class CondConvTranspose1d(DynamicConvTranspose, _CondConv):
+class CondConvTranspose1d(_CondConvTranspose):
     dims = 1
 
 
-class CondConvTranspose2d(DynamicConvTranspose, _CondConv):
+class CondConvTranspose2d(_CondConvTranspose):
     dims = 2
 
 
-class CondConvTranspose3d(DynamicConvTranspose, _CondConv):
+class CondConvTranspose3d(_CondConvTranspose):
     dims = 3

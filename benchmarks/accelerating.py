@@ -1,0 +1,83 @@
+"""Networks of other people's dynamic layers, as they are and under `odconv.accelerate`, in one run.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.accelerating
+
+timm's tf_efficientnet_cc_b0_4e, and a ResNet-18 whose 3x3 convolutions are an ODConv2d as many repositories copied it.
+The ratio is how many times as fast the accelerated one is; `load` is the system's load average, to which the
+measurement itself adds 1. Rows go to results/accelerating.csv.
+"""
+
+import argparse
+import copy
+import os
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from benchmarks.common import RESULTS, Sheet, alternate, origin, percentiles
+from tests.test_acceleration import CopiedODConv
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+import odconv
+
+
+def copied_resnet18() -> nn.Module:
+    """A ResNet-18 whose convolutions but for stem and shortcuts are copied ODConv2d with four kernels."""
+    model = resnet18()
+    for name, conv in [*model.named_modules()]:
+        if type(conv) is nn.Conv2d and name != "conv1" and "downsample" not in name:
+            size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+            model.set_submodule(name, CopiedODConv(conv.in_channels, conv.out_channels, size, stride, padding))
+    return model
+
+
+NETWORKS = {
+    "tf_efficientnet_cc_b0_4e": partial(timm.create_model, "tf_efficientnet_cc_b0_4e"),
+    "resnet18 of copied ODConv2d": copied_resnet18,
+}
+
+
+def infer(model: nn.Module, x: Tensor) -> None:
+    with torch.inference_mode():
+        model(x)
+
+
+def train(model: nn.Module, x: Tensor) -> None:
+    model(x).sum().backward()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=[*NETWORKS], choices=NETWORKS)
+    parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--seconds", type=float, default=15, help="time for each comparison, after warming up")
+    parser.add_argument("--out", type=Path, default=RESULTS / "accelerating.csv", help="CSV to write")
+    args = parser.parse_args()
+    sheet, where = Sheet(args.out, ("network", "mode", "batch", "size", "form", "threads")), origin()
+    for name in args.networks:
+        torch.manual_seed(0)
+        plain = NETWORKS[name]()
+        accelerated = copy.deepcopy(plain)
+        layers = len(odconv.accelerate(accelerated).layers)
+        for mode, batch in (("inference", 1), ("inference", 8), ("training", 8)):
+            x, run = torch.randn(batch, 3, args.size, args.size), infer if mode == "inference" else train
+            forms = {"as it is": plain, "accelerated": accelerated}
+            runs = {form: partial(run, model.train(mode == "training"), x) for form, model in forms.items()}
+            measured = {form: percentiles(times) for form, times in alternate(runs, args.seconds, least=7).items()}
+            load = round(os.getloadavg()[0], 1)
+            ratio = round(measured["as it is"]["median_ms"] / measured["accelerated"]["median_ms"], 2)
+            rows = [
+                {"network": name, "layers": layers, "mode": mode, "batch": batch, "size": args.size, "form": form}
+                | times
+                | {"times_as_fast": 1.0 if form == "as it is" else ratio, "load": load, "timm": timm.__version__}
+                | where
+                for form, times in measured.items()
+            ]
+            sheet.add(rows)
+            print(f"{name} {mode} {batch}: {ratio} times as fast, load {load}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
