@@ -4,7 +4,7 @@ import csv
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -98,6 +98,17 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen, seconds: fl
         if time.monotonic() > deadline:
             raise TimeoutError
         time.sleep(0.005)
+
+
+def children(pid: int) -> Iterator[int]:
+    """Yield the ids of the processes that a process has started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+        if parent == pid:
+            yield int(folder.name)
 
 
 class Tiny(nn.Sequential):

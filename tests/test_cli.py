@@ -24,6 +24,7 @@ from odconv.app import cli
 from odconv.app.cli import COMMANDS, Command, main, parse_options
 from odconv.app.commands.listing import find_recipes
 from odconv.app.commands.profile import profile_networks as profile
+from odconv.app.demo import networks as demo
 from odconv.app.predict import load_classifier
 
 DIGITS = ["--data", "digits", "--image_size", "8", "--resize_size", "8", "--workers", "0", "--stem", "small"]
@@ -209,11 +210,12 @@ def test_values_of_another_kind(fails, tmp_path: Path, option: str, value: str, 
     assert not (tmp_path / "out").exists()
 
 
-def test_every_option_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    allowed = []
+def test_one_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, dict[str, str]] = {}
 
     def look(parser: jsonargparse.ArgumentParser, words: list[str]) -> None:
-        allowed.extend(cli._allowed(action._typehint) for action in parser._actions if hasattr(action, "_typehint"))
+        typed = [action for action in parser._actions if hasattr(action, "_typehint")]
+        options[parser.prog] = {action.dest: cli._allowed(action._typehint) for action in typed}
         raise jsonargparse.ArgumentError(None, "looked")
 
     monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", look)
@@ -221,8 +223,17 @@ def test_every_option_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> Non
         module, _, function = command.target.partition(":")
         with pytest.raises(cli.UsageError, match="looked"):
             parse_options(name, getattr(importlib.import_module(module), function), [])
-    assert len(allowed) > 200
-    assert all(allowed)
+    assert sum(map(len, options.values())) > 200
+    assert all(all(allowed.values()) for allowed in options.values())  # each says what it takes
+    # processes that train or evaluate together are counted; one that works alone is told where
+    computing = {
+        "devices": {"train", "evaluate", "detect train", "detect evaluate"},
+        "device": {"predict", "demo", "visualize", "export", "profile", "detect predict", "detect export"},
+    }
+    for option, commands in computing.items():
+        assert {name.removeprefix("odconv ") for name, allowed in options.items() if option in allowed} == commands
+    assert {allowed["device"] for allowed in options.values() if "device" in allowed} == {"auto, cpu or gpu"}
+    assert not any("input_size" in allowed for allowed in options.values())  # it is image_size
 
 
 @pytest.mark.parametrize(
@@ -294,13 +305,23 @@ def test_where_to_compute(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = "device gpu needs an accelerator, and PyTorch finds none here"
-    for command in (["predict", "x.png"], ["export", "--out", str(out)]):
+    for command in (
+        ["predict", "x.png"],
+        ["export", "--out", str(out)],
+        ["visualize", "x.png", "--out", str(tmp_path)],
+    ):
         fails(message, *command, *network, "gpu")
+    fails(message, "detect", "predict", "x.png", "--weights", weights, "--out", str(tmp_path), "--device", "gpu")
     fails(message, "profile", "resnet18", "--device", "gpu")
     fails("is an exported network; leave out device", "predict", "x.png", "--weights", str(out), "--device", "cpu")
     assert not out.exists()
     for device in ("cpu", "auto"):
         assert load_classifier(weights, arch="mobilenetv2_050", device=device).device == torch.device("cpu")
+    meta = torch.device("meta")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: meta)
+    shared = {"arch": "mobilenetv2_050", "device": "gpu"}
+    for network in demo.load(weights, weights, "mobilenetv2_050", **shared):
+        assert {parameter.device for parameter in network.model.parameters()} == {network.classifier.device} == {meta}
 
 
 class Hostile:

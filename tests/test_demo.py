@@ -1,7 +1,6 @@
 """The page in the browser: real networks, a real server, and a browser that drops images on it."""
 
 import base64
-import io
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 import torch
+from hostile_images import progressive
 from PIL import Image
 from small_runs import COMMAND, wait_until
 
@@ -71,15 +71,6 @@ def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---- images
-
-
-def progressive(side: int, scans: int) -> bytes:
-    """A JPEG of 30 kB whose last scan comes over and over again."""
-    content = io.BytesIO()
-    Image.new("RGB", (side, side)).save(content, "JPEG", progressive=True)
-    start, end = content.getvalue().rindex(b"\xff\xda"), -2
-    whole = content.getvalue()
-    return whole[:start] + whole[start:end] * (scans - whole.count(b"\xff\xda") + 1) + whole[end:]
 
 
 def test_a_photo_stands_upright(tmp_path: Path) -> None:

@@ -12,6 +12,12 @@ import odconv
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+def test_tests_that_are_named_exist():
+    named = {name for page in DOCS.glob("*.md") for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    text = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    assert named - {*re.findall(r"^def (test_\w+)", text, flags=re.M)} == {"test_batch"}  # which is an option
+
+
 @pytest.mark.parametrize(
     "page", ["convert.md", "detect.md", "export.md", "predict.md", "report.md", "visualize.md", "weights.md"]
 )

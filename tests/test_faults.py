@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from small_runs import (
     OPTIONS,
     RANDOM,
     checkpoint,
+    children,
     make_folder,
     rows,
     same_weights,
@@ -27,7 +26,6 @@ from small_runs import (
 )
 
 from odconv.app.classify import evaluate, train
-from odconv.app.data.pack import pack
 from odconv.app.engine.files import LAST, PREVIOUS, CheckpointFiles
 
 HOT = {"temp_epoch": 1000}  # these images are noise: at temperature 1 the gradients would soon explode
@@ -51,16 +49,6 @@ def freeze_in_mid_epoch(out: Path, process: subprocess.Popen) -> None:
             return
         process.send_signal(signal.SIGCONT)
         time.sleep(0.02)
-
-
-def children(pid: int) -> Iterator[int]:
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-        if parent == pid:
-            yield int(folder.name)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -135,40 +123,6 @@ def test_parts_and_averages_survive_a_kill(folder: Path, tmp_path: Path) -> None
     # what is evaluated and kept is the average
     again = evaluate(weights=str(killed / LAST), data=str(folder), workers=0)
     assert again["loss"] == pytest.approx(rows(killed)[-1]["val_loss"], rel=1e-5)
-
-
-KILLS = 30
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("source", ["folder", "shards", "two processes"])
-def test_kills_at_random_moments_change_no_weight(
-    source: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    data, whole, killed = folder, tmp_path / "whole", tmp_path / "killed"
-    if source == "shards":
-        data = tmp_path / "shards"
-        pack(data=str(folder), out=str(data), shard_mb=0.05, workers=1)
-    options = OPTIONS | RANDOM | HOT | {"data": str(data), "save_every": 2, "resume": "auto"}
-    options |= {"epochs": 2 * KILLS}  # so that there is always something left to do
-    launcher = TORCHRUN if source == "two processes" else ()
-    random, steps, last = Random(0), [], killed / LAST
-    for _ in range(KILLS):
-        before = last.stat().st_mtime_ns if steps else 0
-        process = start(options | {"out": killed}, launcher)
-        wait_until(lambda t=before: last.exists() and last.stat().st_mtime_ns > t, process, 600)
-        time.sleep(random.random())
-        for pid in (process.pid, *children(process.pid)):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
-        steps.append(checkpoint(last)["global_step"])
-    for out in (killed, whole):
-        process = start(options | {"out": out}, launcher)
-        output = process.communicate()[0]
-        assert process.returncode == 0, output
-    print(f"{source}: {len(steps)} kills, the last checkpoints at steps {steps} of {13 * 2 * KILLS}")
-    assert same_weights(killed / LAST, whole / LAST)
 
 
 def test_a_process_that_reads_images_is_killed(folder: Path, trained: Path, out: Path) -> None:

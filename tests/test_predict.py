@@ -20,6 +20,7 @@ from struct import pack
 import numpy as np
 import pytest
 import torch
+from hostile_images import postscript, progressive
 from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
@@ -777,7 +778,7 @@ def test_only_listed_formats_are_read(read: Callable, tmp_path: Path, monkeypatc
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    Image.new("RGB", (9, 9)).save(tmp_path / "drawing.jpg", "EPS")
+    (tmp_path / "drawing.jpg").write_bytes(postscript())
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
     for source in (tmp_path / "drawing.jpg", (tmp_path / "drawing.jpg").read_bytes()):
         with pytest.raises(OSError, match="it is no image, or of an unknown kind"):
@@ -790,13 +791,9 @@ def test_only_listed_formats_are_read(read: Callable, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("read", [read_image, read_pixels])
 def test_a_jpeg_of_many_scans_is_refused_before_it_takes_seconds(read: Callable) -> None:
-    stream = io.BytesIO()
-    Image.new("RGB", (2000, 2000)).save(stream, "JPEG", progressive=True)
-    whole = stream.getvalue()
-    last = whole[whole.rindex(b"\xff\xda") : -2]
-    with pytest.raises(OSError, match="its 510 scans of 4,000,000 pixels each take too long to decode"):
-        read(whole[:-2] + 500 * last + whole[-2:])
-    read(whole[:-2] + 50 * last + whole[-2:])
+    with pytest.raises(OSError, match="its 500 scans of 4,000,000 pixels each take too long to decode"):
+        read(progressive(2000, 500))
+    read(progressive(2000, 50))
 
 
 LIMITED = """

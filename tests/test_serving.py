@@ -18,6 +18,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from hostile_images import postscript, progressive
 from torch import nn
 
 import odconv
@@ -139,8 +140,10 @@ def test_images_that_come_together_are_computed_together(server):
         (encoded(0)[:200], 422, "unreadable image of 200 bytes"),
         (bytes(2 * 10**6), 413, "too large"),
         (blank(8000), 422, "it has 8000 x 8000 pixels, and 50,000,000 are allowed"),
+        (postscript(), 422, "it is no image, or of an unknown kind"),
+        (progressive(2000, 500), 422, "its 500 scans of 4,000,000 pixels each take too long to decode"),
     ],
-    ids=["none", "truncated", "large", "many pixels"],
+    ids=["none", "truncated", "large", "many pixels", "PostScript", "many scans"],
 )
 def test_what_is_refused(server, body, status, message):
     got, answer = post(server, body)

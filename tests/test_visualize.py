@@ -10,6 +10,8 @@ from math import isnan, sqrt
 
 import pytest
 import torch
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from pages import CHROMIUM, Page, browse
 from pages import measure as measure_page
 from PIL import Image
@@ -26,6 +28,7 @@ from odconv.app.pages.inspection.images import Pictures, choose, find, read
 from odconv.app.pages.inspection.overview import draw_deviations
 from odconv.app.pages.inspection.page import write_page
 from odconv.app.pages.inspection.subject import Subject
+from odconv.app.pages.reports.pictures import draw_cells
 from odconv.attentions import attention_statistics, record_attentions
 from odconv.attentions.classes import scatter
 from odconv.attentions.measurement import answer, measure
@@ -128,8 +131,10 @@ def test_plot_attentions_says_what_is_wrong(wrong):
 def test_few_epochs_have_whole_ticks(epochs):
     row = {"train_loss": 1.0, "top1": 50.0, "temperature": 1.0}
     figure = draw_history({"run": [row | {"epoch": epoch} for epoch in range(1, epochs + 1)]})
-    figure.canvas.draw()
-    for axes in figure.axes:
+    cells = Figure().subplots()
+    draw_cells(cells, ["layer"], {("layer", float(epoch)): 0.5 for epoch in range(1, epochs + 1)}, Normalize(0, 1))
+    for axes in (*figure.axes, cells):
+        axes.figure.canvas.draw()
         low, high = axes.get_xlim()
         assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [*range(1, epochs + 1)]
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from odconv.app.classify.restore import restore
 from odconv.app.data import normalise
 from odconv.app.pages.inspection.gallery import explain_examples
@@ -23,6 +21,7 @@ from odconv.attentions.statistics import COLUMNS
 from odconv.attentions.verdicts import KINDS, VERDICTS, deviation, verdict
 from odconv.layers import DynamicConv
 from odconv.profiling.table import Table, show
+from odconv.system.devices import Device, find_device
 from odconv.system.files import check_writable, replacing
 from odconv.system.text import share
 
@@ -38,6 +37,7 @@ def visualize(
     max_images: int = 128,
     shown: int = 20,
     cam_layer: str | None = None,
+    device: Device = "auto",
     **network: Any,
 ) -> Path:
     """Show what is dynamic in a network: its attentions on some images, as pictures and a page of them.
@@ -49,6 +49,7 @@ def visualize(
         max_images: Images to measure at most, evenly chosen from the classes.
         shown: Images to draw at most, evenly chosen from those.
         cam_layer: Layer whose map Grad-CAM weights; default: the last stage with at least 3 x 3 positions.
+        device: Where to compute: cpu, gpu, or auto for a GPU if there is one.
         **network: What the checkpoint does not say; see :func:`odconv.app.classify.restore.restore`.
 
     Returns:
@@ -63,6 +64,7 @@ def visualize(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     folder = Path(out)
     check_writable(folder)
+    place = find_device(device)
     restored = restore(weights, **network)
     dynamic: list[Any] = [module for module in restored.model.modules() if isinstance(module, DynamicConv)]
     if not dynamic:
@@ -71,10 +73,9 @@ def visualize(
     answers = class_names(None, known, restored.num_classes)
     pictures = read(images, known, answers, max_images, restored.image_size, restored.resize_size)
     print(f"{restored.arch}: looking at {len(pictures.paths)} images", flush=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = restored.model.to(device)
-    cam_layer = choose_layer(model, normalise(pictures.pixels[:1].to(device)), cam_layer)
-    logits, recorded = answer(model, (normalise(batch.to(device)) for batch in pictures.pixels.split(BATCH)))
+    model = restored.model.to(place)
+    cam_layer = choose_layer(model, normalise(pictures.pixels[:1].to(place)), cam_layer)
+    logits, recorded = answer(model, (normalise(batch.to(place)) for batch in pictures.pixels.split(BATCH)))
     temperatures = [layer.attention.temperature for layer in dynamic]
     subject = Subject(
         restored.arch,
@@ -86,7 +87,7 @@ def visualize(
         measure(model, recorded, as_labels(pictures.classes)),
     )
     indices = choose(pictures.classes or [""] * len(logits), shown)
-    examples = explain_examples(subject, model, device, indices, cam_layer)
+    examples = explain_examples(subject, model, place, indices, cam_layer)
     write_rows(folder / "attentions.csv", subject.layers)
     page = write_page(folder, subject, indices, examples, cam_layer)
     show(tabulate(subject.layers))

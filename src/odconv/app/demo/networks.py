@@ -48,7 +48,7 @@ def load(weights: str, static: str | None, static_arch: str | None, **options: A
         weights: what :func:`odconv.app.predict.load_classifier` reads.
         static: the same of a network to compare it with, which then comes first; None for none.
         static_arch: name of that network, where its file does not say.
-        **options: what `weights` does not say; classes, stem and sizes hold for both.
+        **options: what `weights` does not say; classes, stem, sizes and device hold for both.
 
     Raises:
         ValueError: options or weights that do not fit, an exported file, or networks that differ.
@@ -59,7 +59,8 @@ def load(weights: str, static: str | None, static_arch: str | None, **options: A
             raise ValueError(f"{given} is an exported network, which nobody can look into; give its checkpoint")
     classifiers = [load_classifier(weights, trust=False, **options)]
     if static is not None:
-        shared: dict[str, Any] = {name: options.get(name) for name in ("classes", "stem", "image_size", "resize_size")}
+        both = ("classes", "stem", "image_size", "resize_size", "device")
+        shared = {name: options[name] for name in both if name in options}
         classifiers.insert(0, load_classifier(static, arch=static_arch, **shared))
     for what in ("classes", "image_size", "resize_size"):
         values = [getattr(classifier, what) for classifier in classifiers]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from odconv.app.engine.config import check
+from odconv.system.devices import Device, find_device
 from odconv.system.files import check_writable, replacing
 from odconv.system.text import printable
 
@@ -15,7 +16,9 @@ COLOURS = ("#e41a1c", "#377eb8", "#2f9e44", "#984ea3", "#e8590c", "#0b7285", "#a
 """Of boxes and masks, by class; the label is white on them."""
 
 
-def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5, **detector: Any) -> dict[str, Any]:
+def predict(
+    images: list[str], *, weights: str, out: str, threshold: float = 0.5, device: Device = "auto", **detector: Any
+) -> dict[str, Any]:
     """Find objects on images: draw them, and write them to a file.
 
     Args:
@@ -23,6 +26,7 @@ def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5
         weights: A checkpoint of odconv detect train, which says what detector it is, or another file of a detector.
         out: Folder for the pictures, and for detections.json, in COCO's format.
         threshold: Score above which an object is drawn and written, from 0 to 1.
+        device: Where to compute: cpu, gpu, or auto for a GPU if there is one.
         **detector: What the checkpoint does not say; see :func:`odconv.app.detect.restore.restore`.
 
     Returns:
@@ -42,11 +46,11 @@ def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5
 
     check({"threshold": threshold})
     check_writable(Path(out))
+    place = find_device(device)
     detector.setdefault("score_threshold", min(threshold, 0.05))
     restored = restore(weights, **detector)
     names = dict(zip(restored.categories, restored.classes, strict=True))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = restored.model.to(device)
+    model = restored.model.to(place)
     found: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -55,7 +59,7 @@ def predict(images: list[str], *, weights: str, out: str, threshold: float = 0.5
     for number, (path, image) in enumerate(readable_images(images), 1):
         pixels = pil_to_tensor(image)
         with torch.inference_mode():
-            (detections,) = model([pixels.to(device) / 255])
+            (detections,) = model([pixels.to(place) / 255])
         wanted = (detections["scores"] > threshold) & (detections["labels"] > 0)  # 0 stands for nothing
         detections = {name: values[wanted].cpu() for name, values in detections.items()}
         objects = describe_detections(detections, number, restored.categories)

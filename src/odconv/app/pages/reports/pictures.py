@@ -105,7 +105,7 @@ def draw_cells(axes: "Axes", layers: Sequence[str], cells: dict[tuple[str, float
     every = -(-len(layers) // MOST_LABELS)
     axes.set_yticks(range(0, len(layers), every), layers[::every], size=7.5)
     axes.set_xlabel("epoch", color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=FAINT, length=0)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06, aspect=4 + 1.2 * min(MOST_LABELS, len(layers)))
