@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from odconv.functional import dynamic_conv
+from odconv.functional import dynamic_conv, per_sample_conv
 from odconv.ops import BACKENDS, triton
 
 ATTENTIONS = ("kernel", "spatial", "channel", "filter")
@@ -49,6 +49,20 @@ def assert_is_the_reference(tensors, **geometry):
         outcome(tensors, **geometry, backend="triton"), outcome(tensors, **geometry, backend="reference"), strict=True
     )
     for value, wanted in pairs:
+        torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_kernel_for_each_sample(groups, dims):
+    torch.manual_seed(0)
+    tensors = arguments(3, 6, 6, 3, (3,) * dims, (5,) * dims, groups, ("spatial", "channel", "filter"))
+    pairs = []
+    for name in ("triton", "reference"):
+        y = per_sample_conv(**tensors, padding=1, stride=2, groups=groups, backend=name)
+        upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+        pairs.append([y, *torch.autograd.grad(y, list(tensors.values()), upstream)])
+    for value, wanted in zip(*pairs, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10)
 
 

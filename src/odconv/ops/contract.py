@@ -60,11 +60,21 @@ def positive(name: str, value: int) -> int:
 
 
 def check_shapes(
-    x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor | None, groups: int, transposed: bool = False
+    x: Tensor,
+    weight: Tensor,
+    attentions: Attentions,
+    bias: Tensor | None,
+    groups: int,
+    transposed: bool = False,
+    per_sample: bool = False,
 ) -> None:
-    """Raise a ValueError that names the first argument whose shape does not fit the others."""
-    if weight.dim() not in (4, 5, 6) or 0 in weight.shape:
-        layout = "(n, C, O/groups, *kernel_size)" if transposed else "(n, O, C/groups, *kernel_size)"
+    """Raise a ValueError that names the first argument whose shape does not fit the others.
+
+    Per sample, weight has B kernels in the place of n, which may be none.
+    """
+    axis = "B" if per_sample else "n"
+    if weight.dim() not in (4, 5, 6) or 0 in weight.shape[per_sample:]:
+        layout = f"({axis}, C, O/groups, *kernel_size)" if transposed else f"({axis}, O, C/groups, *kernel_size)"
         raise ValueError(f"weight must have shape {layout}, none of them 0, got {tuple(weight.shape)}")
     n, whole, parted = weight.shape[0], weight.shape[1], weight.shape[2] * positive("groups", groups)
     if whole % groups:
@@ -85,13 +95,15 @@ def check_shapes(
         given = getattr(attentions, name)
         if given is not None and tuple(given.shape) != shape:
             raise ValueError(f"{name} must have shape {meaning} = {shape}, got {tuple(given.shape)}")
-    if attentions.kernel is None and n > 1:
+    if per_sample and n != batch:
+        raise ValueError(f"weight must have a kernel for each of the {batch} samples in x, got {tuple(weight.shape)}")
+    if attentions.kernel is None and not per_sample and n > 1:
         raise ValueError(f"kernel must have shape (B, n) = ({batch}, {n}) to mix the {n} kernels in weight, got None")
     if bias is not None and tuple(bias.shape) not in ((filters,), (n, filters)):
         raise ValueError(
-            f"bias must have shape (O) = ({filters},) or (n, O) = ({n}, {filters}), got {tuple(bias.shape)}"
+            f"bias must have shape (O) = ({filters},) or ({axis}, O) = ({n}, {filters}), got {tuple(bias.shape)}"
         )
-    if bias is not None and bias.dim() == 2 and attentions.kernel is None:
+    if bias is not None and bias.dim() == 2 and attentions.kernel is None and not per_sample:
         raise ValueError(f"bias of shape (n, O) = ({n}, {filters}) is mixed by kernel, which is None")
 
 

@@ -1,6 +1,6 @@
-"""The operator's contract and the choice of its form."""
+"""The operator's contract, and its two halves: mixing a kernel for each sample, and convolving each with its own."""
 
-import math
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -8,18 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from odconv.ops import cpu, eager, flops, traced
-from odconv.ops.contract import (
-    Attentions,
-    Geometry,
-    check_map,
-    check_shapes,
-    is_exported_sample,
-    is_exporting,
-    is_traced,
-    is_transformed,
-    per_axis,
-    surely,
-)
+from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, per_axis
+from odconv.ops.policy import choose, is_differentiated
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
 from odconv.ops.triton import triton_conv
@@ -34,7 +24,10 @@ BACKENDS = {
     "grouped": eager.grouped,
     "traced": traced.convolve,
 }
+PER_SAMPLE = {name: run for name, run in BACKENDS.items() if name != "shared"} | {"traced": traced.convolve_per_sample}
 EAGER = ("single", "shared", "product", "grouped")  # what autograd would differentiate by keeping every mixed kernel
+
+logger = logging.getLogger(__name__)
 
 
 def dynamic_conv(
@@ -70,7 +63,7 @@ def dynamic_conv(
         padding: zeros added on both sides, an int, one an axis, "valid" (none) or "same" (output as large as x).
         dilation: distance between taps, an int or one an axis.
         groups: blocks of channels and filters that are convolved apart; divides C and O.
-        backend: "auto" chooses the form by shape and device. A named form is strict: "reference" (the definition, a
+        backend: "auto" chooses by shape and device. A named one is strict: "reference" (the definition, a
             loop), "single" (B = 1 only), "shared", "product" or "grouped" (B > 0), described in
             :mod:`odconv.ops.eager`; "cpu" (float32 and float64, compiled C++); "triton" (CUDA, 1-d and 2-d); "traced"
             (for torch.jit.trace).
@@ -84,23 +77,91 @@ def dynamic_conv(
     """
     attentions = Attentions(kernel, spatial, channel, filter)
     check_shapes(x, weight, attentions, bias, groups)
-    dims = weight.dim() - 3
-    taps = tuple(weight.shape[3:])
-    steps = per_axis("stride", stride, dims, least=1)
-    spread = per_axis("dilation", dilation, dims, least=1)
-    if isinstance(padding, str):
-        x, margin = pad_by_name(x, padding, taps, steps, spread)
-    else:
-        margin = per_axis("padding", padding, dims, least=0)
-    geometry = Geometry(steps, margin, spread, groups)
-    check_map(x, taps, geometry)
+    x, geometry = checked_geometry(x, tuple(weight.shape[3:]), stride, padding, dilation, groups)
     return compute(x, weight, attentions, bias, geometry, backend)
 
 
-def compute(
-    x: Tensor, weight: Tensor, attentions: Attentions, bias: Tensor | None, geometry: Geometry, backend: str = "auto"
+def per_sample_conv(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    channel: Tensor | None = None,
+    filter: Tensor | None = None,
+    spatial: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str = "auto",
 ) -> Tensor:
-    """What :func:`dynamic_conv` computes, of arguments that fit: what a layer, which has checked its own, calls."""
+    """Convolve each sample with a kernel of its own, in 1, 2 or 3 dimensions.
+
+    ``y[b] = filter[b] * conv(channel[b] * x[b], spatial[b] * weight[b]) + bias``: the second half of
+    :func:`dynamic_conv`, for kernels that come from elsewhere. An attention that is None counts as ones. For kernels
+    that are mixed of others, :func:`mixed_conv` keeps what they are mixed of instead of the kernels themselves.
+
+    Args:
+        x: input, (B, C, L), (B, C, H, W) or (B, C, D, H, W); any memory format; B may be 0.
+        weight: a kernel for each sample, (B, O, C/groups, *kernel_size).
+        channel: weight of each input channel, (B, C).
+        filter: weight of each output filter, (B, O).
+        spatial: weight of each tap, (B, *kernel_size).
+        bias: (O), or (B, O), one for each sample; added after `filter`.
+        stride: step of the kernel, an int or one an axis.
+        padding: zeros added on both sides, an int, one an axis, "valid" (none) or "same" (output as large as x).
+        dilation: distance between taps, an int or one an axis.
+        groups: blocks of channels and filters that are convolved apart; divides C and O.
+        backend: "auto" chooses by shape and device; a named one is strict, as in :func:`dynamic_conv`, whose backends
+            all take kernels per sample but "shared".
+
+    Returns:
+        (B, O, *map), in x's dtype, or in the autocast dtype under autocast.
+
+    Raises:
+        ValueError: an argument's shape or value does not fit; the message names it and what is expected.
+        TypeError: x and weight differ in dtype outside autocast.
+    """
+    attentions = Attentions(None, spatial, channel, filter)
+    check_shapes(x, weight, attentions, bias, groups, per_sample=True)
+    x, geometry = checked_geometry(x, tuple(weight.shape[3:]), stride, padding, dilation, groups)
+    return compute(x, weight, attentions, bias, geometry, backend, per_sample=True)
+
+
+def checked_geometry(
+    x: Tensor,
+    taps: tuple[int, ...],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Geometry]:
+    """Return x, padded where "same" wants more at one side, and how the kernel moves over it.
+
+    Raises:
+        ValueError: an argument is out of range, or the map is smaller than the kernel.
+    """
+    steps = per_axis("stride", stride, len(taps), least=1)
+    spread = per_axis("dilation", dilation, len(taps), least=1)
+    if isinstance(padding, str):
+        x, margin = pad_by_name(x, padding, taps, steps, spread)
+    else:
+        margin = per_axis("padding", padding, len(taps), least=0)
+    geometry = Geometry(steps, margin, spread, groups)
+    check_map(x, taps, geometry)
+    return x, geometry
+
+
+def compute(
+    x: Tensor,
+    weight: Tensor,
+    attentions: Attentions,
+    bias: Tensor | None,
+    geometry: Geometry,
+    backend: str = "auto",
+    per_sample: bool = False,
+) -> Tensor:
+    """Compute :func:`dynamic_conv`, or :func:`per_sample_conv`, of arguments that fit: layers, which check theirs."""
     flops.watch()
     dtype = compute_dtype(x, weight)
     if x.dtype != dtype or weight.dtype != dtype:
@@ -109,60 +170,39 @@ def compute(
 
     differentiated = is_differentiated(x, weight, *attentions)
     if backend == "auto":
-        backend = "traced" if is_traced() else choose(x, weight, geometry, differentiated)
-    elif backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
-    elif backend == "single" and x.shape[0] != 1:
-        raise ValueError(f"backend 'single' needs a batch of one, got x of shape {tuple(x.shape)}")
-    elif backend == "grouped" and x.shape[0] == 0:
-        raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
-    form = BACKENDS[backend]
-    if backend in EAGER and differentiated:
-        y = recomputed(form, x, weight, attentions, geometry)
+        backend, why = choose(x, weight, geometry, differentiated, per_sample)
+        if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
+            logger.debug("backend %s for x %s and weight %s: %s", backend, tuple(x.shape), tuple(weight.shape), why)
     else:
-        y = form(x, weight, attentions, geometry)
+        check_backend(backend, x, per_sample)
+    run = (PER_SAMPLE if per_sample else BACKENDS)[backend]
+    if backend in EAGER and differentiated:
+        y = recomputed(run, x, weight, attentions, geometry, per_sample)
+    else:
+        y = run(x, weight, attentions, geometry)
 
     return add_bias(y, bias, attentions.kernel)
 
 
+def check_backend(backend: str, x: Tensor, per_sample: bool) -> None:
+    """Raise a ValueError unless there is a backend of that name for such a batch."""
+    backends = PER_SAMPLE if per_sample else BACKENDS
+    if backend not in backends:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(backends)}, got {backend!r}")
+    if backend == "single" and x.shape[0] != 1:
+        raise ValueError(f"backend 'single' needs a batch of one, got x of shape {tuple(x.shape)}")
+    if backend == "grouped" and x.shape[0] == 0:
+        raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
+
+
 def add_bias(y: Tensor, bias: Tensor | None, kernel: Tensor | None) -> Tensor:
-    """y plus a bias, (O), or (n, O) mixed by `kernel`, in y's dtype."""
+    """Return y plus a bias, (O), (n, O) mixed by `kernel`, or (B, O) where that is None, in y's dtype."""
     if bias is None:
         return y
     bias = bias.to(y.dtype)
-    if bias.dim() == 2 and kernel is not None:
-        return y + eager.over_map(kernel @ bias, y)
+    if bias.dim() == 2:
+        return y + eager.over_map(bias if kernel is None else kernel @ bias, y)
     return y + bias.view(-1, *(1,) * (y.dim() - 2))
-
-
-def choose(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) -> str:
-    """The name of the cheapest form for these shapes; rows of benchmarks/results/layers_*.csv set the limits."""
-    batch, n, filters = x.shape[0], weight.shape[0], weight.shape[1] // geometry.groups
-    positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
-    small = positions < filters
-    dense = "shared" if n == 1 else "product"
-    if is_exported_sample(x):
-        # the gates of the taps are then multiplied with columns, which are fewer than the numbers of a kernel
-        return dense if math.prod(weight.shape[3:]) > 1 and surely(small) else "single"
-    if is_exporting() or batch == 0:  # exported, one graph serves every batch, which may be no number of groups then
-        return dense
-    if n * positions > 1 and cpu.fits(x, weight, geometry):  # one kernel in one position is a plain matrix product
-        # A single 1x1 kernel can do without a kernel per sample: a small map is scaled instead.
-        scaled = n == math.prod(weight.shape[3:]) == geometry.groups == 1 and (batch > 1 or weight.numel() >= 2**20)
-        return "shared" if scaled and small and not differentiated else "cpu"
-    # Mixed kernels cost |W| a sample and columns C * k * L: a map is unfolded where it has fewer positions than a group
-    # has filters. A depth-wise kernel has one filter a group, so it never is.
-    if batch == 1:
-        return "shared" if n == 1 and small else "single"
-    if not small:
-        return "grouped"
-    return "shared" if n * positions <= 64 else dense  # so few products cost less than mixing a kernel for each sample
-
-
-def is_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd will want gradients of these; a compiled or exported graph decides itself what to keep."""
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return wanted and not (torch.compiler.is_compiling() or is_exporting() or is_transformed())
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

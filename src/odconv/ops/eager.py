@@ -1,14 +1,16 @@
-"""Fast forms of the operator in plain PyTorch; :func:`~odconv.ops.reference.reference` is their definition.
+"""Fast backends in plain PyTorch; :func:`~odconv.ops.reference.reference` is their definition.
 
-Every form takes the reference's arguments, checked already, and returns the same up to rounding. Each rests on one
-identity: a batch of one needs one ordinary convolution (`single`), one kernel needs no mixing (`shared`), a small map
-makes a batched matrix product (`product`), and a large map a convolution whose groups are the samples (`grouped`, which
-is also the depth-wise form). :func:`~odconv.ops.dynamic_conv.choose` picks one by shape.
+Every one takes the reference's arguments, checked already, and returns the same up to rounding. Weight has n kernels,
+which :func:`mix` makes one for each sample of; or, without a kernel attention, one for all samples or one for each.
+Each backend rests on one identity: a batch of one needs one ordinary convolution (`single`), one kernel needs no mixing
+(`shared`), a small map makes a batched matrix product (`product`), and a large map a convolution whose groups are the
+samples (`grouped`, which is also the depth-wise one). :func:`~odconv.ops.policy.choose` picks one by shape.
 
 In shapes: B batch, n kernels, O filters, C channels, g groups, k taps of a kernel, L output positions.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,11 +19,12 @@ from torch.nn import functional as F
 from odconv.ops.contract import Attentions, Geometry, is_exporting, output_size, surely
 from odconv.ops.reference import CONVOLUTIONS
 
+Mix = Callable[[Tensor, Tensor | None], Tensor]  # of weight and the kernel attention, (B or 1, O, C/g, *k)
 MIXED_BLOCK = 128 * 1024  # numbers a sample; larger blocks leave the cache
 
 
 def single(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-    """B = 1: mix once, then one ordinary convolution; `channel` and `filter` scale the kernel where it is the smaller.
+    """Mix once for B = 1, then convolve once; `channel` and `filter` scale the kernel where it is the smaller.
 
     The gates of the kernel are as long as its rows, since onnxruntime is slow to multiply by a few taps at a time.
     """
@@ -44,7 +47,7 @@ def single(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry
 
 
 def shared(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-    """All n kernels serve the whole batch in one dense convolution, and their n outputs are mixed.
+    """Convolve the whole batch with all n kernels in one dense convolution, and mix their n outputs.
 
     For n = 1 there is nothing to mix and nothing is lost; for n > 1 it is n times the arithmetic, but at full speed and
     without a kernel per sample.
@@ -72,7 +75,7 @@ def shared(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry
 
 
 def product(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-    """Columns times the mixed kernels, one matrix product a sample and group, mixed a few filters at a time."""
+    """Multiply columns with the mixed kernels, one matrix product a sample and group, mixed a few filters at a time."""
     cols, size = scaled_columns(x, weight, attentions, geometry)
     blocks = weight.unflatten(1, (geometry.groups, -1)).split(filters_per_block(weight, geometry.groups), dim=2)
     outputs = []
@@ -84,15 +87,15 @@ def product(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometr
 
 
 def filters_per_block(weight: Tensor, groups: int) -> int:
-    """How many filters to mix at a time so that a sample's block of kernels holds about MIXED_BLOCK numbers."""
+    """Return how many filters to mix at a time so that a sample's block of kernels holds about MIXED_BLOCK numbers."""
     filters = weight.shape[1] // groups
     if torch.compiler.is_compiling():  # the compiler plans its own memory, and an unrolled loop costs it time
         return filters
-    return max(1, min(filters, MIXED_BLOCK * filters // weight[0].numel()))
+    return max(1, min(filters, MIXED_BLOCK * filters // math.prod(weight.shape[1:])))
 
 
 def grouped(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-    """Large maps and depth-wise kernels: one convolution in which every sample is a group (or `groups` of them)."""
+    """Convolve once with every sample as a group (or `groups` of them): for large maps and depth-wise kernels."""
     batch = x.shape[0]
     mixed = mixed_kernels(weight, attentions, geometry.groups)
     mixed = mixed.expand(batch, *mixed.shape[1:]).flatten(0, 1)  # (B * O, C/g, *k)
@@ -103,12 +106,12 @@ def grouped(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometr
 
 
 def mix(weight: Tensor, kernel: Tensor | None) -> Tensor:
-    """One kernel per sample, (B, O, C/g, *k), as one matrix product; (1, O, C/g, *k) where there is nothing to mix."""
+    """Mix a kernel for each sample, (B, O, C/g, *k), as one matrix product; weight itself without shares."""
     return weight if kernel is None else (kernel @ weight.flatten(1)).unflatten(1, weight.shape[1:])
 
 
-def mixed_kernels(weight: Tensor, attentions: Attentions, groups: int) -> Tensor:
-    """Kernels that hold all four attentions, (B, O, C/g, *k), so that the maps need no further pass."""
+def mixed_kernels(weight: Tensor, attentions: Attentions, groups: int, mix: Mix = mix) -> Tensor:
+    """Return kernels that hold all four attentions, (B, O, C/g, *k), so that the maps need no further pass."""
     kernel, spatial, channel, filter = attentions
     mixed = mix(weight, kernel)
     if spatial is not None:
@@ -122,14 +125,14 @@ def mixed_kernels(weight: Tensor, attentions: Attentions, groups: int) -> Tensor
 
 
 def over_map(scale: Tensor, like: Tensor) -> Tensor:
-    """`scale` with trailing axes of one, to be multiplied with `like`."""
+    """Return `scale` with trailing axes of one, to be multiplied with `like`."""
     return scale.reshape(*scale.shape, *(1,) * (like.dim() - scale.dim()))
 
 
 def scaled_columns(
     x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """The columns of x times channel and spatial attention, (B, g, C/g * k, L), and the map that L forms."""
+    """Return the columns of x times channel and spatial attention, (B, g, C/g * k, L), and the map that L forms."""
     cols, size = columns(x, tuple(weight.shape[3:]), geometry)
     scale = None if attentions.channel is None else attentions.channel[:, :, None]
     if attentions.spatial is not None:
@@ -141,7 +144,7 @@ def scaled_columns(
 
 
 def columns(x: Tensor, kernel_size: tuple[int, ...], geometry: Geometry) -> tuple[Tensor, tuple[int, ...]]:
-    """The patches that a kernel sees, (B, C, k, L), and the map that the L positions form."""
+    """Return the patches that a kernel sees, (B, C, k, L), and the map that the L positions form."""
     stride, padding, dilation, _ = geometry
     taps = math.prod(kernel_size)
     if len(kernel_size) == 2 and taps > 1:

@@ -6,7 +6,7 @@ the static layer keeps. Samples are worked through a few at a time, so that what
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,77 +16,115 @@ from odconv.ops.contract import Attentions, Geometry
 
 WORKSPACE = 128 * 2**20  # bytes of mixed kernels, or of columns, at a time; one sample's where that is more
 
-Form = Callable[[Tensor, Tensor, Attentions, Geometry], Tensor]
+Backend = Callable[[Tensor, Tensor, Attentions, Geometry], Tensor]
 Tensors = Sequence[Any]  # x, weight, and the attentions in their order, which may be None
+Convolve = Callable[[Tensor, Tensor, Tensor, Geometry, bool, bool], tuple[Tensor, Tensor]]
 
 
-def recomputed(form: Form, x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-    """What a form computes, in chunks of samples and with a backward pass that computes it again."""
-    y: Tensor = _Recomputed.apply(form, geometry, x, weight, *attentions)
+class Step(NamedTuple):
+    """What is computed, and again in the backward pass.
+
+    Attributes:
+        run: gives the output, of x, weight, attentions and geometry.
+        geometry: stride, padding, dilation and groups.
+        kernel: numbers of one sample's kernel.
+        per_sample: whether weight has one kernel for each sample.
+        mix: makes a kernel for each sample of weight and the kernel attention.
+        differentiate: gives the gradients of x and of the kernels that `run` convolves with; None for a backend that
+            convolves with no such kernels, which autograd goes through.
+    """
+
+    run: Backend
+    geometry: Geometry
+    kernel: int
+    per_sample: bool = False
+    mix: eager.Mix = eager.mix
+    differentiate: Convolve | None = None
+
+
+def recomputed(
+    run: Backend, x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry, per_sample: bool = False
+) -> Tensor:
+    """Compute what a backend does, in chunks of samples and with a backward pass that computes it again."""
+    differentiate = grouped_backward if run is eager.grouped else None
+    step = Step(run, geometry, math.prod(weight.shape[1:]), per_sample, differentiate=differentiate)
+    return apply(step, x, weight, attentions)
+
+
+def apply(step: Step, x: Tensor, weight: Tensor, attentions: Attentions) -> Tensor:
+    """Compute a step, whose backward pass computes it again."""
+    y: Tensor = _Recomputed.apply(step, x, weight, *attentions)
     return y
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, form: Form, geometry: Geometry, *tensors: Tensor | None) -> Tensor:
-        ctx.form, ctx.geometry = form, geometry
+    def forward(ctx: Any, step: Step, *tensors: Tensor | None) -> Tensor:
+        ctx.step = step
         ctx.save_for_backward(*tensors)
-        outputs = [form(*_arguments(chunk), geometry) for chunk in _chunks(tensors)]
+        outputs = [step.run(*_arguments(chunk), step.geometry) for chunk in _chunks(step, tensors)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        step, tensors, needs = ctx.step, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            return None, None, *differentiable_gradients(grad, tensors, ctx.geometry, needs)
-        differentiate = _grouped_gradients if ctx.form is eager.grouped else _gradients
+            return None, *differentiable_gradients(grad, tensors, step.geometry, needs, step.mix)
+        differentiate = _gradients if step.differentiate is None else _kernel_gradients
         found: list[list[Tensor | None]] = []
         start = 0
-        for chunk in _chunks(tensors):
+        for chunk in _chunks(step, tensors):
             stop = start + chunk[0].shape[0]
-            found.append(differentiate(ctx.form, grad[start:stop], chunk, ctx.geometry, needs))
+            found.append(differentiate(step, grad[start:stop], chunk, needs))
             start = stop
         x, weight, *attentions = zip(*found, strict=True)
-        sums = [sum(weight[1:], start=weight[0])] if needs[1] else [None]
-        return None, None, _joined(x), *sums, *map(_joined, attentions)
+        together = _joined if step.per_sample else _summed
+        return None, _joined(x), together(weight), *map(_joined, attentions)
 
 
 def differentiable_gradients(
-    grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]
+    grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool], mix: eager.Mix = eager.mix
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: autograd makes them, of a form in plain PyTorch."""
+    """Return gradients that can be differentiated again: autograd makes them, of a backend in plain PyTorch."""
     again = [t if t is None else t.view_as(t) for t in tensors]  # not through one of them into another, if they depend
-    y = eager.grouped(*_arguments(again), geometry)
+    x, weight, attentions = _arguments(again)
+    y = eager.grouped(x, mix(weight, attentions.kernel), attentions._replace(kernel=None), geometry)
     return _where_needed(y, again, needs, grad, create_graph=True)
 
 
-def _gradients(
-    form: Form, grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The form once more, and autograd through it."""
+def _gradients(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return what autograd finds through the backend, run once more."""
     with torch.enable_grad():
         again = _leaves(tensors, needs)
-        y = form(*_arguments(again), geometry)
+        y = step.run(*_arguments(again), step.geometry)
     return _where_needed(y, again, needs, grad)
 
 
-def _grouped_gradients(
-    form: Form, grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """The grouped form's: only the kernels are mixed again, the convolution itself is not."""
-    x, weight, _ = _arguments(tensors)
+def _kernel_gradients(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients where only the kernels are mixed again, and the convolution is not repeated."""
+    assert step.differentiate is not None
+    x = tensors[0]
     with torch.enable_grad():
         again = _leaves(tensors, (False, *needs[1:]))
-        mixed = eager.mixed_kernels(*_arguments(again)[1:], geometry.groups).expand(x.shape[0], *weight.shape[1:])
-    stride, padding, dilation, groups = geometry
-    x_grad, mixed_grad, _ = torch.ops.aten.convolution_backward(
-        grad.reshape(1, -1, *grad.shape[2:]), x.reshape(1, -1, *x.shape[2:]), mixed.detach().flatten(0, 1), None,
-        stride, padding, dilation, False, [0] * len(stride), x.shape[0] * groups, [needs[0], any(needs[1:]), False],
-    )  # fmt: skip
+        mixed = eager.mixed_kernels(*_arguments(again)[1:], step.geometry.groups, step.mix)
+        mixed = mixed.expand(x.shape[0], *mixed.shape[1:])
+    x_grad, mixed_grad = step.differentiate(grad, x, mixed.detach(), step.geometry, needs[0], any(needs[1:]))
     found: list[Tensor | None] = [None] * len(needs)
     if any(needs[1:]):
         found = _where_needed(mixed, again, (False, *needs[1:]), mixed_grad.view_as(mixed))
     return [x_grad.view_as(x) if needs[0] else None, *found[1:]]
+
+
+def grouped_backward(
+    grad: Tensor, x: Tensor, mixed: Tensor, geometry: Geometry, to_x: bool, to_mixed: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of a kernel for each sample, by a convolution whose groups are the samples."""
+    stride, padding, dilation, groups = geometry
+    x_grad, mixed_grad, _ = torch.ops.aten.convolution_backward(
+        grad.reshape(1, -1, *grad.shape[2:]), x.reshape(1, -1, *x.shape[2:]), mixed.flatten(0, 1), None,
+        stride, padding, dilation, False, [0] * len(stride), x.shape[0] * groups, [to_x, to_mixed, False],
+    )  # fmt: skip
+    return x_grad, mixed_grad
 
 
 def _arguments(tensors: Tensors) -> tuple[Tensor, Tensor, Attentions]:
@@ -106,16 +144,21 @@ def _where_needed(
     return [next(found) if need else None for need in needs]
 
 
-def _chunks(tensors: Tensors) -> list[Tensors]:
-    """The samples, a few at a time: their mixed kernels or columns are what takes memory."""
+def _chunks(step: Step, tensors: Tensors) -> list[Tensors]:
+    """Return the samples, a few at a time: their mixed kernels or columns are what takes memory."""
     x, weight, attentions = _arguments(tensors)
     taps = math.prod(weight.shape[3:])
-    sample = max(weight[0].numel(), taps * x[:1].numel()) * x.element_size()
+    sample = max(step.kernel, taps * math.prod(x.shape[1:])) * x.element_size()
     count = max(1, WORKSPACE // sample)
     if x.shape[0] <= count:
         return [tensors]
     parts = [[None] * -(-x.shape[0] // count) if t is None else t.split(count) for t in (x, *attentions)]
-    return [[part[0], weight, *part[1:]] for part in zip(*parts, strict=True)]
+    weights = weight.split(count) if step.per_sample else [weight] * len(parts[0])
+    return [list(chunk) for chunk in zip(parts[0], weights, *parts[1:], strict=True)]
+
+
+def _summed(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else sum([part for part in parts[1:] if part is not None], start=parts[0])
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -13,21 +13,24 @@ TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3
 
 
 def reference(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-    """y[b] = filter[b] * conv(channel[b] * x[b], sum_i kernel[b, i] * spatial[b] * weight[i]), a sample at a time."""
+    """Compute filter[b] * conv(channel[b] * x[b], sum_i kernel[b, i] * spatial[b] * weight[i]), b by b."""
     conv = CONVOLUTIONS[weight.dim() - 3]
     return by_sample(lambda sample, mixed: conv(sample, mixed, None, *geometry), x, weight, attentions)
 
 
 def by_sample(conv: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, attentions: Attentions) -> Tensor:
-    """The formula of the operator around a convolution of a batch with one kernel, transposed or not."""
+    """Compute the operator's formula around a convolution of a batch with one kernel, transposed or not.
+
+    Without a kernel attention, weight has one kernel for all samples, or one for each.
+    """
     kernel, spatial, channel, filter = attentions
     per_map = (-1, *(1,) * (weight.dim() - 3))
     if x.shape[0] == 0:  # nothing to stack; the map of an empty batch does not depend on the attentions
-        return conv(x, weight[0])
+        return conv(x, weight[:1].sum(0))
     outputs = []
     for b, sample in enumerate(x):
         mixed = torch.zeros_like(weight[0])
-        for i, one_kernel in enumerate(weight):
+        for i, one_kernel in enumerate(weight if kernel is not None or len(weight) == 1 else weight[b : b + 1]):
             term = one_kernel if spatial is None else spatial[b] * one_kernel
             mixed = mixed + (term if kernel is None else kernel[b, i] * term)
         scaled = sample if channel is None else channel[b].view(per_map) * sample

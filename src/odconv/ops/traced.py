@@ -1,4 +1,4 @@
-"""Forms for torch.jit.trace and the ONNX exporter that is built on it.
+"""Backends for torch.jit.trace and the ONNX exporter that is built on it.
 
 These keep a size as it was traced wherever they cannot follow how it came about. So every size is a constant here, but
 for those of the batch and the map, which pass through operations that exporters follow.
@@ -18,26 +18,50 @@ def convolve(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geomet
     """Take the patches of x by a convolution with ones, scale them, and multiply them with the mixed kernels."""
     kernel, spatial, channel, filter = attentions
     n, filters, per_group, *taps = constant_shape(weight)
-    groups, k, axes = geometry.groups, math.prod(taps), (1,) * len(taps)
-    conv = CONVOLUTIONS[len(taps)]
+    groups, axes = geometry.groups, (1,) * len(taps)
     if channel is not None:
         x = x * channel.reshape(-1, groups * per_group, *axes)
     if n == 1 and spatial is None:
-        y = conv(x, weight.reshape(filters, per_group, *taps), None, *geometry)
+        y = CONVOLUTIONS[len(taps)](x, weight.reshape(filters, per_group, *taps), None, *geometry)
+    elif n == 1:
+        columns = scaled_columns(x, taps, groups * per_group, spatial, geometry)
+        rows = weight.reshape(filters, per_group * math.prod(taps), *axes)
+        y = CONVOLUTIONS[len(taps)](columns, rows, None, groups=groups)
     else:
-        each = x.reshape(-1, 1, *x.shape[2:])
-        patches = conv(each, one_tap_each(taps, x), None, *geometry._replace(groups=1))  # (B * C, k, *map)
-        if spatial is not None:
-            whole = patches.reshape(-1, groups * per_group, k, *patches.shape[2:])
-            patches = whole * spatial.reshape(-1, 1, k, *axes)
-        columns = patches.reshape(-1, groups * per_group * k, *patches.shape[-len(taps) :])
-        if n == 1:
-            y = conv(columns, weight.reshape(filters, per_group * k, *axes), None, groups=groups)
-        else:
-            mixed = mix(weight, kernel, (groups, filters // groups, per_group * k))
-            y = mixed @ columns.reshape(-1, groups, per_group * k, math.prod(columns.shape[2:]))
-            y = y.reshape(-1, filters, *columns.shape[2:])
+        columns = scaled_columns(x, taps, groups * per_group, spatial, geometry)
+        mixed = mix(weight, kernel, (groups, filters // groups, per_group * math.prod(taps)))
+        y = multiplied(mixed, columns, (groups, filters, per_group * math.prod(taps)))
     return scaled_output(y, n, kernel, filter, filters)
+
+
+def convolve_per_sample(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+    """Multiply the scaled patches of x with a kernel for each sample, as :func:`convolve` does with mixed ones."""
+    _, spatial, channel, filter = attentions
+    _, filters, per_group, *taps = constant_shape(weight)
+    groups = geometry.groups
+    if channel is not None:
+        x = x * channel.reshape(-1, groups * per_group, *(1,) * len(taps))
+    columns = scaled_columns(x, taps, groups * per_group, spatial, geometry)
+    depth = per_group * math.prod(taps)
+    y = multiplied(weight.reshape(-1, groups, filters // groups, depth), columns, (groups, filters, depth))
+    return scaled_output(y, 0, None, filter, filters)
+
+
+def scaled_columns(x: Tensor, taps: list[int], channels: int, spatial: Tensor | None, geometry: Geometry) -> Tensor:
+    """Return the patches of x times the spatial attention, (B, C * k, *map)."""
+    k, axes = math.prod(taps), (1,) * len(taps)
+    each = x.reshape(-1, 1, *x.shape[2:])
+    patches = CONVOLUTIONS[len(taps)](each, one_tap_each(taps, x), None, *geometry._replace(groups=1))
+    if spatial is not None:  # patches are (B * C, k, *map)
+        patches = patches.reshape(-1, channels, k, *patches.shape[2:]) * spatial.reshape(-1, 1, k, *axes)
+    return patches.reshape(-1, channels * k, *patches.shape[-len(taps) :])
+
+
+def multiplied(mixed: Tensor, columns: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    """Return the products of kernels, (B, g, O/g, depth), and columns, as maps, (B, O, *map); sizes are g, O, depth."""
+    groups, filters, depth = sizes
+    y = mixed @ columns.reshape(-1, groups, depth, math.prod(columns.shape[2:]))
+    return y.reshape(-1, filters, *columns.shape[2:])
 
 
 def convolve_transposed(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:

@@ -1,4 +1,4 @@
-"""The transposed operator: its contract, its definition, and its fast forms.
+"""The transposed operator: its contract, its definition, and its fast backends.
 
 In shapes: B batch, n kernels, O filters, C channels, g groups, k taps of a kernel.
 """
@@ -59,7 +59,7 @@ def dynamic_conv_transpose(
         output_padding: what is added at the end of the output, below stride or dilation, an int or one an axis.
         dilation: distance between taps, an int or one an axis.
         groups: blocks of channels and filters that are convolved apart; divides C and O.
-        backend: "auto" takes "grouped", and "dense" for an export or an empty batch. A named form is strict:
+        backend: "auto" takes "grouped", and "dense" for an export or an empty batch. A named one is strict:
             "reference" (the definition, a loop), "grouped" (B > 0), "dense", or "traced" (for torch.jit.trace).
 
     Returns:
@@ -107,7 +107,7 @@ def check_output(x: Tensor, taps: tuple[int, ...], geometry: Geometry, extra: tu
 
 
 def reference(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:
-    """The formula, a sample at a time: the definition that the other forms are held against."""
+    """Compute the formula, sample by sample: the definition that the other backends are held against."""
     conv = TRANSPOSED[weight.dim() - 3]
     return by_sample(lambda sample, mixed: conv(sample, mixed, None, *geometry), x, weight, attentions)
 

@@ -22,6 +22,13 @@ from odconv.ops.contract import Attentions, Geometry, is_transformed, output_siz
 from odconv.ops.recompute import differentiable_gradients
 
 DTYPES = (torch.float32, torch.float64)
+LARGE_PLANE = 512
+"""Positions of a depth-wise layer's map from which more than one sample is faster here than as groups.
+
+Rows: layers_inference.csv, batch 8, "144->144 28x28 k3 s1 g144" on one side, "384->384 14x14 k3 s1 g384" on the other.
+"""
+WIDE_GROUP = 16
+"""Channels and filters of a group that fill a vector of 64 bytes in float32; narrower groups would leave it empty."""
 ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? kernel, Tensor? spatial, Tensor? channel, Tensor? filter, "
     "int[] stride, int[] padding, int[] dilation, int groups"
@@ -72,14 +79,14 @@ def takes(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and not is_transformed() and available()
 
 
-def fits(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether the compiled form can compute this, and does it faster than the others."""
+def fits(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) -> bool:
+    """Return whether the compiled kernel can compute this, and does it faster than the other backends."""
     groups = geometry.groups
     if groups == weight.shape[1] and weight.shape[2] == 1:  # depth-wise: vectors run over the positions of a plane
-        large = max(geometry.stride) == 1 and math.prod(x.shape[2:]) >= 512
+        large = max(geometry.stride) == 1 and math.prod(x.shape[2:]) >= LARGE_PLANE
         return x.dim() < 5 and x.is_contiguous() and (x.shape[0] == 1 or large) and takes(x)
     # Else they run over the filters of a group: a narrow group would leave them empty.
-    return (groups == 1 or min(weight.shape[1] // groups, weight.shape[2]) >= 16) and takes(x)
+    return (groups == 1 or min(weight.shape[1] // groups, weight.shape[2]) >= WIDE_GROUP) and takes(x)
 
 
 def convolve(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
@@ -93,6 +100,15 @@ def convolve(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geomet
         x, weight.contiguous(), *(None if a is None else a.contiguous() for a in attentions), *geometry
     )
     return y
+
+
+def backward_per_sample(
+    grad: Tensor, x: Tensor, kernels: Tensor, geometry: Geometry, to_x: bool, to_kernels: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of a kernel for each sample, (B, O, C/g, *k); what is not asked for is empty."""
+    none = (None,) * 4
+    found = torch.ops.odconv.conv_backward(grad, x, kernels.contiguous(), *none, *geometry, to_x, to_kernels)
+    return found[0], found[1]
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:

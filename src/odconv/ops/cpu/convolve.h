@@ -115,15 +115,15 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
 
   // A task has a stack of columns, which share what is read of the map, and a bundle of parts, which share packed
   // kernels. Where samples are too few, or too large, for n packed kernels to pay, each sample has bundles of its own
-  // and its kernel is blended first.
+  // and its kernel is blended first; so it is where samples have kernels of their own, which need no blending.
   int64_t stacks = std::min(wide, std::max(ceil_div(wide, COLUMNS), ceil_div(threads, groups * int64_t(parts.size()))));
   int64_t bundles = ceil_div(outputs * kernels.lanes, stacks * MAP_NUMBERS);
-  const bool blended = n > 1 && (batch < n || bundles >= batch);
-  if (blended) {
+  const bool blended = n > 1 && (batch < n || bundles >= batch), alone = blended || kernels.per_sample();
+  if (alone) {
     stacks = wide;
     bundles = ceil_div(bundles, batch) * batch;
   }
-  while (bundles * stacks * groups < 8 * threads && bundles * stacks * groups % threads) bundles += blended ? batch : 1;
+  while (bundles * stacks * groups < 8 * threads && bundles * stacks * groups % threads) bundles += alone ? batch : 1;
   bundles = std::min<int64_t>(bundles, parts.size());
   const std::vector<Span> by_stack = split(wide, stacks), by_bundle = split(parts.size(), bundles);
 
@@ -135,7 +135,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
       const int64_t group = task / (stacks * bundles);
       const Span stack = by_stack[task / bundles % stacks], bundle = by_bundle[task % bundles];
       const Part *first = parts.data() + bundle.first, *last = first + bundle.count;
-      Kernels<T> here = kernels.of_group(group);
+      Kernels<T> here = kernels.of_sample(first->sample).of_group(group);
       if (blended) here = blend<T>(here, columns[stack.first], weights.shares + first->sample * n, scratch.blend);
       const int64_t packs = blended ? 1 : n;
       int64_t positions = 0;
@@ -217,10 +217,19 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
       T* packed = scratch.packed.get(size * n);
       T* packed_grad = scratch.back.get(size * n);
       T* mixed_grad = scratch.mixed.get(size);
-      for (int64_t i = 0; i < n; ++i) pack<T>(here, tile, here.data + i * here.size, places, packed + i * size);
-      std::fill_n(packed_grad, size * n, T(0));
+      auto begin_kernels = [&](int64_t sample) {
+        const T* data = here.of_sample(sample).data;
+        for (int64_t i = 0; i < n; ++i) pack<T>(here, tile, data + i * here.size, places, packed + i * size);
+        std::fill_n(packed_grad, size * n, T(0));
+      };
+      auto end_kernels = [&](int64_t sample) {
+        T* to = weight_grad + (here.of_sample(sample).data - kernels.data);
+        for (int64_t i = 0; i < n; ++i) unpack<T>(packed_grad + i * size, tile, kernels, places, to + i * kernels.size);
+      };
+      if (!kernels.per_sample()) begin_kernels(0);
 
       for (const Part& part : parts) {
+        if (kernels.per_sample() && part.first == 0) begin_kernels(part.sample);
         const Window<T> window = view<T>(source, group * kernels.rows + tile.first_row, tile.rows, part, scratch.window);
         offsets_of(part, phase.jump, window.step, offsets);
         const int64_t positions = offsets.size();
@@ -278,9 +287,9 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
           for (int l = 0; l < L; ++l) shares_grad[(task * batch + b) * n + i] += to_shares[i][l];
         T* to_filters = lanes_grad + (task % high * batch + b) * filters + group * kernels.lanes + tile.first_lane;
         for (int64_t l = 0; l < tile.lanes; ++l) to_filters[l] = to_lanes[l / L][l % L];
+        if (kernels.per_sample()) end_kernels(b);
       }
-      for (int64_t i = 0; i < n; ++i)
-        unpack<T>(packed_grad + i * size, tile, kernels, places, weight_grad + (here.data - kernels.data) + i * kernels.size);
+      if (!kernels.per_sample()) end_kernels(0);
     }
   });
 }

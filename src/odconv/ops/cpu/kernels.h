@@ -5,11 +5,18 @@
 
 namespace odconv {
 
-// n kernels seen as [row][lane][tap]: lanes are what the vectors run over, rows what is summed over besides the taps.
+// n kernels seen as [row][lane][tap]: lanes are what the vectors run over, rows what is summed over besides the taps. Where
+// every sample has a kernel of its own, n is 1 and sample_step leads from one sample's to the next; else that is 0.
 template <class T>
 struct Kernels {
   const T* data;
-  int64_t n, size, rows, lanes, taps, row_step, lane_step;
+  int64_t n, size, rows, lanes, taps, row_step, lane_step, sample_step;
+  bool per_sample() const { return sample_step > 0; }
+  Kernels of_sample(int64_t sample) const {
+    Kernels out = *this;
+    out.data += sample * sample_step;
+    return out;
+  }
   Kernels of_group(int64_t group) const {
     Kernels out = *this;
     out.data += group * rows * lanes * taps;

@@ -83,7 +83,7 @@ std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional
     return !tensor || (tensor->dim() > 1 && tensor->size(0) == batch && tensor->numel() == batch * size && is_plain(*tensor, x));
   };
   TORCH_CHECK(fits(kernel, weight.size(0)) && fits(spatial, taps) && fits(channel, x.size(1)) && fits(filter, weight.size(1)) &&
-                  (kernel || weight.size(0) == 1),
+                  (kernel || weight.size(0) == 1 || weight.size(0) == batch),
               "odconv: attentions do not fit x of shape ", x.sizes(), " and a weight of shape ", weight.sizes());
   const size_t axes = x.dim() - 2;
   constexpr int64_t MOST = int64_t(1) << 31;  // no sum or product of two overflows
@@ -130,14 +130,16 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const
   Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
   const int64_t filters = weight.size(1) / groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
+  const bool per_sample = !kernel && weight.size(0) > 1;
+  const int64_t n = per_sample ? 1 : weight.size(0);
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const T* data = weight.const_data_ptr<T>();
-    const Kernels<T> kernels = {data, weight.size(0), one, channels, filters, taps, taps, channels * taps};
+    const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
     const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
     const auto out = map_of<T>(y, y.mutable_data_ptr<T>());
     if (by_plane(x, weight, groups) && y.is_contiguous())
-      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, weight.size(0), groups, weights,
+      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, groups, weights,
                                 x.size(0), forward_phase(g, out.size), g.stride, y.mutable_data_ptr<T>());
     convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), out, kernels, groups, weights,
                 x.size(0), {forward_phase(g, out.size)});
@@ -156,8 +158,9 @@ Gradients conv_backward(
   if (weight.size(1) == groups && weight.size(2) == 1)
     return depthwise_backward(grad, x, weight, kernel, spatial, channel, filter, stride, padding, dilation, to_x, to_weights);
   const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
-  const int64_t n = weight.size(0), batch = x.size(0), filters = weight.size(1) / groups, channels = weight.size(2);
-  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / n;
+  const bool per_sample = !kernel && weight.size(0) > 1;
+  const int64_t n = per_sample ? 1 : weight.size(0), batch = x.size(0), filters = weight.size(1) / groups, channels = weight.size(2);
+  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
   auto none = [&] { return at::empty({0}, x.options()); };
   Tensor x_grad = none(), weight_grad = none(), kernel_grad = none(), spatial_grad = none(), channel_grad = none(),
          filter_grad = none();
@@ -171,13 +174,13 @@ Gradients conv_backward(
       for (const Phase& phase : phases) met += phase.count[0] * phase.count[1] * phase.count[2];
       x_grad = met * batch * x.size(1) == x.numel() ? at::empty_like(x) : at::zeros_like(x);
       const auto out = map_of<T>(x_grad, x_grad.mutable_data_ptr<T>());
-      const Kernels<T> kernels = {data, n, one, filters, channels, taps, channels * taps, taps};
+      const Kernels<T> kernels = {data, n, one, filters, channels, taps, channels * taps, taps, per_sample ? one : 0};
       const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
       convolve<T>(upstream, out, kernels, groups, weights, batch, phases);
     }
     if (to_weights) {
       weight_grad = at::empty_like(weight);
-      const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps};
+      const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
       const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
       const std::vector<Span> columns = columns_of(kernels);
       const int64_t wide = columns.size();
@@ -188,7 +191,7 @@ Gradients conv_backward(
                             at::zeros({high, batch, groups * filters}, x.options())};
       gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, groups, weights,
                    batch, forward_phase(g, upstream.size), rows, columns, weight_grad.mutable_data_ptr<T>(), partial);
-      kernel_grad = partial.shares.sum(0);
+      kernel_grad = per_sample ? at::zeros({batch, batch}, x.options()) : partial.shares.sum(0);
       std::vector<int64_t> shape = {batch};
       for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
       spatial_grad = partial.taps.sum(0).view(shape);

@@ -12,6 +12,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/unsqueeze.h>
 #include <ATen/ops/view.h>
+#include <ATen/ops/zeros.h>
 
 #include <optional>
 #include <tuple>
@@ -21,9 +22,10 @@
 namespace odconv {
 
 // One filter a channel, on contiguous maps of one or two axes: vectors run over positions. A plane is copied with zeros
-// around it and taken apart by its coordinates modulo the stride, so that each tap reads it in one run.
+// around it and taken apart by its coordinates modulo the stride, so that each tap reads it in one run. There are n kernels
+// to mix, or one for each sample.
 template <class T>
-void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, int64_t channels, const Weights<T>& weights,
+void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, bool per_sample, int64_t channels, const Weights<T>& weights,
                      int64_t batch, const Phase& phase, const Axes& stride, T* y) {
   using S = Simd<T>;
   constexpr int L = S::LANES, BLOCK = 4;
@@ -63,9 +65,9 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
       if (task == begin || c == 0) {  // another sample: mix its kernels
         const int64_t last = std::min(channels, c + end - task) * taps;
         std::fill(base.begin(), base.end(), T(0));
-        for (int64_t i = 0; i < n; ++i) {
+        for (int64_t i = 0; i < (per_sample ? 1 : n); ++i) {
           const T share = weights.shares ? weights.shares[b * n + i] : T(1);
-          const T* one = kernels + i * channels * taps;
+          const T* one = kernels + (per_sample ? b : i) * channels * taps;
           for (int64_t e = c * taps; e < last; ++e) base[e] += share * one[e];
         }
       }
@@ -110,7 +112,7 @@ inline Gradients depthwise_backward(const at::Tensor& grad, const at::Tensor& x,
   const at::Tensor by_tap = (spatial ? spatial->reshape({batch, taps}) : ones).unsqueeze(1);  // (B or 1, 1, taps)
   const at::Tensor rows = (channel ? *channel : ones).unsqueeze(2), lanes = (filter ? *filter : ones).unsqueeze(2);
   const at::Tensor kernels = weight.reshape({n, channels * taps});
-  const at::Tensor base = kernel ? kernel->mm(kernels).view({batch, channels, taps}) : kernels.view({1, channels, taps});
+  const at::Tensor base = kernel ? kernel->mm(kernels).view({batch, channels, taps}) : kernels.view({n, channels, taps});
   std::vector<int64_t> shape = {batch * channels, 1}, all = {1, batch * channels}, out = all;
   for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
   for (int64_t size : x.sizes().slice(2)) all.push_back(size);
@@ -127,8 +129,8 @@ inline Gradients depthwise_backward(const at::Tensor& grad, const at::Tensor& x,
   std::vector<int64_t> spatial_shape = {batch};
   for (int64_t size : weight.sizes().slice(3)) spatial_shape.push_back(size);
   return {x_grad,
-          (kernel ? kernel->t().mm(to_base) : to_base.sum(0)).view(weight.sizes()),
-          to_base.mm(kernels.t()),
+          (kernel ? kernel->t().mm(to_base) : n == 1 ? to_base.sum(0) : to_base).view(weight.sizes()),
+          kernel || n == 1 ? to_base.mm(kernels.t()) : at::zeros({batch, n}, x.options()),
           (to_gates * rows * lanes).sum(1).view(spatial_shape),
           to_rows * lanes.squeeze(2),
           to_rows * rows.squeeze(2)};

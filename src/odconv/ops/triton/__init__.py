@@ -37,6 +37,8 @@ def triton_conv(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geo
         raise ValueError(f"backend 'triton' needs x in one of {DTYPES}, got {x.dtype}")
     if x.dim() == 5:
         raise ValueError(f"backend 'triton' needs a 1-d or 2-d map, got x of shape {tuple(x.shape)}")
+    if attentions.kernel is None and weight.shape[0] > 1:
+        return convolve_samples_as_groups(x, weight, attentions, geometry)
     (kernel, spatial, channel, filter), groups = attentions, geometry.groups
     if weight.shape[1] == groups == x.shape[1] and filter is not None:  # depth-wise: both scale the same axis
         channel, filter = (filter if channel is None else channel * filter), None
@@ -48,6 +50,18 @@ def triton_conv(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geo
     stride, padding, dilation = (1, *geometry.stride), (0, *geometry.padding), (1, *geometry.dilation)
     y = conv(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups)
     return y.squeeze(2)
+
+
+def convolve_samples_as_groups(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+    """Convolve each sample with a kernel of its own, (B, O, C/g, *k), as one sample of B * groups groups."""
+    _, spatial, channel, filter = attentions
+    batch, whole = x.shape[0], geometry._replace(groups=x.shape[0] * geometry.groups)
+    weight = weight if spatial is None else weight * spatial[:, None, None]
+    scales = (None if scale is None else scale.reshape(1, -1) for scale in (channel, filter))
+    y = triton_conv(
+        x.reshape(1, -1, *x.shape[2:]), weight.reshape(1, -1, *weight.shape[2:]), Attentions(None, None, *scales), whole
+    )
+    return y.reshape(batch, -1, *y.shape[2:])
 
 
 @torch.library.custom_op("odconv::triton_conv", mutates_args=(), schema=f"({ARGUMENTS}) -> Tensor")

@@ -1,0 +1,79 @@
+"""Kernels that are mixed in some way of one's own, once in the forward pass and again in the backward pass."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from odconv.ops import cpu, eager
+from odconv.ops.contract import Attentions, Geometry, check_shapes
+from odconv.ops.dynamic_conv import add_bias, checked_geometry, compute, compute_dtype
+from odconv.ops.policy import is_differentiated
+from odconv.ops.recompute import Step, apply, grouped_backward
+
+
+def mixed_conv(
+    x: Tensor,
+    mix: eager.Mix,
+    parts: Tensor,
+    shares: Tensor,
+    kernel_shape: Sequence[int],
+    *,
+    channel: Tensor | None = None,
+    filter: Tensor | None = None,
+    spatial: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve each sample with the kernel that `mix` makes for it, and keep no kernel for the backward pass.
+
+    The result is that of ``per_sample_conv(x, mix(parts, shares), ...)``. With gradients it works through the batch a
+    few samples at a time, and saves x, the parts, the shares and the attentions; the backward pass mixes again.
+
+    Args:
+        x: input, (B, C, L), (B, C, H, W) or (B, C, D, H, W).
+        mix: makes kernels, (B', O, C/groups, *kernel_size), of parts and the shares of B' samples, whatever B' is, with
+            differentiable operations and without randomness.
+        parts: what kernels are made of, the same for all samples, any shape.
+        shares: what each sample takes of it, (B, ...).
+        kernel_shape: (O, C/groups, *kernel_size).
+        channel, filter, spatial, bias, stride, padding, dilation, groups: as in :func:`per_sample_conv`.
+
+    Returns:
+        (B, O, *map), in x's dtype, or in the autocast dtype under autocast.
+
+    Raises:
+        ValueError: an argument's shape or value does not fit; the message names it and what is expected.
+        TypeError: x and parts differ in dtype outside autocast.
+    """
+    if shares.dim() == 0 or shares.shape[0] != x.shape[0]:
+        raise ValueError(f"shares must have shape (B, ...) with B = {x.shape[0]}, got {tuple(shares.shape)}")
+    attentions = Attentions(None, spatial, channel, filter)
+    check_shapes(x, parts.new_empty(()).expand(x.shape[0], *kernel_shape), attentions, bias, groups, per_sample=True)
+    x, geometry = checked_geometry(x, tuple(kernel_shape[2:]), stride, padding, dilation, groups)
+    dtype = compute_dtype(x, parts)
+    x, parts = x.to(dtype), parts.to(dtype)
+    given = Attentions(*(None if a is None else a.to(dtype) for a in (shares, spatial, channel, filter)))
+
+    def run(x: Tensor, parts: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+        weight = mix(parts, attentions.kernel)
+        return compute(x, weight, attentions._replace(kernel=None), None, geometry, per_sample=True)
+
+    if x.shape[0] > 0 and is_differentiated(x, parts, *given):
+        step = Step(run, geometry, math.prod(kernel_shape), False, mix, backward)
+        y = apply(step, x, parts, given)
+    else:
+        y = run(x, parts, given, geometry)
+    return add_bias(y, bias, None)
+
+
+def backward(
+    grad: Tensor, x: Tensor, mixed: Tensor, geometry: Geometry, to_x: bool, to_mixed: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of a kernel for each sample."""
+    if cpu.fits(x, mixed, geometry, True):
+        return cpu.backward_per_sample(grad, x, mixed, geometry, to_x, to_mixed)
+    return grouped_backward(grad, x, mixed, geometry, to_x, to_mixed)

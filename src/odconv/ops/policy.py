@@ -1,0 +1,106 @@
+"""Which backend computes a call: one policy for running, one for exporting, and the limits that measurements set.
+
+Every limit names the rows of benchmarks/results it comes from; ``odconv.explain`` says what is chosen for a layer.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from odconv.ops import cpu
+from odconv.ops.contract import Geometry, is_exported_sample, is_exporting, is_traced, is_transformed, surely
+
+FEW_POSITIONS = 64
+"""Kernels times positions up to which n full products beat mixing a kernel for each sample.
+
+Rows: layers_inference.csv, layers with a 1x1 or 2x2 output.
+"""
+LARGE_KERNEL = 2**20
+"""Numbers of a lone 1x1 kernel from which scaling a small map beats scaling the kernel, for a batch of one.
+
+Rows: layers_inference.csv, n = 1, batch 1, "2048->512 7x7 k1 s1 g1" and "512->2048 7x7 k1 s1 g1".
+"""
+
+
+class Choice(NamedTuple):
+    """A backend of the operator, and why it was chosen."""
+
+    backend: str
+    why: str
+
+
+def choose(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool, per_sample: bool = False) -> Choice:
+    """Return the cheapest backend for these shapes and this device.
+
+    Args:
+        x: input, (B, C, *map).
+        weight: n kernels, or one for each sample, (n or B, O, C/groups, *kernel_size).
+        geometry: stride, padding, dilation and groups.
+        differentiated: whether autograd wants gradients.
+        per_sample: whether weight has one kernel for each sample.
+    """
+    if is_traced():
+        return Choice("traced", "torch.jit.trace records sizes as they are, but for those of batch and map")
+    n = None if per_sample else weight.shape[0]
+    if is_exporting():
+        return choose_for_export(x, weight, geometry, n)
+    return choose_for_run(x, weight, geometry, n, differentiated)
+
+
+def choose_for_export(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None) -> Choice:
+    """Return the backend of an exported graph, in which the batch may be no number of groups; n is None per sample."""
+    dense = "shared" if n == 1 else "product"
+    if not is_exported_sample(x):
+        return Choice(dense, "an exported graph serves every batch")
+    if math.prod(weight.shape[3:]) > 1 and surely(is_small(x, weight, geometry)):
+        return Choice(dense, "the small map's columns are fewer numbers than the kernel, whose taps are scaled")
+    return Choice("single", "the exported batch is always one")
+
+
+def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, differentiated: bool) -> Choice:
+    """Return the backend of a call that computes now, or is compiled; n is None per sample."""
+    if x.shape[0] == 0:
+        return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
+    if (n or 1) * positions_of(x, geometry) == 1 or not cpu.fits(x, weight, geometry, differentiated):
+        return choose_plain(x, weight, geometry, n)
+    # A lone 1x1 kernel can do without a kernel per sample: a small map is scaled instead.
+    lone = n == math.prod(weight.shape[3:]) == geometry.groups == 1 and is_small(x, weight, geometry)
+    if lone and not differentiated and (x.shape[0] > 1 or weight.numel() >= LARGE_KERNEL):
+        return Choice("shared", "one 1x1 kernel on a small map: the map is scaled, and no kernel")
+    return Choice("cpu", "the compiled kernel for the CPU takes this shape and dtype")
+
+
+def choose_plain(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None) -> Choice:
+    """Return the cheapest backend in plain PyTorch; n is None per sample.
+
+    Mixed kernels cost |W| a sample and columns C * k * L: a map is unfolded where it has fewer positions than a group
+    has filters. A depth-wise kernel has one filter a group, so it never is.
+    """
+    small = is_small(x, weight, geometry)
+    if x.shape[0] == 1:
+        if n == 1 and small:
+            return Choice("shared", "one kernel: the small map's columns are scaled, and no kernel")
+        return Choice("single", "a batch of one is one ordinary convolution")
+    if not small:
+        return Choice("grouped", "a large map, or few filters a group: unfolding would cost more than a group a sample")
+    if n is not None and n * positions_of(x, geometry) <= FEW_POSITIONS:
+        return Choice("shared", "so few positions that n products cost less than mixing a kernel for each sample")
+    return Choice("shared" if n == 1 else "product", "a small map: its columns are cheap, and the products are dense")
+
+
+def positions_of(x: Tensor, geometry: Geometry) -> int:
+    """Return about how many positions the output has."""
+    return math.prod(x.shape[2:]) // math.prod(geometry.stride)
+
+
+def is_small(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Return whether a map has fewer positions than a group has filters."""
+    return positions_of(x, geometry) < weight.shape[1] // geometry.groups
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Return whether autograd will want gradients of these; compiled and exported graphs decide what to keep."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted and not (torch.compiler.is_compiling() or is_exporting() or is_transformed())
