@@ -13,7 +13,7 @@ from torch import nn
 from torch.export import Dim, export
 
 import odconv
-from odconv.conversion import options_of
+from odconv.conversion.convert import options_of
 from odconv.functional import dynamic_conv_transpose
 from odconv.layers import DynamicConvTranspose
 
