@@ -52,10 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=[*NETWORKS], choices=NETWORKS)
     parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--round", type=int, default=1, help="number of the rows, to measure again beside others")
     parser.add_argument("--seconds", type=float, default=15, help="time for each comparison, after warming up")
     parser.add_argument("--out", type=Path, default=RESULTS / "accelerating.csv", help="CSV to write")
     args = parser.parse_args()
-    sheet, where = Sheet(args.out, ("network", "mode", "batch", "size", "form", "threads")), origin()
+    sheet, where = Sheet(args.out, ("network", "mode", "batch", "size", "form", "threads", "round")), origin()
     for name in args.networks:
         torch.manual_seed(0)
         plain = NETWORKS[name]()
@@ -70,6 +71,7 @@ def main() -> None:
             ratio = round(measured["as it is"]["median_ms"] / measured["accelerated"]["median_ms"], 2)
             rows = [
                 {"network": name, "layers": layers, "mode": mode, "batch": batch, "size": args.size, "form": form}
+                | {"round": args.round}
                 | times
                 | {"times_as_fast": 1.0 if form == "as it is" else ratio, "load": load, "timm": timm.__version__}
                 | where

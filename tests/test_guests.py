@@ -176,6 +176,20 @@ def test_hooks_on_every_part_of_the_attention_are_called(part, batch):
     torch.testing.assert_close(logits(model, x), plain)
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_hooks_on_an_attention_meet_flat_tensors_and_can_name_them(train):
+    layer, x = odconv.ODConv2d(8, 6, 3, gain=2.0), torch.randn(3, 8, 7, 7)
+    seen = []
+    layer.attention.register_forward_hook(lambda attention, _, found: seen.append((found, attention.named(found))))
+    with torch.set_grad_enabled(train):
+        given = layer.train(train).attention(x)
+    found, named = seen[0]
+    assert [tuple(gates.shape) for gates in found] == [(3, 8), (3, 6), (3, 9), (3, 4)]
+    assert given.spatial.shape == (3, 3, 3)
+    for one, other in zip(named, given, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("other", ["subclass", "forward of its own"])
 def test_other_classes_in_the_attention_are_called(other, dtype):
