@@ -166,6 +166,7 @@ def test_a_switch_takes_no_name_for_its_value(capsys: pytest.CaptureFixture[str]
         (b"- lr\n", "holds no options"),
         (b"lr: [0.1\n", "is no YAML: .*expected"),
         (b"\x80\xff\x00", "is no YAML"),
+        (b"lr: " + b"[" * 10**5, "is no YAML"),
     ],
 )
 def test_bad_recipes(fails, content: bytes, expected: str, tmp_path: Path) -> None:

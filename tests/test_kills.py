@@ -4,16 +4,18 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from small_runs import OPTIONS, RANDOM, checkpoint, children, same_weights
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, get_args_parser
 
 from odconv.app.cli import main
 from odconv.app.data.pack import pack
@@ -55,90 +57,83 @@ def odconv_main(words: list[str]) -> None:
     sys.exit(main(words))
 
 
+def torchrun(options: tuple[str, ...], words: list[str]) -> None:
+    """What the command does, but that its processes are forked from this one."""
+    arguments = ["--max-restarts=1000", "--start-method=fork", *options, "-m", "odconv"]
+    config = config_from_args(get_args_parser().parse_args(arguments))[0]
+    elastic_launch(config, odconv_main)(words)
+
+
 class Alone:
     """One process, and another one that reads images for it; both are killed and started again."""
 
-    def __init__(self, words: list[str], random: Random, log: Path) -> None:
-        self.words = words
-        self.bring_up()
+    commands: tuple[tuple[str, ...], ...] = ((),)
 
-    def bring_up(self) -> None:
-        self.process = WARM.Process(target=odconv_main, args=(self.words,))
-        self.process.start()
+    def __init__(self, words: list[str], random: Random) -> None:
+        self.words, self.random = words, random
+        self.processes = [self.bring_up(options) for options in self.commands]
+
+    def bring_up(self, options: tuple[str, ...]) -> Any:
+        target, arguments = (torchrun, (options, self.words)) if options else (odconv_main, (self.words,))
+        process = WARM.Process(target=target, args=arguments)
+        process.start()
+        return process
 
     def running(self) -> bool:
-        return self.process.is_alive()
+        return all(process.is_alive() for process in self.processes)
+
+    def lose_last(self) -> None:
+        """Kill all of the last process, as if its machine were lost, and bring it back."""
+        lost = self.processes.pop()
+        kill(*tree(lost.pid))
+        lost.join()
+        self.processes.append(self.bring_up(self.commands[-1]))
 
     def kill_and_bring_back(self) -> None:
-        self.kill_all()
-        self.process.join()
-        self.bring_up()
+        self.lose_last()
 
     def kill_all(self) -> None:
-        kill(*tree(self.process.pid))
+        for process in self.processes:
+            kill(*tree(process.pid))
+            process.join()
 
     def finish(self) -> int:
-        self.process.join(SECONDS)
-        return self.process.exitcode
+        for process in self.processes:
+            process.join(SECONDS)
+        return max(process.exitcode for process in self.processes)
 
 
-class TwoProcesses:
+class TwoProcesses(Alone):
     """Two processes under torchrun; one of them is killed, and torchrun ends the other and starts both again."""
 
-    agents = (("--standalone", "--nproc_per_node=2"),)
+    commands = (("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--nproc_per_node=2"),)  # as --standalone
 
-    def __init__(self, words: list[str], random: Random, log: Path) -> None:
-        self.words, self.random, self.log = words, random, log
-        self.processes = [self.bring_up(agent) for agent in self.agents]
-
-    def bring_up(self, agent: tuple[str, ...]) -> subprocess.Popen:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=1000", *agent]
-        with self.log.open("ab") as log:
-            return subprocess.Popen([*launcher, "-m", "odconv", *self.words], stdout=log, stderr=log)
-
-    def running(self) -> bool:
-        return all(process.poll() is None for process in self.processes)
-
-    def trainers(self) -> list[int]:
-        return [
-            pid
-            for process in self.processes
-            for pid in children(process.pid)
-            if b"odconv" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+    def trainers(self) -> set[int]:
+        return {pid for process in self.processes for pid in children(process.pid)}
 
     def kill_and_bring_back(self) -> None:
         wait_until(lambda: len(self.trainers()) == 2, self.running)
         before = self.trainers()
-        kill(self.random.choice(before))
-        wait_until(lambda: not {*before} & {*self.trainers()}, self.running)
-
-    def kill_all(self) -> None:
-        kill(*(pid for process in self.processes for pid in tree(process.pid)))
-
-    def finish(self) -> int:
-        return max(process.wait(SECONDS) for process in self.processes)
+        kill(self.random.choice(sorted(before)))
+        wait_until(lambda: not before & self.trainers(), self.running)
 
 
 class TwoNodes(TwoProcesses):
     """Two torchruns as on two machines, each with one process; one machine is lost and comes back."""
 
-    def __init__(self, words: list[str], random: Random, log: Path) -> None:
+    def __init__(self, words: list[str], random: Random) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
-            place = f"127.0.0.1:{free.getsockname()[1]}"
-        common = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={place}", "--rdzv-id=7")
+            place = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+        common = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", place, "--local-addr=127.0.0.1")
         # a machine that is lost is missed after five seconds
         conf = "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=5,is_host"
-        self.agents = tuple((*common, "--local-addr=127.0.0.1", f"{conf}={host}") for host in ("true", "false"))
-        super().__init__(words, random, log)
+        self.commands = tuple((*common, f"{conf}={host}") for host in ("true", "false"))
+        super().__init__(words, random)
 
     def kill_and_bring_back(self) -> None:
         before = self.trainers()
-        lost = self.processes.pop()
-        kill(*tree(lost.pid))
-        lost.wait()
-        self.processes.append(self.bring_up(self.agents[1]))
-        wait_until(lambda: not {*before} & {*self.trainers()}, self.running)
+        self.lose_last()
+        wait_until(lambda: not before & self.trainers(), self.running)
 
 
 @pytest.mark.slow
@@ -149,7 +144,7 @@ class TwoNodes(TwoProcesses):
 )
 def test_kills_at_random_moments_change_no_weight(
     source: str,
-    kind: type[Alone | TwoProcesses],
+    kind: type[Alone],
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -164,9 +159,9 @@ def test_kills_at_random_moments_change_no_weight(
     # these images are noise: at temperature 1 the gradients would soon explode; no schedule depends on the last epoch
     options |= {"temp_epoch": 1000, "lr_decay": "step"}
 
-    def begin(kind: type[Alone | TwoProcesses], out: Path, **more: object) -> Alone | TwoProcesses:
+    def begin(kind: type[Alone], out: Path, **more: object) -> Alone:
         words = [f"--{name}={value}" for name, value in (options | more | {"out": out}).items()]
-        return kind(["train", *words], random, tmp_path / "log.txt")
+        return kind(["train", *words], random)
 
     def written() -> int:
         return last.stat().st_mtime_ns if last.exists() else 0

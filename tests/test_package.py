@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -54,6 +55,15 @@ def test_the_oldest_torch_is_the_one_that_is_tested() -> None:
     assert allowed is not None
     assert tested is not None
     assert allowed[1] == tested[1]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("goal", ["demo", "test", "yolo", "test-oldest"])
+def test_what_is_fetched_is_said_first(goal: str, tmp_path: Path) -> None:
+    words = ["make", "--dry-run", "--always-make", f"--directory={ROOT}", f"VENV={tmp_path}/venv", goal]
+    said, _, rest = subprocess.run(words, capture_output=True, text=True, check=True).stdout.partition("pip install")
+    assert re.search(r"echo .*about \d GB, \d GB on the disk", said)
+    assert "--editable" in rest
 
 
 def test_one_version_everywhere(built: tuple[Path, Path]) -> None:

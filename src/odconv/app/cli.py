@@ -173,7 +173,7 @@ def _find_recipe(name: str, command: str) -> str:
     if Path(name).is_file():
         try:
             options = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
+        except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"the recipe {name} is no YAML: {' '.join(str(error).split())}") from error
         if not options or not isinstance(options, dict):
             raise ValueError(f"the recipe {name} holds no options, such as lr: 0.1")
