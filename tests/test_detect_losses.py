@@ -1,5 +1,7 @@
 """What detectors learn from under mmdetection's conventions, against its rules written out, one box at a time."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -190,6 +192,48 @@ def test_what_is_found_on_an_image_does_not_depend_on_its_neighbours(name, backb
     assert len(wide["boxes"])
     for key, value in alone.items():
         torch.testing.assert_close(beside[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "backbone"), [("mask_rcnn", "od_mobilenetv2_050"), ("retinanet", "dy_resnet18")])
+def test_a_masked_pool_sees_no_padding(name, backbone):
+    torch.manual_seed(0)
+    model = odconv.create_detector(name, backbone, masked_pool=True, **SIZES).double()
+    pooled = []
+    for module in model.modules():
+        if isinstance(module, odconv.layers.Attention) and module.heads:
+            module.register_forward_pre_hook(lambda attention, args: pooled.append((attention.extent, args[0])))
+    image, wide = torch.rand(3, 96, 64).double(), torch.rand(3, 96, 160).double()
+    for training in (True, False):
+        pooled.clear()
+        model.train(training)
+        targets = [
+            targets_of((5.0, 5.0, 40.0, 60.0), size=(96, 64)),
+            targets_of((9.0, 9.0, 90.0, 60.0), size=(96, 160)),
+        ]
+        with torch.set_grad_enabled(training):
+            model([image, wide], targets if training else None)
+        for extent, x in pooled:
+            assert (extent * 160).round().tolist() == [[144, 96], [96, 160]]  # resized; padded to 160 x 160
+            means = []
+            for (height, width), one in zip([(144, 96), (96, 160)], x, strict=True):
+                rows, columns = (
+                    math.ceil(size * part / 160) for size, part in zip(one.shape[1:], (height, width), strict=True)
+                )
+                means.append(one[:, :rows, :columns].mean((1, 2)))
+            expected = torch.stack(means)
+            torch.testing.assert_close(odconv.layers.attention.pool(x, extent, x.dtype), expected)
+    assert all(module.extent is None for module in model.modules() if isinstance(module, odconv.layers.Attention))
+
+
+def test_extents_that_cannot_be_are_refused():
+    layer = odconv.ODConv2d(4, 4, 3)
+    for extent in (torch.ones(2, 3), torch.zeros(2, 2), torch.full((2, 2), 1.5), torch.ones(2)):
+        with pytest.raises(ValueError, match="extent must"), odconv.layers.pool_inside(layer, extent):
+            pass
+    with odconv.layers.pool_inside(layer, torch.ones(2, 2)):
+        x = torch.randn(2, 4, 6, 6)
+        y = layer(x)
+    torch.testing.assert_close(layer(x), y)
 
 
 def test_a_static_backbone_still_takes_its_images_at_once():

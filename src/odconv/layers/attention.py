@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +46,9 @@ class Attention(nn.Module):
 
     The `fc` and the heads are 1x1 convolutions only to keep the keys and shapes of published checkpoints.
     """
+
+    extent: Tensor | None = None
+    """The part of its maps that the attention pools over; see :func:`pool_inside`."""
 
     def __init__(
         self,
@@ -171,8 +174,7 @@ class Attention(nn.Module):
         device = x.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             dtype = torch.promote_types(x.dtype, torch.float32)
-            axes = tuple(range(2, x.dim()))
-            z = x.mean(axes) if x.dtype == dtype else x.mean(axes, dtype=dtype)  # some exporters know the first alone
+            z = pool(x, self.extent, dtype)
             if self.fc is not None:
                 z = self._normalise(self._project(self.fc, z)).relu()
             return tuple(self._gate(name, z) for name in self.heads)
@@ -234,6 +236,56 @@ class Attention(nn.Module):
         return self
 
 
+def pool(x: Tensor, extent: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the mean over each map of x, (B, C, *map) -> (B, C), or over the part that `extent` says.
+
+    Args:
+        x: the maps.
+        extent: share of each axis from its beginning, (B, dims), in 0 .. 1; None for whole maps.
+        dtype: of the result.
+    """
+    if extent is None:
+        axes = tuple(range(2, x.dim()))
+        return x.mean(axes) if x.dtype == dtype else x.mean(axes, dtype=dtype)  # some exporters know the first alone
+    z = x.to(dtype)
+    for share in reversed(extent.to(dtype).unbind(1)):
+        size = z.shape[-1]
+        # a position counts where some of it is inside; 1e-3 is for shares that were rounded
+        places = torch.arange(size, device=z.device, dtype=dtype)
+        inside = (places < (share * size - 1e-3)[:, None]).to(dtype)
+        inside = inside / inside.sum(1, keepdim=True).clamp(min=1)
+        z = (z.flatten(1, -2) @ inside[:, :, None]).reshape(z.shape[:-1])
+    return z
+
+
+@contextmanager
+def pool_inside(model: nn.Module, extent: Tensor) -> Iterator[None]:
+    """Let the attentions of a network pool over a part of each map, for batches of padded inputs.
+
+    Without it a global pool sees the padding that makes the inputs of a batch alike, and the attentions of a sample
+    depend on its neighbours. For layers of one number of axes; samples must keep their places in the batch.
+
+    Args:
+        model: the network.
+        extent: share of each axis of its input that is not padding, from the beginning, (B, dims), above 0, at most 1.
+
+    Raises:
+        ValueError: extent has another shape, or values out of range.
+    """
+    if extent.dim() != 2 or not bool(((extent > 0) & (extent <= 1)).all()):
+        raise ValueError(f"extent must be shares (B, dims) above 0 and at most 1, got {extent.tolist()}")
+    attentions = [part for part in model.modules() if isinstance(part, Attention)]
+    if any(attention.dims != extent.shape[1] for attention in attentions):
+        raise ValueError(f"extent must have a share for each axis of the layers' maps, got shape {tuple(extent.shape)}")
+    try:
+        for attention in attentions:
+            attention.extent = extent
+        yield
+    finally:
+        for attention in attentions:
+            attention.extent = None
+
+
 def leave_as_drawn() -> None:
     """Do nothing in place of a part's `reset_parameters`: the attention's own draws its parts together.
 
@@ -287,7 +339,7 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
         return None
     flops.watch()
     gates = torch.ops.odconv.attend(
-        x.mean(tuple(range(2, x.dim()))).contiguous(),
+        pool(x, attention.extent, x.dtype).contiguous(),
         fc,
         statistics,
         0.0 if norm is None else norm.eps,

@@ -31,6 +31,8 @@ class DetectConfig(RunConfig):
     """Keep the batch norm of the backbone in evaluation mode."""
     temperature: float = 1.0
     """Temperature of the attentions."""
+    masked_pool: bool = False
+    """Let attentions pool over the images alone, not over the padding of a batch; published detectors do not."""
     conventions: Conventions | None = None
     """Arithmetic of boxes and masks: torchvision or mmdetection; default: that of weights, else torchvision."""
     anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512)

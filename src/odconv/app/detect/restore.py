@@ -14,7 +14,17 @@ from odconv.models.detectors import mmdetection
 from odconv.models.detectors.builder import create_detector
 
 DESCRIPTION = (
-    *("kernel_num", "reduction", "layer_options", "conventions", "temperature", "anchor_sizes", "min_size", "max_size"),
+    *(
+        "kernel_num",
+        "reduction",
+        "layer_options",
+        "conventions",
+        "temperature",
+        "masked_pool",
+        "anchor_sizes",
+        "min_size",
+        "max_size",
+    ),
     *("score_threshold", "nms_threshold", "detections_per_image"),
 )
 """Options of a run that describe its detector, besides its kind and its backbone."""
@@ -76,6 +86,7 @@ def restore(
     reduction: float | None = None,
     conventions: str | None = None,
     temperature: float | None = None,
+    masked_pool: bool | None = None,
     classes: str | Sequence[str] | None = None,
     anchor_sizes: Sequence[int] | None = None,
     min_size: int | None = None,
@@ -95,6 +106,7 @@ def restore(
         reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
         conventions: torchvision or mmdetection; default: what the checkpoint says or is.
         temperature: Temperature of the attentions; default: what the checkpoint says, else 1.
+        masked_pool: Whether its attentions pool over the images alone; default: what the checkpoint says, else False.
         classes: Names of its classes in their order, such as cat,dog; default: what the checkpoint says, else those of
             COCO for 80 or, by category id, for 90, else class 1 and so on.
         anchor_sizes: Sides of its anchors in pixels, for the five levels; default: what the checkpoint says, else 32 to
@@ -121,6 +133,7 @@ def restore(
         "reduction": reduction,
         "conventions": conventions,
         "temperature": temperature,
+        "masked_pool": masked_pool,
         "anchor_sizes": anchor_sizes,
         "min_size": min_size,
         "max_size": max_size,

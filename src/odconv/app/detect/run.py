@@ -26,7 +26,7 @@ from odconv.checkpoints import find_checkpoint
 from odconv.models.detectors.builder import find_conventions
 from odconv.system.text import first_few
 
-FIXED = ("detector", "frozen_stages", "norm_eval", "temperature", "anchor_sizes", "group", "negatives")
+FIXED = ("detector", "frozen_stages", "norm_eval", "temperature", "masked_pool", "anchor_sizes", "group", "negatives")
 """Options of detectors that a resumed run must share with its checkpoint: the network, the order of the images."""
 
 logger = logging.getLogger(__name__)

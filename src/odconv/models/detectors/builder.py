@@ -45,6 +45,7 @@ def create_detector(
     frozen_stages: int = 1,
     norm_eval: bool = True,
     temperature: float | None = None,
+    masked_pool: bool = False,
     min_size: int | Sequence[int] = 800,
     max_size: int = 1333,
     anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
@@ -60,7 +61,7 @@ def create_detector(
     besides, dicts of `boxes` (N, 4) in pixels (x1, y1, x2, y2), `labels` (N) and, for Mask R-CNN, `masks` (N, H, W),
     and returns a dict of losses. In evaluation mode it returns for each image a dict of `boxes`, `labels`, `scores`
     and, from Mask R-CNN, `masks` (N, 1, H, W) with probabilities; a dynamic backbone then sees one image at a time, so
-    that what is found on an image does not depend on the padding that others make necessary.
+    that what is found on an image does not depend on the padding that others make necessary; but see `masked_pool`.
 
     Args:
         name: "faster_rcnn", "mask_rcnn" or "retinanet".
@@ -83,6 +84,8 @@ def create_detector(
         norm_eval: keep the backbone's batch norm, the attentions' included, in evaluation mode while training. Default
             True; its weights and biases are trained where their stage is. That of frozen stages always stays there.
         temperature: temperature of the attentions, above 0. Default: what `weights` record, else 1.
+        masked_pool: let the attentions pool over the images alone, not over the padding of a batch, in training as in
+            evaluation, which then takes whole batches. Default False, as published.
         min_size: length in pixels to which the shorter side of an image is resized; of several one is drawn for each
             image in training, and the last serves in evaluation. Default 800.
         max_size: limit of the longer side in pixels, which goes before. Default 1333.
@@ -146,9 +149,10 @@ def create_detector(
         f"{detector.prefix}nms_thresh": nms_threshold,
         f"{detector.prefix}detections_per_img": detections_per_image,
     }
-    model: nn.Module = builder(
+    model: Any = builder(
         Pyramid(network, single_stage, frozen_stages, norm_eval), num_classes=num_classes, **chosen | options
     )
+    model.masked_pool = masked_pool
     set_coder(model, FineCoder)
     fix_strides(model)
     if conventions == "mmdetection":
