@@ -1,15 +1,11 @@
 """Files from URLs: into the cache once, for any number of processes at a time."""
 
+import asyncio
 import hashlib
-import http.client
 import os
-import socket
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
@@ -17,8 +13,10 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from odconv.system.files import cache_folder, replacing
+from odconv.system.packages import needed_by
 
-SCHEMES = ("http", "https")
+WEB, STORES = ("http", "https"), {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
+"""Schemes of URLs, and the packages with which fsspec reads from a store."""
 ATTEMPTS = 4
 PAUSE = 1.0
 """Seconds before the second attempt; doubled before each further one."""
@@ -26,6 +24,8 @@ TIMEOUT = 30.0
 """Seconds without an answer, or without a byte."""
 SLOWEST = 10_000
 """Bytes a second that must come in the whole, TIMEOUT aside."""
+INDEX_TIME = 600.0
+"""Seconds that an index may take in all."""
 LARGEST_INDEX = 10**9
 """Bytes of an index, which has some 30 an image."""
 PASSING = (408, 425, 429)
@@ -46,13 +46,21 @@ def check_url(url: str) -> None:
     """See that a URL is one that data may come from.
 
     Raises:
-        ValueError: another scheme than http or https, no host, or more than a host and a path.
+        ValueError: another scheme, no host, or more than a host and a path.
+        ImportError: a store needs a package that is not installed.
     """
     parts = urlsplit(url)
-    if parts.scheme.lower() not in SCHEMES or not parts.hostname:
-        raise ValueError(f"data comes from a folder or from http://HOST/PATH or https://HOST/PATH, got {url!r}")
+    scheme = parts.scheme.lower()
+    if scheme not in (*WEB, *STORES) or not parts.netloc:
+        raise ValueError(
+            "data comes from a folder, from http://HOST/PATH or https://HOST/PATH, or from a store, s3://BUCKET/PATH, "
+            f"gs://BUCKET/PATH or az://CONTAINER/PATH, got {url!r}"
+        )
     if parts.query or parts.fragment or "@" in parts.netloc:
         raise ValueError(f"a URL of data must be that of a folder, without user name, '?' and '#', got {url!r}")
+    if scheme in STORES:
+        with needed_by(f"data at {scheme}://", STORES[scheme]):
+            import_module(STORES[scheme])
 
 
 def read_url(url: str) -> bytes:
@@ -64,7 +72,7 @@ def read_url(url: str) -> bytes:
 
     def attempt() -> bytes:
         content = bytearray()
-        for chunk in _receive(url):
+        for chunk in _receive(url, INDEX_TIME):
             content += chunk
             if len(content) > LARGEST_INDEX:
                 raise DownloadError(f"it has more than the {LARGEST_INDEX:,} bytes that an index may have", final=True)
@@ -121,7 +129,7 @@ def _persist(url: str, attempt: Callable[[], T]) -> T:
 def _download(url: str, path: Path, size: int, sha256: str) -> None:
     digest = hashlib.sha256()
     with replacing(path) as partial, partial.open("wb") as file:
-        for chunk in _receive(url):
+        for chunk in _receive(url, TIMEOUT + size / SLOWEST):
             digest.update(chunk)
             file.write(chunk)
             if file.tell() > size:
@@ -130,87 +138,39 @@ def _download(url: str, path: Path, size: int, sha256: str) -> None:
             raise DownloadError(f"it is not the file of {size} bytes that the index names")
 
 
-def _receive(url: str) -> Iterator[bytes]:
-    request = urllib.request.Request(url, headers={"User-Agent": "odconv"})
+def _receive(url: str, seconds: float) -> Iterator[bytes]:
+    """Yield what is at a URL as it comes; it may take so many seconds in all."""
+    import aiohttp
+
     began, received = time.monotonic(), 0
     try:
-        with _opener().open(request, timeout=TIMEOUT) as response:
-            while chunk := response.read1(1 << 20):  # what has come, where read would wait for all of it
+        with _stream(url, seconds) as stream:
+            while chunk := stream.read(1 << 20):
                 yield chunk
                 received += len(chunk)
                 if time.monotonic() - began > TIMEOUT + received / SLOWEST:
                     raise DownloadError(f"it comes at less than {SLOWEST:,} bytes a second")
-            if response.length:
-                raise DownloadError("the connection broke off")
-    except urllib.error.HTTPError as error:
-        final = error.code // 100 == 4 and error.code not in PASSING
-        raise DownloadError(f"the server answers {error.code} {error.reason}", final) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise DownloadError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+    except FileNotFoundError as error:
+        raise DownloadError("it is not there", final=True) from error
+    except aiohttp.ClientResponseError as error:
+        final = error.status // 100 == 4 and error.status not in PASSING
+        raise DownloadError(f"the server answers {error.status} {error.message}", final) from error
+    except (TimeoutError, asyncio.TimeoutError) as error:  # two classes in Python 3.10
+        raise DownloadError(f"no answer within {TIMEOUT:g} s, or not all of it within {seconds:g} s") from error
+    except (OSError, aiohttp.ClientError) as error:
+        raise DownloadError(str(error) or type(error).__name__) from error
 
 
-class _Timed:
-    """A connection of http.client of which neither the making nor the head of an answer takes longer than TIMEOUT."""
+def _stream(url: str, seconds: float) -> Any:
+    """Open a URL for reading from its beginning to its end."""
+    import fsspec
+    from aiohttp import ClientTimeout
 
-    sock: socket.socket | None
-
-    @contextmanager
-    def _limited(self) -> Iterator[None]:
-        late = threading.Event()
-        timer = threading.Timer(TIMEOUT, self._end, (late,))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            if late.is_set():  # what came so far may look like a whole answer
-                raise TimeoutError(f"no answer within {TIMEOUT:g} s")
-
-    def _end(self, late: threading.Event) -> None:
-        late.set()
-        if self.sock is not None:
-            with suppress(OSError):  # ended already
-                self.sock.shutdown(socket.SHUT_RDWR)
-
-    def connect(self) -> None:
-        with self._limited():
-            super().connect()  # type: ignore[misc]
-
-    def getresponse(self) -> Any:
-        with self._limited():
-            return super().getresponse()  # type: ignore[misc]
-
-
-class _Limited:
-    """A handler of urllib whose connections are _Timed."""
-
-    def do_open(self, http_class: type, req: urllib.request.Request, **arguments: Any) -> Any:
-        return super().do_open(type("Connection", (_Timed, http_class), {}), req, **arguments)  # type: ignore[misc]
-
-
-class _HTTPHandler(_Limited, urllib.request.HTTPHandler):  # type: ignore[misc]
-    pass
-
-
-class _HTTPSHandler(_Limited, urllib.request.HTTPSHandler):  # type: ignore[misc]
-    pass
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """Return an opener that, unlike urllib's own, is not led to ftp or a file by a redirection."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        _HTTPHandler,
-        _HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    return opener
+    if urlsplit(url).scheme not in ("http", "https"):
+        return fsspec.open(url, "rb").open()
+    web = fsspec.filesystem("http", client_kwargs={"trust_env": True})  # as to proxies
+    limits = ClientTimeout(total=seconds, sock_connect=TIMEOUT, sock_read=TIMEOUT)
+    return web.open(url, block_size=0, size=1, timeout=limits)  # some size, or else it asks for the size first
 
 
 def _lock_of(path: Path) -> Path:
