@@ -147,6 +147,16 @@ def test_what_nobody_foresaw_is_one_line_too(fails, monkeypatch: pytest.MonkeyPa
         main(["look", "--key", "x", "--debug"])
 
 
+@pytest.mark.parametrize(("package", "extra"), [("lightning", "train"), ("faster_coco_eval", "detect")])
+def test_the_extra_that_has_a_package_is_named(
+    fails, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMMANDS, "train", Command("odconv_without:train", ""))
+    error = ModuleNotFoundError(f"No module named {package!r}", name=package)
+    monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(error))
+    fails(rf"No module named '{package}'; .*: pip install 'odconv\[{extra}\]'", "train")
+
+
 def test_a_switch_takes_no_name_for_its_value(capsys: pytest.CaptureFixture[str]) -> None:
     def options(*arguments: str) -> dict:
         return parse_options("profile", profile, list(arguments))

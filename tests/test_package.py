@@ -12,6 +12,7 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,16 +91,18 @@ def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.slow
 def test_what_is_installed_trains_by_recipes(installed: Path, tmp_path: Path) -> None:
-    def odconv(*words: str) -> list[str]:
-        done = subprocess.run(
-            [installed, *words], capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        )  # fmt: skip
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }  # it may lead to this tree
+
+    def run(program: Path, *words: str) -> list[str]:
+        command, options = [str(program), *words], {"env": environment, "cwd": tmp_path}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
-    words = [str(installed.with_name("python")), "-c", "import odconv; print(odconv.__file__)"]
-    place = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    odconv = partial(run, installed)
+    (place,) = run(installed.with_name("python"), "-c", "import odconv; print(odconv.__file__)")
     assert Path(place).is_relative_to(installed.parents[1])
     assert len(odconv("recipes")) == 2 + 37
     little = ("--arch", "od_mobilenetv2_050", "--epochs", "1", "--batch_size", "256")

@@ -231,7 +231,8 @@ def _choices(hint: Any) -> Iterable[str]:
 
 def _explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("odconv"):
-        return f"{error}; the command line needs more packages: pip install 'odconv[train]'"
+        extra = "detect" if error.name == "faster_coco_eval" else "train"
+        return f"{error}; the command line needs more packages: pip install 'odconv[{extra}]'"
     if isinstance(error, PLAIN):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
