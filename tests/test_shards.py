@@ -658,9 +658,7 @@ def test_a_shard_that_cannot_be_had_is_warned_of_once(
 )
 def test_other_schemes_are_refused(url: str) -> None:
     assert is_sharded(url)
-    with pytest.raises(
-        ValueError, match="data comes from a folder, from http://HOST/PATH or"
-    ):
+    with pytest.raises(ValueError, match="data comes from a folder, from http://HOST/PATH or"):
         open_shards(url)
 
 
