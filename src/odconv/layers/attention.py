@@ -14,7 +14,7 @@ from torch.nn.modules import module as everywhere
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from odconv.layers.starts import check_start, draw_calm, draw_published
-from odconv.ops import cpu, flops
+from odconv.ops import cpu
 from odconv.ops.contract import Attentions, is_exporting, is_traced
 
 NORMS = ("batch", "group", "layer", "none")
@@ -253,9 +253,8 @@ def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
     own: list[Any] = [*statistics, *weights, *biases, *([] if fc is None else [fc])]
     if any(tensor is None or tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in own):
         return None
-    flops.watch()
-    gates = torch.ops.odconv.attend(
-        x.mean(tuple(range(2, x.dim()))).contiguous(),
+    gates = cpu.attend(
+        x,
         fc,
         statistics,
         0.0 if norm is None else norm.eps,

@@ -49,6 +49,14 @@ struct Weights {
   const T *shares, *taps, *rows, *lanes;  // (B, n), (B, taps), (B, groups * rows), (B, groups * lanes)
 };
 
+// What is added to each filter, of all samples or one of each.
+template <class T>
+struct Bias {
+  const T* data;
+  int64_t sample_step;
+  const T* of_sample(int64_t sample) const { return data ? data + sample * sample_step : nullptr; }
+};
+
 template <class T>
 Scales<T> scales_of(const Weights<T>& weights, const Kernels<T>& kernels, int64_t groups, int64_t group, int64_t sample,
                     const Tile& tile) {
@@ -104,7 +112,7 @@ void store(const T* sums, const Tile& tile, const Part& part, const Map<T>& out,
 // Convolve every sample of `source` with its own mixed kernel, into `out`.
 template <class T>
 void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& kernels, int64_t groups,
-              const Weights<T>& weights, int64_t batch, const std::vector<Phase>& phases) {
+              const Weights<T>& weights, const Bias<T>& bias, int64_t batch, const std::vector<Phase>& phases) {
   constexpr int L = Simd<T>::LANES;
   const std::vector<Span> rows = rows_of(kernels, 1), columns = columns_of(kernels);
   const int64_t threads = at::get_num_threads(), n = kernels.n, taps = kernels.taps, wide = columns.size();
@@ -174,9 +182,15 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
 
       for (int64_t c = 0; c < stack.count; ++c) {
         const Tile tile = tile_of<T>(rows[0], columns[stack.first + c]);
-        const T* from = sums + c * positions * VECTORS * L;
-        for (const Part* part = first; part < last; from += part->positions() * tile.vectors * L, ++part)
+        T* from = sums + c * positions * VECTORS * L;
+        for (const Part* part = first; part < last; from += part->positions() * tile.vectors * L, ++part) {
+          if (bias.data) {
+            const T* add = bias.of_sample(part->sample) + group * kernels.lanes + tile.first_lane;
+            for (int64_t p = 0; p < part->positions(); ++p)
+              for (int64_t l = 0; l < tile.lanes; ++l) from[p * tile.vectors * L + l] += add[l];
+          }
           store<T>(from, tile, *part, out, group * kernels.lanes + tile.first_lane, reading.offsets);
+        }
       }
     }
   });

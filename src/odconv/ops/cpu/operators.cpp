@@ -18,6 +18,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/movedim.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/view.h>
 #include <ATen/ops/zeros.h>
@@ -26,6 +27,8 @@
 
 #include "attend.h"
 #include "convolve.h"
+#include "depthwise.h"
+#include "half.h"
 #include "planes.h"
 
 namespace odconv {
@@ -53,6 +56,11 @@ const T* numbers(const Optional& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
+template <class T>
+Bias<T> bias_of(const Optional& bias) {
+  return {numbers<T>(bias), bias && bias->size(0) > 1 ? bias->size(1) : 0};
+}
+
 Geometry geometry_of(const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                      int64_t groups) {
   return {three(weight.sizes().slice(3), 1), three(stride, 1), three(padding, 0), three(dilation, 1), groups};
@@ -64,6 +72,8 @@ bool is_plain(const Tensor& tensor, const Tensor& x) {
   return tensor.is_contiguous() && tensor.dtype() == x.dtype() && tensor.device() == x.device();
 }
 
+bool is_half(const Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf; }
+
 bool are_numbers(const Tensor& x) {
   return x.layout() == at::kStrided && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
 }
@@ -72,8 +82,8 @@ bool are_numbers(const Tensor& x) {
 std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
                            const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
                            at::IntArrayRef dilation, int64_t groups) {
-  TORCH_CHECK(are_numbers(x) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0,
-              "odconv: x must have 1, 2 or 3 axes of space, numbers in float32 or float64, and some of them, got shape ", x.sizes());
+  TORCH_CHECK((are_numbers(x) || (is_half(x) && x.layout() == at::kStrided)) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0,
+              "odconv: x must have 1, 2 or 3 axes of space, numbers of floating point, and some of them, got shape ", x.sizes());
   TORCH_CHECK(weight.dim() == x.dim() + 1 && weight.numel() > 0 && is_plain(weight, x) && groups > 0 &&
                   weight.size(1) % groups == 0 && x.size(1) == weight.size(2) * groups,
               "odconv: x of shape ", x.sizes(), " does not fit a contiguous weight of shape ", weight.sizes(), " and its dtype, in ",
@@ -102,16 +112,24 @@ std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional
   return size;
 }
 
+Tensor pool_checked(const Tensor& x) {
+  TORCH_CHECK((are_numbers(x) || is_half(x)) && x.layout() == at::kStrided && x.dim() > 2 && x.numel() > 0,
+              "odconv: x must be a map of numbers of floating point, got shape ", x.sizes());
+  return pool(x);
+}
+
 std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, const std::vector<Tensor>& norm, double eps,
                                    const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                    at::ArrayRef<double> gains, const Optional& temperature) {
   TORCH_CHECK(are_numbers(pooled) && pooled.dim() == 2 && pooled.size(1) > 0 && pooled.is_contiguous(),
               "odconv: pooled must be contiguous numbers (B, C), got shape ", pooled.sizes());
+  TORCH_CHECK(!weights.empty() && (weights[0].dtype() == pooled.dtype() || (is_half(weights[0]) && pooled.scalar_type() == at::kFloat)),
+              "odconv: the layers of the attention must have the dtype of pooled, or 16 bits beside float32");
   const int64_t hidden = fc && fc->dim() > 0 ? fc->size(0) : pooled.size(1);
   auto fits = [&](const Tensor& tensor, int64_t rows, int64_t columns) {
-    return tensor.dim() > 0 && tensor.size(0) == rows && rows > 0 && tensor.numel() == rows * columns && is_plain(tensor, pooled);
+    return tensor.dim() > 0 && tensor.size(0) == rows && rows > 0 && tensor.numel() == rows * columns && is_plain(tensor, weights[0]);
   };
-  bool all = (!fc || fits(*fc, hidden, pooled.size(1))) && (norm.empty() || norm.size() == 4) && !weights.empty() &&
+  bool all = (!fc || fits(*fc, hidden, pooled.size(1))) && (norm.empty() || norm.size() == 4) &&
              biases.size() == weights.size() && gains.size() == weights.size();
   for (const Tensor& tensor : norm) all = all && fits(tensor, hidden, 1);
   for (size_t i = 0; all && i < weights.size(); ++i)
@@ -122,11 +140,74 @@ std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, con
   return attend(pooled, fc, norm, eps, weights, biases, gains, temperature);
 }
 
+// In bfloat16 and float16: on matrix units where there are any for the dtype, else in float32.
+Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
+                 const Optional& filter, const Optional& bias, const std::vector<int64_t>& size, const Geometry& g) {
+  const bool per_sample = !kernel && weight.size(0) > 1;
+  const int64_t filters = weight.size(1) / g.groups, channels = weight.size(2), one = weight.numel() / weight.size(0);
+  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
+  auto in_float = [](const Optional& tensor) { return tensor ? Optional(tensor->to(at::kFloat)) : tensor; };
+  const Optional shares = in_float(kernel), by_tap = in_float(spatial), by_channel = in_float(channel), by_filter = in_float(filter), add = in_float(bias);
+  const Weights<float> weights = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
+  const Tensor last = x.movedim(1, -1).contiguous();
+  std::vector<int64_t> shape = {size[0]};
+  shape.insert(shape.end(), size.begin() + 2, size.end());
+  shape.push_back(size[1]);
+  const Tensor out = at::empty(shape, x.options());
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Kernels<T> kernels = {weight.const_data_ptr<T>(), per_sample ? 1 : weight.size(0), one, channels, filters, taps, taps,
+                                channels * taps, per_sample ? one : 0};
+    convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, g.groups, weights, bias_of<float>(add), x.size(0),
+                     forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
+  };
+  x.scalar_type() == at::kHalf ? run(at::Half()) : run(at::BFloat16());
+  const Tensor y = out.movedim(-1, 1);
+  return y.contiguous(x.suggest_memory_format());
+}
+
+// Depth-wise, on channels-last maps.
+Tensor conv_depthwise(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
+                      const Optional& filter, const Optional& bias, const std::vector<int64_t>& size, const Geometry& g) {
+  auto in_sums = [&](const Optional& tensor) { return tensor && is_half(x) ? Optional(tensor->to(at::kFloat)) : tensor; };
+  const Tensor mixed = mixed_depthwise(*in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), x.size(0));
+  const Optional add = in_sums(bias);
+  const Tensor by_tap = mixed.transpose(1, 2).contiguous(), last = x.movedim(1, -1).contiguous();
+  std::vector<int64_t> shape = {size[0]};
+  shape.insert(shape.end(), size.begin() + 2, size.end());
+  shape.push_back(size[1]);
+  const Tensor out = at::empty(shape, x.options());
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    convolve_depthwise<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), by_tap.const_data_ptr<typename Stored<T>::Sum>(),
+                          bias_of<typename Stored<T>::Sum>(add), g.groups, x.size(0), forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
+  };
+  switch (x.scalar_type()) {
+    case at::kHalf: run(at::Half()); break;
+    case at::kBFloat16: run(at::BFloat16()); break;
+    case at::kDouble: run(double()); break;
+    default: run(float());
+  }
+  return out.movedim(-1, 1).contiguous(x.suggest_memory_format());
+}
+
 Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
             const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
-            at::IntArrayRef dilation, int64_t groups) {
+            at::IntArrayRef dilation, int64_t groups, const Optional& bias) {
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
+  TORCH_CHECK(!bias || (bias->dim() == 2 && (bias->size(0) == 1 || bias->size(0) == size[0]) && bias->size(1) == size[1] && is_plain(*bias, x)),
+              "odconv: bias must be contiguous numbers (1 or B, O) in the dtype of x");
   const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
+  const bool depthwise = weight.size(1) == groups && weight.size(2) == 1;
+  if (depthwise && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous()))
+    return conv_depthwise(x, weight, kernel, spatial, channel, filter, bias, size, g);
+  if (is_half(x)) {
+    if (at::native::cpublas::could_pack(x.scalar_type()) && (groups == 1 || weight.size(2) % 2 == 0))
+      return conv_half(x, weight, kernel, spatial, channel, filter, bias, size, g);
+    auto in_float = [](const Optional& tensor) { return tensor ? Optional(tensor->to(at::kFloat)) : tensor; };
+    return conv(x.to(at::kFloat), weight.to(at::kFloat), in_float(kernel), in_float(spatial), in_float(channel), in_float(filter),
+                stride, padding, dilation, groups, in_float(bias)).to(x.scalar_type());
+  }
   Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
   const int64_t filters = weight.size(1) / groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
@@ -139,10 +220,10 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const
     const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
     const auto out = map_of<T>(y, y.mutable_data_ptr<T>());
     if (by_plane(x, weight, groups) && y.is_contiguous())
-      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, groups, weights,
+      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, groups, weights, bias_of<T>(bias),
                                 x.size(0), forward_phase(g, out.size), g.stride, y.mutable_data_ptr<T>());
-    convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), out, kernels, groups, weights,
-                x.size(0), {forward_phase(g, out.size)});
+    convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), out, kernels, groups, weights, bias_of<T>(bias), x.size(0),
+                {forward_phase(g, out.size)});
   };
   x.scalar_type() == at::kDouble ? run(double()) : run(float());
   return y;
@@ -153,7 +234,7 @@ Gradients conv_backward(
     const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool to_x, bool to_weights) {
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
-  TORCH_CHECK(grad.sizes() == size && grad.dtype() == x.dtype() && grad.layout() == at::kStrided && grad.device() == x.device(),
+  TORCH_CHECK(are_numbers(x) && grad.sizes() == size && grad.dtype() == x.dtype() && grad.layout() == at::kStrided && grad.device() == x.device(),
               "odconv: grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
   if (weight.size(1) == groups && weight.size(2) == 1)
     return depthwise_backward(grad, x, weight, kernel, spatial, channel, filter, stride, padding, dilation, to_x, to_weights);
@@ -176,7 +257,7 @@ Gradients conv_backward(
       const auto out = map_of<T>(x_grad, x_grad.mutable_data_ptr<T>());
       const Kernels<T> kernels = {data, n, one, filters, channels, taps, channels * taps, taps, per_sample ? one : 0};
       const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
-      convolve<T>(upstream, out, kernels, groups, weights, batch, phases);
+      convolve<T>(upstream, out, kernels, groups, weights, {nullptr, 0}, batch, phases);
     }
     if (to_weights) {
       weight_grad = at::empty_like(weight);
@@ -209,5 +290,6 @@ Gradients conv_backward(
 TORCH_LIBRARY_IMPL(odconv, CPU, library) {
   library.impl("conv", odconv::conv);
   library.impl("conv_backward", odconv::conv_backward);
+  library.impl("pool", odconv::pool_checked);
   library.impl("attend", odconv::attend_checked);
 }

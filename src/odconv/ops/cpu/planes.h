@@ -26,7 +26,7 @@ namespace odconv {
 // to mix, or one for each sample.
 template <class T>
 void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, bool per_sample, int64_t channels, const Weights<T>& weights,
-                     int64_t batch, const Phase& phase, const Axes& stride, T* y) {
+                     const Bias<T>& bias, int64_t batch, const Phase& phase, const Axes& stride, T* y) {
   using S = Simd<T>;
   constexpr int L = S::LANES, BLOCK = 4;
   const int64_t taps = phase.taps.size(), plane = size[0] * size[2], outputs = phase.count[0] * phase.count[2];
@@ -90,14 +90,27 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
           for (int v = 0; v < BLOCK; ++v) block[v] += kernel[t] * S::load(padded + from[t] + q + v * L);
         for (int v = 0; v < BLOCK; ++v) S::store(sums + q + v * L, block[v]);
       }
+      const T add = bias.data ? bias.of_sample(b)[c] : T(0);
       for (int64_t i = 0; i < phase.count[0]; ++i)
-        std::copy_n(sums + i * pitch, phase.count[2], y + task * outputs + i * phase.count[2]);
+        for (int64_t k = 0; k < phase.count[2]; ++k) y[task * outputs + i * phase.count[2] + k] = sums[i * pitch + k] + add;
     }
   });
 }
 
 inline bool by_plane(const at::Tensor& x, const at::Tensor& weight, int64_t groups) {
   return weight.size(1) == groups && weight.size(2) == 1 && x.dim() < 5 && x.is_contiguous();
+}
+
+// The kernels of a depth-wise layer with all attentions, (B, C, taps), of weights (n, C, taps) or one for each sample.
+inline at::Tensor mixed_depthwise(const at::Tensor& weight, const std::optional<at::Tensor>& kernel, const std::optional<at::Tensor>& spatial,
+                                  const std::optional<at::Tensor>& channel, const std::optional<at::Tensor>& filter, int64_t batch) {
+  const int64_t n = weight.size(0), channels = weight.size(1);
+  const at::Tensor kernels = weight.reshape({n, channels, -1});
+  at::Tensor mixed = kernel ? kernel->mm(kernels.flatten(1)).view({batch, channels, -1}) : kernels;
+  if (spatial) mixed = mixed * spatial->reshape({batch, 1, -1});
+  if (channel) mixed = mixed * channel->unsqueeze(2);
+  if (filter) mixed = mixed * filter->unsqueeze(2);
+  return mixed.expand({batch, channels, -1});
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
