@@ -106,7 +106,12 @@ inline at::Tensor mixed_depthwise(const at::Tensor& weight, const std::optional<
                                   const std::optional<at::Tensor>& channel, const std::optional<at::Tensor>& filter, int64_t batch) {
   const int64_t n = weight.size(0), channels = weight.size(1);
   const at::Tensor kernels = weight.reshape({n, channels, -1});
-  at::Tensor mixed = kernel ? kernel->mm(kernels.flatten(1)).view({batch, channels, -1}) : kernels;
+  at::Tensor mixed = kernels;
+  if (kernel) {  // in one order of sums, whatever the batch is: a matrix product has several
+    auto share = [&](int64_t i) { return kernel->select(1, i).view({batch, 1, 1}); };
+    mixed = share(0) * kernels[0];
+    for (int64_t i = 1; i < n; ++i) mixed = mixed + share(i) * kernels[i];
+  }
   if (spatial) mixed = mixed * spatial->reshape({batch, 1, -1});
   if (channel) mixed = mixed * channel->unsqueeze(2);
   if (filter) mixed = mixed * filter->unsqueeze(2);
