@@ -23,6 +23,7 @@ BELOW = {  # the rooms that a room may import from
     "conversion": {"layers", "ops"},
     "freeze": {"conversion", "layers", "ops"},
     "fusion": {"layers"},
+    "explanation": {"layers", "ops"},
     "groups": {"layers"},
     "pruning": {"packages", "layers"},
     "acceleration": {"layers", "ops"},

@@ -341,7 +341,8 @@ def test_no_sanitizer_complains(tmp_path):
 
 USE = (
     "import torch; from odconv.ops import cpu; assert cpu.available();"
-    "torch.ops.odconv.conv(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 3, 3), *[None] * 4, [1, 1], [1, 1], [1, 1], 1, None)"
+    "x, weight, ones = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 3, 3), [1, 1];"
+    "torch.ops.odconv.conv(x, weight, *[None] * 4, ones, ones, ones, 1, None)"
 )
 
 

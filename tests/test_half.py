@@ -1,4 +1,4 @@
-"""The compiled kernel in bfloat16 and float16: as near to float64 as rounding allows, whatever the layout and the batch."""
+"""The compiled kernel in bfloat16 and float16: as near to float64 as rounding allows, in any layout, for any batch."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from odconv.ops.contract import Attentions, Geometry
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler, or not x86 with AVX2")
 DTYPES = [torch.bfloat16, torch.float16]
 
-# batch, channels, filters, n, map, taps, geometry: odd channels, groups, several blocks of filters and of positions, more
-# and fewer samples than kernels, and depth-wise layers, whose channels fill no whole number of vectors.
+# batch, channels, filters, n, map, taps, geometry: odd channels, groups, several blocks of filters and of positions,
+# more and fewer samples than kernels, and depth-wise layers, whose channels fill no whole number of vectors.
 PROBLEMS = [
     (1, 64, 130, 4, (14, 13), (3, 3), {"padding": 1}),
     (5, 70, 96, 4, (7, 7), (3, 3), {"padding": 1}),

@@ -5,6 +5,7 @@ from odconv.acceleration import accelerate, restore_forward
 from odconv.checkpoints import load_checkpoint
 from odconv.conversion import convert
 from odconv.detect import create_detector
+from odconv.explanation import explain
 from odconv.export import export_onnx
 from odconv.freeze import to_static
 from odconv.fusion import fuse
@@ -60,6 +61,7 @@ __all__ = [
     "convert",
     "create_detector",
     "create_model",
+    "explain",
     "export_onnx",
     "functional",
     "fuse",

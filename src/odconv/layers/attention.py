@@ -239,7 +239,7 @@ def fill_in_temperature(
 
 
 def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
-    """The attentions without gradients on the CPU, in one step where the compiled kernel has one; else None."""
+    """Return the attentions without gradients on the CPU, where the compiled kernel computes them; else None."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting() or not cpu.takes(x):
         return None
     norm, layers = attention.bn, [getattr(attention, f"{name}_fc") for name in attention.heads]
@@ -247,7 +247,7 @@ def fused_attention(attention: Attention, x: Tensor) -> Attentions | None:
         return None
     if norm is not None and (not isinstance(norm, BatchNorm) or norm.training or norm.running_mean is None):
         return None
-    statistics = [] if norm is None else [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    statistics: list[Any] = [] if norm is None else [norm.running_mean, norm.running_var, norm.weight, norm.bias]
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     fc = None if attention.fc is None else attention.fc.weight
     own: list[Any] = [*statistics, *weights, *biases, *([] if fc is None else [fc])]

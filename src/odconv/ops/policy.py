@@ -90,6 +90,17 @@ def choose_plain(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None) -
     return Choice("shared" if n == 1 else "product", "a small map: its columns are cheap, and the products are dense")
 
 
+def choose_transposed(x: Tensor) -> Choice:
+    """Return the backend of the transposed operator."""
+    if is_traced():
+        return Choice("traced", "torch.jit.trace records sizes as they are, but for those of batch and map")
+    if is_exporting() and not is_exported_sample(x):
+        return Choice("dense", "an exported graph serves every batch")
+    if not is_exporting() and x.shape[0] == 0:
+        return Choice("dense", "an empty batch is no number of groups")
+    return Choice("grouped", "a kernel is mixed for each sample, and each sample is a group")
+
+
 def positions_of(x: Tensor, geometry: Geometry) -> int:
     """Return about how many positions the output has."""
     return math.prod(x.shape[2:]) // math.prod(geometry.stride)

@@ -83,9 +83,7 @@ def differentiable_gradients(
     return _where_needed(y, again, needs, grad, create_graph=True)
 
 
-def mixture_gradients(
-    grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]
-) -> list[Tensor | None]:
+def mixture_gradients(grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]) -> list[Tensor | None]:
     """Return the gradients of a mixture of whole kernels, or of a kernel for each sample, by PyTorch's convolution."""
     weight, kernel = tensors[1], tensors[2]
     per_sample = kernel is None and weight.shape[0] > 1

@@ -56,7 +56,11 @@ def build() -> Path:
         *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *VECTORS[torch.backends.cpu.get_cpu_capability()],
-        *(HALF if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported() else ()),
+        *(
+            HALF
+            if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+            else ()
+        ),
     ]
     made_of = [
         *(file.read_text() for file in sorted(SOURCES.glob("*.[hc]*"))),
