@@ -1,8 +1,8 @@
-"""The compiled form for the CPU: C++ mixes a tile of kernels and multiplies it while it is in the cache.
+"""The compiled backend for the CPU: C++ mixes a tile of kernels and multiplies it while it is in the cache.
 
 It is compiled at its first use, in about fifteen seconds, kept in the cache folder (``$ODCONV_CACHE``, else
 ``$XDG_CACHE_HOME/odconv``, else ``~/.cache/odconv``), and loaded from there ever after; library.py sees to that. Where
-there is no compiler, or the processor is another than x86 with AVX2, the forms in plain PyTorch give the same results,
+there is no compiler, or the processor is another than x86 with AVX2, the backends in plain PyTorch give the same results,
 only slower. ``ODCONV_CPU_KERNEL=0`` asks for them.
 """
 
@@ -49,7 +49,7 @@ OPERATORS.define(
 
 
 def available() -> bool:
-    """Whether the compiled form can be used here; compiles it where it has not been yet."""
+    """Return whether the compiled kernel can be used here; compile it where it has not been yet."""
     return _load()
 
 
@@ -69,7 +69,7 @@ def _load() -> bool:
         library.load()
     except (OSError, RuntimeError) as error:
         warnings.warn(
-            f"odconv's CPU kernel could not be compiled, its slower forms in plain PyTorch are used instead: {error}. "
+            f"odconv's CPU kernel could not be compiled, slower backends in plain PyTorch are used instead: {error}. "
             "Set ODCONV_CPU_KERNEL=0 to use them without this warning.",
             stacklevel=2,
         )
@@ -78,7 +78,7 @@ def _load() -> bool:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the compiled form can compute with this tensor."""
+    """Return whether the compiled kernel can compute with this tensor."""
     return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and not is_transformed() and available()
 
 

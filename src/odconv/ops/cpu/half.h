@@ -140,9 +140,9 @@ void pack_pairs(const T* in, int64_t step, const Block& block, Buffer<float>& bu
   }
 }
 
-// Mix n packed kernels into one: gates has what the attentions of tap and channel multiply, [tap][channel], pairs complete.
+// Mix n packed kernels into one: factors has what the attentions of tap and channel multiply, [tap][channel], pairs complete.
 template <class T, int N>
-void mix_packed(const T* packed, int64_t n, const Block& block, const float* shares, const float* gates, T* out) {
+void mix_packed(const T* packed, int64_t n, const Block& block, const float* shares, const float* factors, T* out) {
   using H = Stored<T>;
   const int64_t size = block.packed(), kernels = N > 0 ? N : n;
   for (int64_t row = 0; row < block.taps * block.pairs(); ++row)
@@ -154,13 +154,13 @@ void mix_packed(const T* packed, int64_t n, const Block& block, const float* sha
         low += shares[i] * H::low(pairs);
         high += shares[i] * H::high(pairs);
       }
-      *reinterpret_cast<typename H::Bits*>(out + at) = H::pairs(low * gates[2 * row], high * gates[2 * row + 1]);
+      *reinterpret_cast<typename H::Bits*>(out + at) = H::pairs(low * factors[2 * row], high * factors[2 * row + 1]);
     }
 }
 
 // Mix n kernels in the order of memory, where that costs less than packing each of them: out is [filter][channel][tap].
 template <class T, int N>
-void mix_filters(const Kernels<T>& kernels, const Block& block, const float* shares, const float* gates, T* out) {
+void mix_filters(const Kernels<T>& kernels, const Block& block, const float* shares, const float* factors, T* out) {
   constexpr int L = Simd<float>::LANES;
   const int64_t n = N > 0 ? N : kernels.n, length = block.length();
   for (int64_t l = 0; l < block.filters.count; ++l, out += length) {
@@ -169,33 +169,33 @@ void mix_filters(const Kernels<T>& kernels, const Block& block, const float* sha
     for (; e + L <= length; e += L) {
       typename Stored<T>::Vec sum = shares[0] * Stored<T>::load(in + e);
       for (int64_t i = 1; i < n; ++i) sum += shares[i] * Stored<T>::load(in + i * kernels.size + e);
-      Stored<T>::store(out + e, sum * Simd<float>::load(gates + e));
+      Stored<T>::store(out + e, sum * Simd<float>::load(factors + e));
     }
     for (; e < length; ++e) {
       float sum = shares[0] * float(in[e]);
       for (int64_t i = 1; i < n; ++i) sum += shares[i] * float(in[i * kernels.size + e]);
-      out[e] = T(sum * gates[e]);
+      out[e] = T(sum * factors[e]);
     }
   }
 }
 
 // One sample's kernel, packed: mixed of packed ones, or mixed in the order of memory and then packed.
 template <class T>
-void mix_half(const Kernels<T>& kernels, const Block& block, const Weights<float>& weights, int64_t sample, int64_t own, bool packs_first,
+void mix_half(const Kernels<T>& kernels, const Block& block, const Gates<float>& gates, int64_t sample, int64_t own, bool packs_first,
               const T* packed, Scratch<float>& scratch, T* out) {
-  const float one = 1, *shares = weights.shares ? weights.shares + sample * kernels.n : &one;
+  const float one = 1, *shares = gates.shares ? gates.shares + sample * kernels.n : &one;
   const int64_t taps = block.taps, channels = block.channels, even = 2 * block.pairs();
-  float* gates = scratch.grad.get(taps * even);
+  float* factors = scratch.grad.get(taps * even);
   for (int64_t r = 0; r < channels; ++r)
     for (int64_t t = 0; t < taps; ++t)
-      gates[packs_first ? t * even + r : r * taps + t] = (weights.rows ? weights.rows[own * channels + r] : one) *
-                                                         (weights.taps ? weights.taps[sample * taps + t] : one);
+      factors[packs_first ? t * even + r : r * taps + t] = (gates.rows ? gates.rows[own * channels + r] : one) *
+                                                         (gates.taps ? gates.taps[sample * taps + t] : one);
   if (packs_first) {
-    for (int64_t t = 0; t < taps && even > channels; ++t) gates[t * even + channels] = 0;
-    (kernels.n == 1 ? mix_packed<T, 1> : kernels.n == 4 ? mix_packed<T, 4> : mix_packed<T, 0>)(packed, kernels.n, block, shares, gates, out);
+    for (int64_t t = 0; t < taps && even > channels; ++t) factors[t * even + channels] = 0;
+    (kernels.n == 1 ? mix_packed<T, 1> : kernels.n == 4 ? mix_packed<T, 4> : mix_packed<T, 0>)(packed, kernels.n, block, shares, factors, out);
   } else {
     T* filters = reinterpret_cast<T*>(scratch.window.get(ceil_div(block.filters.count * block.length(), 2)));
-    (kernels.n == 1 ? mix_filters<T, 1> : kernels.n == 4 ? mix_filters<T, 4> : mix_filters<T, 0>)(kernels, block, shares, gates, filters);
+    (kernels.n == 1 ? mix_filters<T, 1> : kernels.n == 4 ? mix_filters<T, 4> : mix_filters<T, 0>)(kernels, block, shares, factors, filters);
     pack_pairs<T>(filters, block.length(), block, scratch.blend, out);
   }
 }
@@ -215,7 +215,7 @@ void store_half(const float* sums, const float* filter, const float* bias, int64
 
 // Convolve every sample of a channels-last map, [sample][position][channel], with its own mixed kernel.
 template <class T>
-void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int64_t groups, const Weights<float>& weights,
+void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int64_t groups, const Gates<float>& gates,
                    const Bias<float>& bias, int64_t batch, const Phase& phase, T* y) {
   constexpr int L = Simd<float>::LANES;
   const int64_t channels = groups * kernels.rows, filters = groups * kernels.lanes, taps = kernels.taps;
@@ -266,8 +266,8 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int6
         if (packs_first && (task == begin || task % samples == 0))
           for (int64_t i = 0; i < n; ++i)
             pack_pairs<T>(here.data + i * here.size + lanes.first * here.lane_step, here.lane_step, block, scratch.blend, packed + i * block.packed());
-        mix_half<T>(here, block, weights, sample, own, packs_first, packed, scratch, mixed);
-        const float* filter = weights.lanes ? weights.lanes + own * kernels.lanes + lanes.first : nullptr;
+        mix_half<T>(here, block, gates, sample, own, packs_first, packed, scratch, mixed);
+        const float* filter = gates.lanes ? gates.lanes + own * kernels.lanes + lanes.first : nullptr;
         const float* add = bias.data ? bias.of_sample(sample) + group * kernels.lanes + lanes.first : nullptr;
         const T* map = maps + task % samples * padded + group * kernels.rows;
         T* to = y + sample * outputs * filters + group * kernels.lanes + lanes.first;

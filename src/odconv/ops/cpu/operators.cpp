@@ -11,8 +11,9 @@
 // Outputs, and gradients of the input, depend neither on the number of threads nor on the rest of the batch: each of their
 // sums has one order. Those of kernels and attentions run over the batch; they are the same from run to run.
 //
-// simd.h has the microkernel, kernels.h tiles of kernels, maps.h what meets what, convolve.h puts them together, planes.h is
-// for depth-wise layers, attend.h for the attention; this file makes operators of them.
+// simd.h has the microkernel, kernels.h tiles of kernels, maps.h what meets what; convolve.h puts them together and explains
+// the whole, half.h does so in bfloat16 and float16. planes.h is for depth-wise layers, depthwise.h for those on channels-last
+// maps, attend.h for the attention; this file makes operators of them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -148,7 +149,7 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
   auto in_float = [](const Optional& tensor) { return tensor ? Optional(tensor->to(at::kFloat)) : tensor; };
   const Optional shares = in_float(kernel), by_tap = in_float(spatial), by_channel = in_float(channel), by_filter = in_float(filter), add = in_float(bias);
-  const Weights<float> weights = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
+  const Gates<float> gates = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
   const Tensor last = x.movedim(1, -1).contiguous();
   std::vector<int64_t> shape = {size[0]};
   shape.insert(shape.end(), size.begin() + 2, size.end());
@@ -158,7 +159,7 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
     using T = decltype(zero);
     const Kernels<T> kernels = {weight.const_data_ptr<T>(), per_sample ? 1 : weight.size(0), one, channels, filters, taps, taps,
                                 channels * taps, per_sample ? one : 0};
-    convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, g.groups, weights, bias_of<float>(add), x.size(0),
+    convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, g.groups, gates, bias_of<float>(add), x.size(0),
                      forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
   };
   x.scalar_type() == at::kHalf ? run(at::Half()) : run(at::BFloat16());
@@ -217,12 +218,12 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const
     using T = decltype(zero);
     const T* data = weight.const_data_ptr<T>();
     const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
-    const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
+    const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
     const auto out = map_of<T>(y, y.mutable_data_ptr<T>());
     if (by_plane(x, weight, groups) && y.is_contiguous())
-      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, groups, weights, bias_of<T>(bias),
+      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, groups, gates, bias_of<T>(bias),
                                 x.size(0), forward_phase(g, out.size), g.stride, y.mutable_data_ptr<T>());
-    convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), out, kernels, groups, weights, bias_of<T>(bias), x.size(0),
+    convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), out, kernels, groups, gates, bias_of<T>(bias), x.size(0),
                 {forward_phase(g, out.size)});
   };
   x.scalar_type() == at::kDouble ? run(double()) : run(float());
@@ -256,22 +257,22 @@ Gradients conv_backward(
       x_grad = met * batch * x.size(1) == x.numel() ? at::empty_like(x) : at::zeros_like(x);
       const auto out = map_of<T>(x_grad, x_grad.mutable_data_ptr<T>());
       const Kernels<T> kernels = {data, n, one, filters, channels, taps, channels * taps, taps, per_sample ? one : 0};
-      const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
-      convolve<T>(upstream, out, kernels, groups, weights, {nullptr, 0}, batch, phases);
+      const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
+      convolve<T>(upstream, out, kernels, groups, gates, {nullptr, 0}, batch, phases);
     }
     if (to_weights) {
       weight_grad = at::empty_like(weight);
       const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
-      const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
-      const std::vector<Span> columns = columns_of(kernels);
-      const int64_t wide = columns.size();
-      const std::vector<Span> rows = rows_of(kernels, ceil_div(4 * at::get_num_threads(), wide * groups));
+      const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
+      const std::vector<Span> lanes = lane_blocks(kernels);
+      const int64_t wide = lanes.size();
+      const std::vector<Span> rows = row_blocks(kernels, ceil_div(4 * at::get_num_threads(), wide * groups));
       const int64_t high = rows.size(), count = groups * wide * high;
       Partial partial = {at::zeros({count, batch, n}, x.options()), at::zeros({count, batch, taps}, x.options()),
                             at::zeros({wide, batch, groups * channels}, x.options()),
                             at::zeros({high, batch, groups * filters}, x.options())};
-      gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, groups, weights,
-                   batch, forward_phase(g, upstream.size), rows, columns, weight_grad.mutable_data_ptr<T>(), partial);
+      gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, groups, gates,
+                   batch, forward_phase(g, upstream.size), rows, lanes, weight_grad.mutable_data_ptr<T>(), partial);
       kernel_grad = per_sample ? at::zeros({batch, batch}, x.options()) : partial.shares.sum(0);
       std::vector<int64_t> shape = {batch};
       for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);

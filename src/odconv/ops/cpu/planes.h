@@ -25,7 +25,7 @@ namespace odconv {
 // around it and taken apart by its coordinates modulo the stride, so that each tap reads it in one run. There are n kernels
 // to mix, or one for each sample.
 template <class T>
-void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, bool per_sample, int64_t channels, const Weights<T>& weights,
+void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, bool per_sample, int64_t channels, const Gates<T>& gates,
                      const Bias<T>& bias, int64_t batch, const Phase& phase, const Axes& stride, T* y) {
   using S = Simd<T>;
   constexpr int L = S::LANES, BLOCK = 4;
@@ -66,14 +66,14 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
         const int64_t last = std::min(channels, c + end - task) * taps;
         std::fill(base.begin(), base.end(), T(0));
         for (int64_t i = 0; i < (per_sample ? 1 : n); ++i) {
-          const T share = weights.shares ? weights.shares[b * n + i] : T(1);
+          const T share = gates.shares ? gates.shares[b * n + i] : T(1);
           const T* one = kernels + (per_sample ? b : i) * channels * taps;
           for (int64_t e = c * taps; e < last; ++e) base[e] += share * one[e];
         }
       }
-      const T scale = (weights.rows ? weights.rows[task] : T(1)) * (weights.lanes ? weights.lanes[task] : T(1));
+      const T scale = (gates.rows ? gates.rows[task] : T(1)) * (gates.lanes ? gates.lanes[task] : T(1));
       for (int64_t t = 0; t < taps; ++t)
-        kernel[t] = base[c * taps + t] * scale * (weights.taps ? weights.taps[b * taps + t] : T(1));
+        kernel[t] = base[c * taps + t] * scale * (gates.taps ? gates.taps[b * taps + t] : T(1));
       for (int64_t i = 0; i < size[0]; ++i)
         for (int64_t p = 0; p < stride[2] && row_at[i] >= 0; ++p) {
           const Run& run = columns[p];

@@ -103,14 +103,14 @@ struct Step {
 };
 
 template <class T, int M, int N>
-void multiply_tile(const T* const* a, const T* b, const Step* steps, int64_t count, T* out, bool add) {
+void multiply_tile(const T* const* a, const T* b, const Step* steps, int64_t count, T* out, bool accumulate) {
   using S = Simd<T>;
   typename S::Vec sums[M][N];
   const int width = N * S::LANES;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) sums[m][v] = add ? S::load(out + m * width + v * S::LANES) : typename S::Vec{};
+    for (int v = 0; v < N; ++v) sums[m][v] = accumulate ? S::load(out + m * width + v * S::LANES) : typename S::Vec{};
   for (int64_t j = 0; j < count; ++j) {
     const T* row = b + steps[j].b;
     const int64_t at = steps[j].a;
@@ -146,7 +146,7 @@ constexpr Multiply<T> pick(int64_t rows) {
 
 // out[row] (+)= the sum over steps, for `rows` rows that start at a[row]; out is `vectors` vectors wide.
 template <class T>
-void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const std::vector<Step>& steps, T* out, bool add) {
+void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const std::vector<Step>& steps, T* out, bool accumulate) {
   const int64_t tiles = ceil_div(rows, ROWS[vectors - 1]), width = vectors * Simd<T>::LANES;
   for (int64_t tile = 0; tile < tiles; ++tile) {  // of nearly equal height: a tile of a single row would be slow
     const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
@@ -154,7 +154,7 @@ void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const st
 #if defined(__AVX512F__)
     if (vectors > 2) run = vectors == 3 ? pick<T, 3>(count) : pick<T, 4>(count);
 #endif
-    run(a + first, b, steps.data(), steps.size(), out + first * width, add);
+    run(a + first, b, steps.data(), steps.size(), out + first * width, accumulate);
   }
 }
 
