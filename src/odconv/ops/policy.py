@@ -15,7 +15,8 @@ from odconv.ops.contract import Geometry, is_exported_sample, is_exporting, is_t
 FEW_POSITIONS = 64
 """Kernels times positions up to which n full products beat mixing a kernel for each sample in plain PyTorch.
 
-Rows: layers_small_maps.csv, n = 4, "shared" against "product": "128->128 4x4 k3 s1 g1" below, "64->64 8x8 k3 s1 g1" above.
+Rows: layers_small_maps.csv, n = 4, "shared" against "product": "128->128 4x4 k3 s1 g1" below, "64->64 8x8 k3 s1 g1"
+above.
 """
 FEWEST_POSITIONS, MANY_SAMPLES = 4, 8
 """The same, and the samples from which it holds, where the compiled kernel for the CPU mixes.
@@ -69,7 +70,8 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
     """Return the backend of a call that computes now, or is compiled; n is None per sample."""
     if x.shape[0] == 0:
         return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
-    fewest = FEWEST_POSITIONS if n is not None and x.shape[0] >= MANY_SAMPLES else 1
+    dense = n is not None and geometry.groups == 1
+    fewest = FEWEST_POSITIONS if dense and x.shape[0] >= MANY_SAMPLES else 1
     if (n or 1) * positions_of(x, geometry) <= fewest or not cpu.fits(x, weight, geometry, differentiated):
         return choose_plain(x, weight, geometry, n)
     # A lone 1x1 kernel can do without a kernel per sample: a small map is scaled instead.

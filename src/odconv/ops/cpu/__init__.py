@@ -2,8 +2,8 @@
 
 It is compiled at its first use, in about fifteen seconds, kept in the cache folder (``$ODCONV_CACHE``, else
 ``$XDG_CACHE_HOME/odconv``, else ``~/.cache/odconv``), and loaded from there ever after; library.py sees to that. Where
-there is no compiler, or the processor is another than x86 with AVX2, the backends in plain PyTorch give the same results,
-only slower. ``ODCONV_CPU_KERNEL=0`` asks for them.
+there is no compiler, or the processor is another than x86 with AVX2, the backends in plain PyTorch give the same
+results, only slower. ``ODCONV_CPU_KERNEL=0`` asks for them.
 """
 
 import math
