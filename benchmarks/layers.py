@@ -2,11 +2,13 @@
 
     python benchmarks/layers.py                                forward
     python benchmarks/layers.py --train                        forward and backward
-    python benchmarks/layers.py --forms cpu product grouped    named forms of the operator beside the chosen one
+    python benchmarks/layers.py --forms cpu product grouped    named backends of the operator beside the chosen one
+    python benchmarks/layers.py --models od_resnet18 --size 32 --batch 8 64 --forms cpu shared product grouped \\
+        --out benchmarks/results/layers_small_maps.csv         the maps of small images
 
 What is timed is the operator, its attentions given. Rows whose attentions are "kernel" have no other: ours is compared
 with timm's CondConv2d there, where timm is installed. Rows go to results/layers_MODE.csv as they come, the picture
-beside it; the limits in odconv.ops.dynamic_conv.choose are set by them. Ends with the rows in which ours is slower than
+beside it; the limits in odconv.ops.policy are set by them. Ends with the rows in which ours is slower than
 1.05 times the published form.
 """
 
@@ -48,7 +50,7 @@ class Layer(NamedTuple):
         return f"{channels}->{filters} {height}x{width} k{taps} s{self.geometry.stride[0]} g{self.geometry.groups}"
 
 
-def layers_of(models: Sequence[str], n: int, size: int = 224) -> list[Layer]:
+def layers_of(models: Sequence[str], n: int, size: int) -> list[Layer]:
     """The distinct dynamic layers of the networks on images of `size`, the largest maps first."""
     found: dict[str, Layer] = {}
 
@@ -135,6 +137,7 @@ def rows_of(times: dict[tuple[str, str], list[float]], keys: dict[str, Any]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, help="networks whose layers to take")
+    parser.add_argument("--size", type=int, default=224, help="of the images whose maps to take, in pixels")
     parser.add_argument("--kernel_num", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--forms", nargs="+", choices=BACKENDS, default=[], help="named forms to time besides")
@@ -146,7 +149,7 @@ def main() -> None:
     sheet = Sheet(args.out or RESULTS / f"layers_{mode}.csv", KEYS)
     where, slow = origin(), []
     for n in args.kernel_num:
-        for layer in layers_of(args.models, n):
+        for layer in layers_of(args.models, n, args.size):
             for batch in args.batch:
                 with torch.inference_mode(not args.train):
                     times = alternate(contenders(layer, batch, args.forms, args.train), args.seconds)

@@ -22,7 +22,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 from torchvision.transforms.functional import to_tensor
 
-from odconv.models.detectors import conventions, mmdetection
+from odconv.models.detectors import conventions, mmdetection_keys
 
 SMALL = {"min_size": 64, "max_size": 96}
 PARAMETERS = [  # detector, backbone, kernel_num, parameters, published millions, of them the unused classifier
@@ -392,7 +392,7 @@ def published(tmp_path_factory):
 def test_every_tensor_of_a_published_detector_has_its_place(published):
     state, detector = published
     ours = detector.state_dict()
-    translated = mmdetection.translate(state)
+    translated = mmdetection_keys.translate(state)
     assert translated.keys() == ours.keys()
     assert all(torch.equal(ours[key], value) for key, value in translated.items())
     used = sum(value.numel() for key, value in state.items() if "classifier" not in key)

@@ -9,7 +9,7 @@ from torch import nn
 import odconv
 
 torchvision = pytest.importorskip("torchvision")
-from odconv.models.detectors import losses  # noqa: E402
+from odconv.models.detectors import mmdetection_losses as losses  # noqa: E402
 
 SIZES = {"min_size": 96, "max_size": 160, "num_classes": 4}
 

@@ -26,7 +26,7 @@ from small_runs import (
 )
 
 from odconv.app.classify import evaluate, train
-from odconv.app.engine.files import LAST, PREVIOUS, CheckpointFiles
+from odconv.app.engine.checkpoint_io import LAST, PREVIOUS, CheckpointFiles
 
 HOT = {"temp_epoch": 1000}  # these images are noise: at temperature 1 the gradients would soon explode
 

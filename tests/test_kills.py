@@ -19,7 +19,7 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from odconv.app.cli import main
 from odconv.app.data.pack import pack
-from odconv.app.engine.files import LAST
+from odconv.app.engine.checkpoint_io import LAST
 
 KILLS = 30
 SECONDS = 600  # that anything may take on a busy machine

@@ -25,7 +25,7 @@ from odconv.app.classify.attention_log import IMAGES, AttentionStatistics
 from odconv.app.cli import main
 from odconv.app.engine.machine import describe_machine
 from odconv.app.pages.reports import compare, write_report
-from odconv.app.pages.reports.run import read_run
+from odconv.app.pages.reports.read_run import read_run
 from odconv.attentions import attention_statistics
 from odconv.attentions.statistics import COLUMNS, kernel_distance, mixture_entropy
 from odconv.attentions.verdicts import judge_kernels, summarize, verdict

@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader
 from odconv.app.cli import main
 from odconv.app.data import download, open_data, shards
 from odconv.app.data import pack as packing
+from odconv.app.data.index_shards import describe, index_shards
 from odconv.app.data.pack import pack
-from odconv.app.data.scan import describe, index_shards
 from odconv.app.data.shard_index import Index
 from odconv.app.data.shards import ShardError, Shards, is_sharded, open_shards
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from odconv.app.classify import TrainConfig, evaluate, train
 from odconv.app.classify.module import Evaluation, Training
 from odconv.app.data import IGNORE, normalise
-from odconv.app.engine.files import CheckpointFiles
+from odconv.app.engine.checkpoint_io import CheckpointFiles
 from odconv.app.engine.trainer import make_trainer
 
 
@@ -125,7 +125,7 @@ def test_going_on_in_another_folder(trained: Path, copy: Path, folder: Path, tmp
 
 
 def test_two_runs_cannot_share_a_folder(copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("odconv.app.engine.folder.LOCK_WAIT", 0.1)
+    monkeypatch.setattr("odconv.app.engine.run_folder.LOCK_WAIT", 0.1)
     options = AGAIN | {"data": str(folder), "out": str(copy), "resume": "auto"}
     hold = (
         "from filelock import FileLock\nwith FileLock(__import__('sys').argv[1]):\n    print(flush=True)\n    input()"

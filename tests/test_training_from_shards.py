@@ -15,7 +15,7 @@ from small_runs import OPTIONS, RANDOM, checkpoint, rows, same_weights, start, w
 from odconv.app.classify import evaluate, train
 from odconv.app.data import TrainingSampler, open_data
 from odconv.app.data.pack import pack
-from odconv.app.engine.files import LAST
+from odconv.app.engine.checkpoint_io import LAST
 
 
 @pytest.fixture(scope="module")

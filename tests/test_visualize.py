@@ -22,17 +22,17 @@ from odconv.app.cli import main
 from odconv.app.data import evaluation_transform, normalise, read_image
 from odconv.app.pages import plot_attentions, plot_history
 from odconv.app.pages.curves import draw_history
-from odconv.app.pages.inspection.gallery import explain_examples
-from odconv.app.pages.inspection.gradcam import choose_layer, grad_cam
-from odconv.app.pages.inspection.images import Pictures, choose, find, read
-from odconv.app.pages.inspection.overview import draw_deviations
-from odconv.app.pages.inspection.page import write_page
-from odconv.app.pages.inspection.subject import Subject
 from odconv.app.pages.reports.pictures import draw_cells
+from odconv.app.pages.visualize.gallery import explain_examples
+from odconv.app.pages.visualize.gradcam import choose_layer, grad_cam
+from odconv.app.pages.visualize.images import Pictures, choose, find, read
+from odconv.app.pages.visualize.overview import draw_deviations
+from odconv.app.pages.visualize.page import write_page
+from odconv.app.pages.visualize.subject import Subject
 from odconv.attentions import attention_statistics, record_attentions
-from odconv.attentions.classes import scatter
+from odconv.attentions.class_scatter import scatter
+from odconv.attentions.kernels import kernel_similarity, scatter_of_kernels
 from odconv.attentions.measurement import answer, measure
-from odconv.attentions.mixing import kernel_similarity, scatter_of_kernels
 from odconv.attentions.verdicts import deviation
 
 
@@ -214,7 +214,7 @@ def test_the_share_of_classes():
 )
 @pytest.mark.parametrize("numbers", [1, 1 << 22])
 def test_mixed_kernels_differ_as_the_static_ones_of_single_images_do(layer, numbers, monkeypatch):
-    monkeypatch.setattr("odconv.attentions.mixing.NUMBERS", numbers)
+    monkeypatch.setattr("odconv.attentions.kernels.NUMBERS", numbers)
     torch.manual_seed(0)
     layer.attention.init = "published"  # kernels that differ between images
     layer.reset_parameters()

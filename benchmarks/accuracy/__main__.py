@@ -21,7 +21,7 @@ from benchmarks.accuracy.training import FOLDERS, train
 from benchmarks.common import RESULTS, Sheet
 from filelock import FileLock, Timeout
 
-from odconv.app.engine.files import LAST, PREVIOUS
+from odconv.app.engine.checkpoint_io import LAST, PREVIOUS
 
 KEYS = (
     "dataset", "network", "method", "seed", "split", "epochs", "image_size", "train_images", "batch_size", "lr", "wd",

@@ -16,8 +16,8 @@ from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.history import AccuracyHistory
 from odconv.app.classify.module import Training
 from odconv.app.data import Images, open_data
+from odconv.app.engine.layer_options import count_parameters
 from odconv.app.engine.loaders import evaluation_loader, training_loader
-from odconv.app.engine.network import count_parameters
 from odconv.app.engine.resume import find_resumed
 from odconv.app.engine.trainer import make_training
 

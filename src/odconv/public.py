@@ -4,8 +4,8 @@ from odconv import functional
 from odconv.checkpoints import load_checkpoint
 from odconv.conversion.acceleration import accelerate, restore_forward
 from odconv.conversion.convert import convert
-from odconv.conversion.freeze import to_static
 from odconv.conversion.fusion import fuse
+from odconv.conversion.static import to_static
 from odconv.export import export_onnx
 from odconv.layers import (
     CondConv1d,
@@ -29,11 +29,11 @@ from odconv.layers import (
     ODConvTranspose3d,
     set_temperature,
 )
-from odconv.layers.groups import parameter_groups
+from odconv.layers.parameter_groups import parameter_groups
 from odconv.models.build import create_model
 from odconv.models.detectors.builder import create_detector
 from odconv.models.zoo import list_models
-from odconv.profiling import conversion_report, profile
+from odconv.profiling import conversion_report, explain, profile
 
 __all__ = [
     "CondConv1d",
@@ -60,6 +60,7 @@ __all__ = [
     "convert",
     "create_detector",
     "create_model",
+    "explain",
     "export_onnx",
     "functional",
     "fuse",

@@ -41,7 +41,7 @@ COMMANDS = {
     "detect export": Command("odconv.app.commands.export:export_backbone", "export a detector's backbone and pyramid"),
     "sort-val": Command("odconv.app.data:sort_validation", "sort ImageNet's flat validation folder into classes"),
     "pack": Command("odconv.app.data.pack:pack", "pack a folder of images into shards"),
-    "index": Command("odconv.app.data.scan:index_shards", "index shards that another tool packed"),
+    "index": Command("odconv.app.data.index_shards:index_shards", "index shards that another tool packed"),
 }
 
 USAGE = """usage: odconv COMMAND [options]

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odconv.attentions.classes import Scatter, scatter
-from odconv.attentions.mixing import kernel_similarity, scatter_of_kernels
+from odconv.attentions.class_scatter import Scatter, scatter
+from odconv.attentions.kernels import kernel_similarity, scatter_of_kernels
 from odconv.attentions.recording import recording
 from odconv.attentions.statistics import COLUMNS, describe_attentions
 from odconv.attentions.verdicts import KINDS, VERDICTS, Row, verdict

@@ -14,7 +14,7 @@ from torch.nn.modules import module as everywhere
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from odconv.layers.starts import check_start, draw_calm, draw_published
-from odconv.ops import cpu, flops
+from odconv.ops import cpu
 from odconv.ops.contract import Attentions, is_exporting, is_traced
 
 NORMS = ("batch", "group", "layer", "none")
@@ -320,10 +320,7 @@ def fill_in_temperature(
 
 
 def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | None:
-    """Return what :meth:`Attention.forward` does, without gradients on the CPU, in one step of the compiled kernel.
-
-    None where that has no such step.
-    """
+    """Return what :meth:`Attention.forward` does without gradients on the CPU where the compiled kernel does it."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting() or not cpu.takes(x):
         return None
     norm, layers = attention.bn, [getattr(attention, f"{name}_fc") for name in attention.heads]
@@ -331,15 +328,15 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
         return None
     if norm is not None and (not isinstance(norm, BatchNorm) or norm.training or norm.running_mean is None):
         return None
-    statistics = [] if norm is None else [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    statistics: list[Any] = [] if norm is None else [norm.running_mean, norm.running_var, norm.weight, norm.bias]
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     fc = None if attention.fc is None else attention.fc.weight
     own: list[Any] = [*statistics, *weights, *biases, *([] if fc is None else [fc])]
     if any(tensor is None or tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in own):
         return None
-    flops.watch()
-    gates = torch.ops.odconv.attend(
-        pool(x, attention.extent, x.dtype).contiguous(),
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    gates = cpu.attend(
+        cpu.pool(x) if attention.extent is None else pool(x, attention.extent, dtype),
         fc,
         statistics,
         0.0 if norm is None else norm.eps,

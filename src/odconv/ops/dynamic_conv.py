@@ -175,6 +175,8 @@ def compute(
             logger.debug("backend %s for x %s and weight %s: %s", backend, tuple(x.shape), tuple(weight.shape), why)
     else:
         check_backend(backend, x, per_sample)
+    if backend == "cpu":  # which adds the bias to what it writes
+        return cpu.convolve(x, weight, attentions, geometry, mixed_bias(bias, attentions.kernel, dtype))
     run = (PER_SAMPLE if per_sample else BACKENDS)[backend]
     if backend in EAGER and differentiated:
         y = recomputed(run, x, weight, attentions, geometry, per_sample)
@@ -195,14 +197,18 @@ def check_backend(backend: str, x: Tensor, per_sample: bool) -> None:
         raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
 
 
+def mixed_bias(bias: Tensor | None, kernel: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a bias as what is added to all samples, (O), or to each, (B, O): one of (n, O) is mixed by `kernel`."""
+    if bias is None:
+        return None
+    bias = bias.to(dtype)
+    return bias if bias.dim() == 1 or kernel is None else kernel @ bias
+
+
 def add_bias(y: Tensor, bias: Tensor | None, kernel: Tensor | None) -> Tensor:
     """Return y plus a bias, (O), (n, O) mixed by `kernel`, or (B, O) where that is None, in y's dtype."""
-    if bias is None:
-        return y
-    bias = bias.to(y.dtype)
-    if bias.dim() == 2:
-        return y + eager.over_map(bias if kernel is None else kernel @ bias, y)
-    return y + bias.view(-1, *(1,) * (y.dim() - 2))
+    bias = mixed_bias(bias, kernel, y.dtype)
+    return y if bias is None else y + eager.over_map(bias if bias.dim() == 2 else bias[None], y)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

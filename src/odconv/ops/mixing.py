@@ -74,6 +74,6 @@ def backward(
     grad: Tensor, x: Tensor, mixed: Tensor, geometry: Geometry, to_x: bool, to_mixed: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of a kernel for each sample."""
-    if cpu.fits(x, mixed, geometry, True):
+    if x.dtype not in cpu.HALF and cpu.fits(x, mixed, geometry, True):
         return cpu.backward_per_sample(grad, x, mixed, geometry, to_x, to_mixed)
     return grouped_backward(grad, x, mixed, geometry, to_x, to_mixed)

@@ -13,9 +13,16 @@ from odconv.ops import cpu
 from odconv.ops.contract import Geometry, is_exported_sample, is_exporting, is_traced, is_transformed, surely
 
 FEW_POSITIONS = 64
-"""Kernels times positions up to which n full products beat mixing a kernel for each sample.
+"""Kernels times positions up to which n full products beat mixing a kernel for each sample in plain PyTorch.
 
-Rows: layers_inference.csv, layers with a 1x1 or 2x2 output.
+Rows: layers_small_maps.csv, n = 4, "shared" against "product": "128->128 4x4 k3 s1 g1" below, "64->64 8x8 k3 s1 g1"
+above.
+"""
+FEWEST_POSITIONS, MANY_SAMPLES = 4, 8
+"""The same, and the samples from which it holds, where the compiled kernel for the CPU mixes.
+
+Rows: layers_small_maps.csv, "shared" against "cpu": n = 4, "256->512 2x2 k3 s2 g1" and n = 1, "256->256 2x2 k3 s1 g1"
+below; n = 4, "256->256 2x2 k3 s1 g1" above.
 """
 LARGE_KERNEL = 2**20
 """Numbers of a lone 1x1 kernel from which scaling a small map beats scaling the kernel, for a batch of one.
@@ -63,7 +70,9 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
     """Return the backend of a call that computes now, or is compiled; n is None per sample."""
     if x.shape[0] == 0:
         return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
-    if (n or 1) * positions_of(x, geometry) == 1 or not cpu.fits(x, weight, geometry, differentiated):
+    dense = n is not None and geometry.groups == 1
+    fewest = FEWEST_POSITIONS if dense and x.shape[0] >= MANY_SAMPLES else 1
+    if (n or 1) * positions_of(x, geometry) <= fewest or not cpu.fits(x, weight, geometry, differentiated):
         return choose_plain(x, weight, geometry, n)
     # A lone 1x1 kernel can do without a kernel per sample: a small map is scaled instead.
     lone = n == math.prod(weight.shape[3:]) == geometry.groups == 1 and is_small(x, weight, geometry)
@@ -88,6 +97,17 @@ def choose_plain(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None) -
     if n is not None and n * positions_of(x, geometry) <= FEW_POSITIONS:
         return Choice("shared", "so few positions that n products cost less than mixing a kernel for each sample")
     return Choice("shared" if n == 1 else "product", "a small map: its columns are cheap, and the products are dense")
+
+
+def choose_transposed(x: Tensor) -> Choice:
+    """Return the backend of the transposed operator."""
+    if is_traced():
+        return Choice("traced", "torch.jit.trace records sizes as they are, but for those of batch and map")
+    if is_exporting() and not is_exported_sample(x):
+        return Choice("dense", "an exported graph serves every batch")
+    if not is_exporting() and x.shape[0] == 0:
+        return Choice("dense", "an empty batch is no number of groups")
+    return Choice("grouped", "a kernel is mixed for each sample, and each sample is a group")
 
 
 def positions_of(x: Tensor, geometry: Geometry) -> int:

@@ -70,16 +70,7 @@ class _Recomputed(torch.autograd.Function):
         step, tensors, needs = ctx.step, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             return None, *differentiable_gradients(grad, tensors, step.geometry, needs, step.mix)
-        differentiate = _gradients if step.differentiate is None else _kernel_gradients
-        found: list[list[Tensor | None]] = []
-        start = 0
-        for chunk in _chunks(step, tensors):
-            stop = start + chunk[0].shape[0]
-            found.append(differentiate(step, grad[start:stop], chunk, needs))
-            start = stop
-        x, weight, *attentions = zip(*found, strict=True)
-        together = _joined if step.per_sample else _summed
-        return None, _joined(x), together(weight), *map(_joined, attentions)
+        return None, *_gradients(step, grad, tensors, needs)
 
 
 def differentiable_gradients(
@@ -92,7 +83,30 @@ def differentiable_gradients(
     return _where_needed(y, again, needs, grad, create_graph=True)
 
 
+def mixture_gradients(grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients of a mixture of whole kernels, or of a kernel for each sample, by PyTorch's convolution."""
+    weight, kernel = tensors[1], tensors[2]
+    per_sample = kernel is None and weight.shape[0] > 1
+    numbers = math.prod(weight.shape[1:])
+    step = Step(eager.grouped, geometry, numbers, per_sample, differentiate=grouped_backward)
+    return _gradients(step, grad, tensors, needs)
+
+
 def _gradients(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients of a step, a few samples at a time."""
+    differentiate = _through_backend if step.differentiate is None else _through_kernels
+    found: list[list[Tensor | None]] = []
+    start = 0
+    for chunk in _chunks(step, tensors):
+        stop = start + chunk[0].shape[0]
+        found.append(differentiate(step, grad[start:stop], chunk, needs))
+        start = stop
+    x, weight, *attentions = zip(*found, strict=True)
+    together = _joined if step.per_sample else _summed
+    return [_joined(x), together(weight), *map(_joined, attentions)]
+
+
+def _through_backend(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
     """Return what autograd finds through the backend, run once more."""
     with torch.enable_grad():
         again = _leaves(tensors, needs)
@@ -100,7 +114,7 @@ def _gradients(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]
     return _where_needed(y, again, needs, grad)
 
 
-def _kernel_gradients(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
+def _through_kernels(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
     """Return the gradients where only the kernels are mixed again, and the convolution is not repeated."""
     assert step.differentiate is not None
     x = tensors[0]

@@ -15,13 +15,11 @@ from odconv.ops.contract import (
     Geometry,
     Placement,
     check_shapes,
-    is_exported_sample,
-    is_exporting,
-    is_traced,
     per_axis,
 )
 from odconv.ops.dynamic_conv import add_bias, compute_dtype
 from odconv.ops.eager import mix, over_map
+from odconv.ops.policy import choose_transposed
 from odconv.ops.reference import TRANSPOSED, by_sample
 
 
@@ -83,10 +81,8 @@ def dynamic_conv_transpose(
     x, weight = x.to(dtype), weight.to(dtype)
     attentions = Attentions(*(None if a is None else a.to(dtype) for a in attentions))
 
-    if backend == "auto" and is_traced():
-        backend = "traced"
-    elif backend == "auto":  # exported, one graph serves every batch, which may be no number of groups then
-        backend = "grouped" if is_exported_sample(x) else "dense" if is_exporting() or x.shape[0] == 0 else "grouped"
+    if backend == "auto":
+        backend = choose_transposed(x).backend
     elif backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     elif backend == "grouped" and x.shape[0] == 0:

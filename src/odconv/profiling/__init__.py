@@ -1,17 +1,20 @@
 """What a network costs: parameters, multiply-adds and latency."""
 
-from odconv.profiling.conversion import Conversion, conversion_report
+from odconv.profiling.conversion_report import Conversion, conversion_report
 from odconv.profiling.count import Profile, Row, profile
+from odconv.profiling.explanation import Explanation, explain
 from odconv.profiling.latency import latencies
 from odconv.profiling.published import PUBLISHED, Published, published_table
 
 __all__ = [
     "PUBLISHED",
     "Conversion",
+    "Explanation",
     "Profile",
     "Published",
     "Row",
     "conversion_report",
+    "explain",
     "latencies",
     "profile",
     "published_table",

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.schedule import learning_rate, temperature, warmup
 from odconv.app.data import IGNORE, normalise
-from odconv.app.engine.learning import Learning
+from odconv.app.engine.training_module import Learning
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) and labels (B); IGNORE marks what must not count."""

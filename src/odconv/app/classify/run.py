@@ -18,13 +18,13 @@ from odconv.app.classify.module import Training
 from odconv.app.classify.schedule import temperature
 from odconv.app.data import open_data
 from odconv.app.data.transforms import evaluation_sizes
+from odconv.app.engine.checkpoint_io import BEST
 from odconv.app.engine.errors import explained
-from odconv.app.engine.files import BEST
-from odconv.app.engine.folder import lock_folder, write_beginning, write_result
 from odconv.app.engine.history import Row
+from odconv.app.engine.layer_options import count_parameters, layer_options, resolve_layers
 from odconv.app.engine.loaders import evaluation_loader, training_loader
-from odconv.app.engine.network import count_parameters, layer_options, resolve_layers
 from odconv.app.engine.resume import describe_resumption, find_resumed
+from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
 from odconv.app.engine.trainer import make_training
 from odconv.app.pages.reports import refresh_report
 from odconv.models.build import create_model, split_name

@@ -9,12 +9,12 @@ from typing import Any
 
 from odconv.app.classify.restore import restore
 from odconv.app.data import normalise
-from odconv.app.pages.inspection.gallery import explain_examples
-from odconv.app.pages.inspection.gradcam import choose_layer
-from odconv.app.pages.inspection.images import choose, read
-from odconv.app.pages.inspection.overview import class_share
-from odconv.app.pages.inspection.page import write_page
-from odconv.app.pages.inspection.subject import Subject, as_labels
+from odconv.app.pages.visualize.gallery import explain_examples
+from odconv.app.pages.visualize.gradcam import choose_layer
+from odconv.app.pages.visualize.images import choose, read
+from odconv.app.pages.visualize.overview import class_share
+from odconv.app.pages.visualize.page import write_page
+from odconv.app.pages.visualize.subject import Subject, as_labels
 from odconv.app.predict.names import class_names
 from odconv.attentions.measurement import CLASS_COLUMNS, WHOLE, Layer, answer, measure
 from odconv.attentions.statistics import COLUMNS

@@ -2,7 +2,7 @@
 
 from odconv.app.data.images import IGNORE, Images, find_existing, find_images, read_image, read_pixels, readable_images
 from odconv.app.data.sampler import EvaluationSampler, TrainingSampler
-from odconv.app.data.sort_val import sort_validation
+from odconv.app.data.sort_validation import sort_validation
 from odconv.app.data.splits import Splits, imagenet_names, open_data
 from odconv.app.data.transforms import Augment, evaluation_transform, normalise, training_transform
 

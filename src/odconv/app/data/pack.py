@@ -20,8 +20,8 @@ from rich.progress import Progress
 
 from odconv.app.data.archives import find_archive
 from odconv.app.data.images import LARGEST, Images
+from odconv.app.data.index_shards import describe, report
 from odconv.app.data.parallel import each
-from odconv.app.data.scan import describe, report
 from odconv.app.data.shard_index import VERSION, Index, Shard
 from odconv.app.data.splits import open_data
 from odconv.system.files import check_writable, open_regular, replacing

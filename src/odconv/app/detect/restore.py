@@ -7,10 +7,10 @@ from torch import nn
 
 from odconv.app.detect.config import DetectConfig, names
 from odconv.app.engine.config import check
-from odconv.app.engine.network import layer_options
+from odconv.app.engine.layer_options import layer_options
 from odconv.checkpoints import Checkpoint, find_checkpoint, malformed
 from odconv.models.build import check_described
-from odconv.models.detectors import mmdetection
+from odconv.models.detectors import mmdetection_keys
 from odconv.models.detectors.builder import create_detector
 
 DESCRIPTION = (
@@ -160,7 +160,7 @@ def _restore(checkpoint: Checkpoint, given: dict[str, Any], classes: str | Seque
     backbone = {name: described[name] for name in ("kernel_num", "reduction") if name in described}
     check_described(path, described["arch"], **backbone, **described.get("layer_options") or {})
     titles, categories = (notes["classes"], notes["categories"]) if notes else coco_classes(outputs)
-    if not notes and (noted := mmdetection.class_names(checkpoint, outputs - 1)):
+    if not notes and (noted := mmdetection_keys.class_names(checkpoint, outputs - 1)):
         known = dict(zip(titles, categories, strict=True))
         titles, categories = noted, [known.get(name, number) for number, name in enumerate(noted, 1)]
     if named := names(classes):

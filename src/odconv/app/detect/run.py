@@ -15,11 +15,11 @@ from odconv.app.detect.history import DetectionHistory
 from odconv.app.detect.loaders import make_loaders
 from odconv.app.detect.module import DetectorTraining
 from odconv.app.detect.restore import build
+from odconv.app.engine.checkpoint_io import BEST
 from odconv.app.engine.errors import explained
-from odconv.app.engine.files import BEST
-from odconv.app.engine.folder import lock_folder, write_beginning, write_result
-from odconv.app.engine.network import count_parameters, resolve_layers
+from odconv.app.engine.layer_options import count_parameters, resolve_layers
 from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
+from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
 from odconv.app.engine.trainer import make_training
 from odconv.app.pages.reports import refresh_report
 from odconv.checkpoints import find_checkpoint

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch.utils.data import DataLoader
 
 from odconv.app.data import EvaluationSampler, Images, TrainingSampler
-from odconv.app.engine.saving import SIGNALS
+from odconv.app.engine.checkpoint_callbacks import SIGNALS
 
 
 class Loader(DataLoader):

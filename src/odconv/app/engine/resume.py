@@ -7,8 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from odconv.app.engine.checkpoint_io import LAST, PREVIOUS
 from odconv.app.engine.config import RunConfig
-from odconv.app.engine.files import LAST, PREVIOUS
 from odconv.checkpoints import Checkpoint, malformed, read_checkpoint
 from odconv.system.text import first_few
 

@@ -18,9 +18,9 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgre
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
+from odconv.app.engine.checkpoint_callbacks import Best, Last
+from odconv.app.engine.checkpoint_io import CheckpointFiles
 from odconv.app.engine.config import Amp, RunConfig
-from odconv.app.engine.files import CheckpointFiles
-from odconv.app.engine.saving import Best, Last
 from odconv.app.engine.trace import Trace
 
 PRECISION: dict[Amp, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}

@@ -10,8 +10,8 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch import Tensor
 
 from odconv.app.data import find_existing, read_image
-from odconv.app.predict.ahead import ahead
 from odconv.app.predict.classifier import Classifier
+from odconv.app.predict.prefetch import ahead
 
 
 class Guess(NamedTuple):

@@ -9,7 +9,7 @@ from torch import nn
 from odconv.checkpoints import Checkpoint, Weights, find_checkpoint
 from odconv.layers import set_temperature, try_temperature
 from odconv.models.build import check_layer_options, create_model, make_dynamic, split_name
-from odconv.models.detectors import mmdetection
+from odconv.models.detectors import mmdetection_keys
 from odconv.models.detectors.weights import load_backbone, load_detector
 from odconv.system.text import suggest
 
@@ -191,7 +191,7 @@ def find_conventions(checkpoint: Checkpoint | None) -> Literal["torchvision", "m
     """Return with whose arithmetic a checkpoint was trained."""
     if checkpoint is None:
         return "torchvision"
-    published = mmdetection.is_checkpoint(checkpoint.state)
+    published = mmdetection_keys.is_checkpoint(checkpoint.state)
     return checkpoint.options.get("conventions", "mmdetection" if published else "torchvision")
 
 

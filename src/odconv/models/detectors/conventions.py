@@ -17,7 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from odconv.models.detectors import boxes
 from odconv.models.detectors.boxes import FineCoder, set_coder
-from odconv.models.detectors.losses import learn_as_mmdetection
+from odconv.models.detectors.mmdetection_losses import learn_as_mmdetection
 
 STRIDES = (*boxes.STRIDES, 64)
 """Pixels of the image for one of each level of the pyramid."""

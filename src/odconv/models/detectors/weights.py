@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from odconv.checkpoints import Weights, find_checkpoint, load_checkpoint
-from odconv.models.detectors import mmdetection
+from odconv.models.detectors import mmdetection_keys
 from odconv.system.text import first_few
 
 PREDICTOR = re.compile(
@@ -58,10 +58,10 @@ def load_detector(detector: nn.Module, weights: Weights, new_predictor: bool = F
     """
     checkpoint = find_checkpoint(weights)
     state = checkpoint.state
-    published = mmdetection.is_checkpoint(state)
+    published = mmdetection_keys.is_checkpoint(state)
     if published:
-        mmdetection.check_style(checkpoint)
-    translated = mmdetection.translate(state) if published else dict(state)
+        mmdetection_keys.check_style(checkpoint)
+    translated = mmdetection_keys.translate(state) if published else dict(state)
     own = detector.state_dict()
     if new_predictor:
         kept = {key: tensor.clone() for key, tensor in own.items() if PREDICTOR.search(key)}

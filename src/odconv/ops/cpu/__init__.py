@@ -1,9 +1,9 @@
-"""The compiled form for the CPU: C++ mixes a tile of kernels and multiplies it while it is in the cache.
+"""The compiled backend for the CPU: C++ mixes a tile of kernels and multiplies it while it is in the cache.
 
 It is compiled at its first use, in about fifteen seconds, kept in the cache folder (``$ODCONV_CACHE``, else
 ``$XDG_CACHE_HOME/odconv``, else ``~/.cache/odconv``), and loaded from there ever after; library.py sees to that. Where
-there is no compiler, or the processor is another than x86 with AVX2, the forms in plain PyTorch give the same results,
-only slower. ``ODCONV_CPU_KERNEL=0`` asks for them.
+there is no compiler, or the processor is another than x86 with AVX2, the backends in plain PyTorch give the same
+results, only slower. ``ODCONV_CPU_KERNEL=0`` asks for them.
 """
 
 import math
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from odconv.ops import flops
 from odconv.ops.contract import Attentions, Geometry, is_transformed, output_size
-from odconv.ops.recompute import differentiable_gradients
+from odconv.ops.recompute import differentiable_gradients, mixture_gradients
 
-DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)  # summed in float32
 LARGE_PLANE = 512
 """Positions of a depth-wise layer's map from which more than one sample is faster here than as groups.
 
@@ -34,7 +36,8 @@ ARGUMENTS = (
     "int[] stride, int[] padding, int[] dilation, int groups"
 )
 OPERATORS = torch.library.Library("odconv", "FRAGMENT")  # what they are is known before they are compiled
-OPERATORS.define(f"conv({ARGUMENTS}) -> Tensor")
+OPERATORS.define(f"conv({ARGUMENTS}, Tensor? bias) -> Tensor")
+OPERATORS.define("pool(Tensor x) -> Tensor")
 OPERATORS.define(
     f"conv_backward(Tensor grad, {ARGUMENTS}, bool to_x, bool to_weights) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -46,7 +49,7 @@ OPERATORS.define(
 
 
 def available() -> bool:
-    """Whether the compiled form can be used here; compiles it where it has not been yet."""
+    """Return whether the compiled kernel can be used here; compile it where it has not been yet."""
     return _load()
 
 
@@ -66,7 +69,7 @@ def _load() -> bool:
         library.load()
     except (OSError, RuntimeError) as error:
         warnings.warn(
-            f"odconv's CPU kernel could not be compiled, its slower forms in plain PyTorch are used instead: {error}. "
+            f"odconv's CPU kernel could not be compiled, slower backends in plain PyTorch are used instead: {error}. "
             "Set ODCONV_CPU_KERNEL=0 to use them without this warning.",
             stacklevel=2,
         )
@@ -75,31 +78,86 @@ def _load() -> bool:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the compiled form can compute with this tensor."""
+    """Return whether the compiled kernel can compute with this tensor."""
     return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and not is_transformed() and available()
 
 
 def fits(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) -> bool:
     """Return whether the compiled kernel can compute this, and does it faster than the other backends."""
     groups = geometry.groups
-    if groups == weight.shape[1] and weight.shape[2] == 1:  # depth-wise: vectors run over the positions of a plane
+    if is_depthwise(weight, groups) and runs_over_channels(x):
+        return not differentiated and groups >= WIDE_GROUP and takes(x)
+    if is_depthwise(weight, groups):  # vectors run over the positions of a plane
         large = max(geometry.stride) == 1 and math.prod(x.shape[2:]) >= LARGE_PLANE
         return x.dim() < 5 and x.is_contiguous() and (x.shape[0] == 1 or large) and takes(x)
     # Else they run over the filters of a group: a narrow group would leave them empty.
     return (groups == 1 or min(weight.shape[1] // groups, weight.shape[2]) >= WIDE_GROUP) and takes(x)
 
 
-def convolve(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-    """Mixed and multiplied tile by tile, in C++."""
+def is_depthwise(weight: Tensor, groups: int) -> bool:
+    """Return whether each group has one channel and one filter."""
+    return groups == weight.shape[1] and weight.shape[2] == 1
+
+
+def runs_over_channels(x: Tensor) -> bool:
+    """Return whether the vectors of a depth-wise layer run over channels: on channels-last maps, and in 16 bits."""
+    return x.dtype in HALF or x.movedim(1, -1).is_contiguous()
+
+
+def convolve(
+    x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry, bias: Tensor | None = None
+) -> Tensor:
+    """Mix and multiply tile by tile, in C++, and add a bias, (O) or (B, O), to what is written."""
     if not takes(x):
         raise ValueError(
-            "backend 'cpu' needs x on the CPU in float32 or float64, at least one sample, and a C++ compiler, "
+            "backend 'cpu' needs x on the CPU in floating point, at least one sample, and a C++ compiler, "
             f"got x of shape {tuple(x.shape)} on {x.device} in {x.dtype}"
         )
     y: Tensor = torch.ops.odconv.conv(
-        x, weight.contiguous(), *(None if a is None else a.contiguous() for a in attentions), *geometry
+        x,
+        weight.contiguous(),
+        *(None if a is None else a.contiguous() for a in attentions),
+        *geometry,
+        None if bias is None else bias.reshape(-1, weight.shape[1]).contiguous(),
     )
     return y
+
+
+def pool(x: Tensor) -> Tensor:
+    """Return the mean of each map of x, (B, C, *map) -> (B, C), in float32 or float64, without gradients."""
+    flops.watch()
+    pooled: Tensor = torch.ops.odconv.pool(x)
+    return pooled
+
+
+def attend(
+    pooled: Tensor,
+    fc: Tensor | None,
+    norm: list[Tensor],
+    eps: float,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gains: list[float],
+    temperature: Tensor | None,
+) -> list[Tensor]:
+    """Compute an attention behind its pool, without gradients.
+
+    Args:
+        pooled: means of what the attention looks at, (B, C), in float32 or float64.
+        fc: weight of the hidden layer, (h, C, ...), or None.
+        norm: running mean, running variance, weight and bias of the hidden layer's batch norm, or nothing.
+        eps: what batch norm adds to the variance.
+        weights: a weight (size, h, ...) for each head, in the input's dtype.
+        biases: a bias (size) for each head.
+        gains: a factor of each head's sigmoid, or 0 for a softmax.
+        temperature: divisor of all logits, or None.
+
+    Returns:
+        The gates of each head, (B, size), in float32 or float64.
+    """
+    flops.watch()
+    gates: list[Tensor] = torch.ops.odconv.attend(pooled, fc, norm, eps, weights, biases, gains, temperature)
+    return gates
 
 
 def backward_per_sample(
@@ -112,7 +170,8 @@ def backward_per_sample(
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, stride, padding, dilation, groups = inputs
+    *tensors, stride, padding, dilation, groups, bias = inputs
+    ctx.samples = None if bias is None else bias.shape[0]
     ctx.save_for_backward(*tensors)
     ctx.geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
 
@@ -121,9 +180,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
     if torch.is_grad_enabled():
         found = differentiable_gradients(grad, tensors, ctx.geometry, needs)
+    elif grad.dtype in HALF:
+        found = mixture_gradients(grad, tensors, ctx.geometry, needs)
     else:
         found = torch.ops.odconv.conv_backward(grad, *tensors, *ctx.geometry, needs[0], any(needs[1:]))
-    return *(tensor if need else None for tensor, need in zip(found, needs, strict=True)), *(None,) * 4
+    to_bias = None
+    if ctx.needs_input_grad[10]:
+        to_bias = grad.flatten(2).sum(2)
+        to_bias = to_bias.sum(0, keepdim=True) if ctx.samples == 1 else to_bias
+    return *(tensor if need else None for tensor, need in zip(found, needs, strict=True)), *(None,) * 4, to_bias
 
 
 def _fake(
@@ -137,6 +202,7 @@ def _fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    bias: Tensor | None,
 ) -> Tensor:
     size = output_size(x.shape[2:], weight.shape[3:], stride, padding, dilation)
     shape = (x.shape[0], weight.shape[1], *size)
@@ -154,6 +220,10 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple
     )
 
 
+def _fake_pool(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def _fake_attend(pooled: Tensor, fc: Tensor | None, norm: list, eps: float, weights: list, *rest: Any) -> list[Tensor]:
     return [pooled.new_empty(pooled.shape[0], weight.shape[0]) for weight in weights]
 
@@ -161,4 +231,5 @@ def _fake_attend(pooled: Tensor, fc: Tensor | None, norm: list, eps: float, weig
 torch.library.register_fake("odconv::conv", _fake)
 torch.library.register_fake("odconv::conv_backward", _fake_backward)
 torch.library.register_fake("odconv::attend", _fake_attend)
+torch.library.register_fake("odconv::pool", _fake_pool)
 torch.library.register_autograd("odconv::conv", _backward, setup_context=_save)

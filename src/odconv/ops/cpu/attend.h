@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/movedim.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/narrow.h>
 #include <ATen/ops/sigmoid.h>
@@ -16,29 +17,98 @@
 namespace odconv {
 
 // out = matrix x + bias, for a matrix of `rows` rows of `count` numbers; four rows at a time, to hide each other's latency.
-template <class T>
-void apply(const T* matrix, int64_t rows, int64_t count, const T* x, const T* bias, T* out) {
+template <class M, class T = typename Stored<M>::Sum>
+void apply(const M* matrix, int64_t rows, int64_t count, const T* x, const M* bias, T* out) {
   using S = Simd<T>;
   for (int64_t row = 0; row < rows; row += 4) {
-    const T* at[4];
+    const M* at[4];
     for (int64_t i = 0; i < 4; ++i) at[i] = matrix + std::min(row + i, rows - 1) * count;
     typename S::Vec sums[4] = {};
     T ends[4] = {};
     int64_t j = 0;
     for (; j + S::LANES <= count; j += S::LANES)
-      for (int i = 0; i < 4; ++i) sums[i] += S::load(at[i] + j) * S::load(x + j);
+      for (int i = 0; i < 4; ++i) sums[i] += Stored<M>::load(at[i] + j) * S::load(x + j);
     for (; j < count; ++j)
-      for (int i = 0; i < 4; ++i) ends[i] += at[i][j] * x[j];
+      for (int i = 0; i < 4; ++i) ends[i] += T(at[i][j]) * x[j];
     for (int64_t i = 0; i < 4 && row + i < rows; ++i) {
       T sum = ends[i];
       for (int l = 0; l < S::LANES; ++l) sum += sums[i][l];
-      out[row + i] = bias ? sum + bias[row + i] : sum;
+      out[row + i] = bias ? sum + T(bias[row + i]) : sum;
     }
   }
 }
 
+// Sums of `count` numbers, or of `count` vectors that lie `step` apart, in blocks, so that rounding does not grow with count.
+template <class T>
+void sum_channels(const T* x, int64_t count, int64_t channels, typename Stored<T>::Sum* out) {
+  using S = Stored<T>;
+  using Sum = typename S::Sum;
+  constexpr int64_t L = Simd<Sum>::LANES, BLOCK = 64;
+  const int64_t whole = channels / L * L;
+  std::fill_n(out, channels, Sum(0));
+  std::vector<Sum> part(channels);
+  for (int64_t first = 0; first < count; first += BLOCK) {
+    std::fill(part.begin(), part.end(), Sum(0));
+    for (int64_t i = first; i < std::min(first + BLOCK, count); ++i) {
+      const T* in = x + i * channels;
+      for (int64_t c = 0; c < whole; c += L) Simd<Sum>::store(&part[c], Simd<Sum>::load(&part[c]) + S::load(in + c));
+      for (int64_t c = whole; c < channels; ++c) part[c] += Sum(in[c]);
+    }
+    for (int64_t c = 0; c < channels; ++c) out[c] += part[c];
+  }
+}
+
+template <class T>
+typename Stored<T>::Sum sum_run(const T* x, int64_t count) {
+  using S = Stored<T>;
+  using Sum = typename S::Sum;
+  constexpr int64_t L = Simd<Sum>::LANES, BLOCK = 4 * L;
+  typename S::Vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + BLOCK <= count; i += BLOCK)
+    for (int v = 0; v < 4; ++v) sums[v] += S::load(x + i + v * L);
+  const typename S::Vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  Sum sum = 0;
+  for (; i < count; ++i) sum += Sum(x[i]);
+  for (int l = 0; l < L; ++l) sum += all[l];
+  return sum;
+}
+
+// The mean of each channel, (B, C), of maps of any layout, in float32 or float64.
+inline at::Tensor pool(const at::Tensor& x) {
+  const at::Tensor last = x.movedim(1, -1);
+  const bool channels_last = last.is_contiguous();
+  const at::Tensor maps = channels_last ? last : x.contiguous();
+  const int64_t batch = x.size(0), channels = x.size(1), positions = x.numel() / (batch * channels);
+  const bool half = x.element_size() == 2;
+  at::Tensor out = at::empty({batch, channels}, x.options().dtype(half ? at::kFloat : x.scalar_type()));
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    using Sum = typename Stored<T>::Sum;
+    const T* in = maps.const_data_ptr<T>();
+    Sum* means = out.mutable_data_ptr<Sum>();
+    at::parallel_for(0, batch * (channels_last ? 1 : channels), std::max<int64_t>(1, 32768 / (positions * (channels_last ? channels : 1))),
+                     [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        if (channels_last)
+          sum_channels<T>(in + i * positions * channels, positions, channels, means + i * channels);
+        else
+          means[i] = sum_run<T>(in + i * positions, positions);
+      const int64_t each = channels_last ? channels : 1;
+      for (int64_t i = begin * each; i < end * each; ++i) means[i] /= Sum(positions);
+    });
+  };
+  switch (x.scalar_type()) {
+    case at::kHalf: run(at::Half()); break;
+    case at::kBFloat16: run(at::BFloat16()); break;
+    case at::kDouble: run(double()); break;
+    default: run(float());
+  }
+  return out;
+}
+
 // fc -> batch norm by its running statistics -> ReLU -> heads -> gates, for pooled inputs (B, C). `norm` holds mean,
-// variance, weight and bias, or nothing. A head is a weight (O, h), its bias, and its sigmoid's gain, or 0 for a softmax.
+// variance, weight and bias, or nothing. Parameters of 16 bits are computed with in float32, in which the inputs then are. A head is a weight (O, h), its bias, and its sigmoid's gain, or 0 for a softmax.
 inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optional<at::Tensor>& fc, const std::vector<at::Tensor>& norm, double eps,
                            const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& biases,
                            at::ArrayRef<double> gains, const std::optional<at::Tensor>& temperature) {
@@ -50,7 +120,8 @@ inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optio
   at::Tensor logits = at::empty({batch * outputs}, pooled.options());  // those of a head lie together, to be its gates
   std::vector<at::Tensor> gates;
   auto run = [&](auto zero) {
-    using T = decltype(zero);
+    using M = decltype(zero);
+    using T = typename Stored<M>::Sum;
     const T* x = pooled.const_data_ptr<T>();
     T* out = logits.mutable_data_ptr<T>();
     at::parallel_for(0, batch, std::max<int64_t>(1, 65536 / work), [&](int64_t begin, int64_t end) {
@@ -58,11 +129,11 @@ inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optio
       for (int64_t b = begin; b < end; ++b) {
         const T* in = x + b * channels;
         if (fc) {
-          apply<T>(fc->const_data_ptr<T>(), hidden, channels, in, nullptr, z.data());
+          apply<M>(fc->const_data_ptr<M>(), hidden, channels, in, nullptr, z.data());
           for (int64_t h = 0; h < hidden; ++h) {
             if (!norm.empty()) {
-              const T scale = norm[2].const_data_ptr<T>()[h] / std::sqrt(norm[1].const_data_ptr<T>()[h] + T(eps));
-              z[h] = (z[h] - norm[0].const_data_ptr<T>()[h]) * scale + norm[3].const_data_ptr<T>()[h];
+              auto of = [&](int i) { return T(norm[i].const_data_ptr<M>()[h]); };
+              z[h] = (z[h] - of(0)) * (of(2) / std::sqrt(of(1) + T(eps))) + of(3);
             }
             z[h] = z[h] < 0 ? T(0) : z[h];  // as torch's ReLU, a NaN stays
           }
@@ -72,14 +143,19 @@ inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optio
         for (size_t i = 0; i < weights.size(); ++i) {
           const int64_t size = weights[i].size(0);
           T* row = to + b * size;
-          apply<T>(weights[i].const_data_ptr<T>(), size, hidden, in, biases[i].const_data_ptr<T>(), row);
+          apply<M>(weights[i].const_data_ptr<M>(), size, hidden, in, biases[i].const_data_ptr<M>(), row);
           for (int64_t o = 0; o < size; ++o) row[o] /= T(divisor);
           to += batch * size;
         }
       }
     });
   };
-  pooled.scalar_type() == at::kDouble ? run(double()) : run(float());
+  switch (weights[0].scalar_type()) {
+    case at::kHalf: run(at::Half()); break;
+    case at::kBFloat16: run(at::BFloat16()); break;
+    case at::kDouble: run(double()); break;
+    default: run(float());
+  }
   int64_t first = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t size = weights[i].size(0);

@@ -1,4 +1,37 @@
-// The operator: convolving each sample with its own mixed kernel, and the gradients of the kernels and attentions.
+// The operator in float32 and float64: convolving each sample with its own mixed kernel, and the gradients of kernels and
+// attentions.
+//
+// Both are matrix products without unfolding, in the way of GotoBLAS and BLIS: operands are packed into the cache and met by
+// one microkernel (multiply, simd.h), which accumulates a few rows of a product in registers. In words:
+//
+//   row      what a product sums over besides the taps: input channels, forward (output channels in the gradient of x)
+//   lane     what the vectors run over: output channels, forward
+//   tile     rows x lanes of the kernels, with all taps, as large as the first-level cache takes mixed: [tap][row][lane]
+//   panel    some lines of one sample's outputs: its positions are the rows m of out[m][:] (maps.h)
+//   window   what a panel reads of the map: the map itself, or a copy with zeros around it (maps.h)
+//   packed   a tile of each of the n kernels, in a tile's order; mixing adds them up by a sample's shares, times its gates
+//
+// convolve, forward and for the gradient of x:
+//
+//   for each task = some tiles side by side x some panels     (in parallel; blocks of lanes x panels that share packed tiles)
+//     for each block of rows
+//       pack the n kernels' tiles                               -> packed, or one tile where the sample's kernel was blended
+//       for each panel, for each tile
+//         if the panel begins a sample: mix packed              -> mixed
+//         accumulate window x mixed                             -> sums[position][lane]
+//     for each tile, for each panel: add the bias, write the sums into the map
+//
+// gradients, of kernels and attentions: the product is transposed, positions are what is summed over.
+//
+//   for each tile                                               (in parallel: no two tasks write the same sum)
+//     pack the n kernels' tiles                                 -> packed
+//     for each panel
+//       accumulate window^T x gradient of the output            -> mixed_grad[tap, row][lane]
+//       if the panel ends a sample: distribute mixed_grad over packed_grad and the sample's attentions
+//     unpack packed_grad into the kernels' gradient
+//
+// The number of threads decides only which task computes what, never the order of a sum of outputs; to split differently,
+// change Plan. To change a block's size, change the constants below; to change an order in memory, pack and unpack.
 #pragma once
 
 #include "kernels.h"
@@ -6,11 +39,11 @@
 
 namespace odconv {
 
-constexpr int64_t TILE_ROWS = 128;           // taps * channels of a tile: a mixed kernel of 32 KiB in float32
-constexpr int64_t COLUMNS = 4;               // tiles side by side that read the same piece of a map
-constexpr int64_t MAP_NUMBERS = 512 * 1024;  // outputs of a task: packed kernels serve as many samples
+constexpr int64_t TILE_ROWS = 128;           // taps * rows of a tile: a mixed one has 32 KiB in float32
+constexpr int64_t TILES = 4;                 // tiles side by side that read the same window
+constexpr int64_t TASK_OUTPUTS = 512 * 1024; // of a task: packed tiles serve as many samples as that takes
 
-
+// ---- blocks --------------------------------------------------------------------------------------------------------
 
 inline std::vector<Span> split(int64_t size, int64_t count, int64_t unit = 1) {
   std::vector<Span> spans;
@@ -24,14 +57,14 @@ inline std::vector<Span> split(int64_t size, int64_t count, int64_t unit = 1) {
 
 // Blocks of lanes, each of up to VECTORS vectors, nearly equal.
 template <class T>
-std::vector<Span> columns_of(const Kernels<T>& kernels) {
+std::vector<Span> lane_blocks(const Kernels<T>& kernels) {
   constexpr int L = Simd<T>::LANES;
   return split(kernels.lanes, ceil_div(ceil_div(kernels.lanes, L), VECTORS), L);
 }
 
 // Blocks of rows that hold at most TILE_ROWS numbers a lane, counting the taps; at least `least` if rows allow.
 template <class T>
-std::vector<Span> rows_of(const Kernels<T>& kernels, int64_t least) {
+std::vector<Span> row_blocks(const Kernels<T>& kernels, int64_t least) {
   const int64_t most = std::max<int64_t>(1, TILE_ROWS / kernels.taps);
   return split(kernels.rows, std::max(ceil_div(kernels.rows, most), std::min(least, ceil_div(kernels.rows, 8))));
 }
@@ -41,41 +74,49 @@ Tile tile_of(const Span& rows, const Span& lanes) {
   return {rows.first, rows.count, lanes.first, lanes.count, int(ceil_div(lanes.count, Simd<T>::LANES))};
 }
 
-// ---- the operator --------------------------------------------------------------------------------------------------
+// ---- operands ------------------------------------------------------------------------------------------------------
 
 // The attentions as the vectors see them: rows are channels and lanes filters, or the other way round.
 template <class T>
-struct Weights {
+struct Gates {
   const T *shares, *taps, *rows, *lanes;  // (B, n), (B, taps), (B, groups * rows), (B, groups * lanes)
 };
 
+// What is added to each filter, of all samples or one of each.
 template <class T>
-Scales<T> scales_of(const Weights<T>& weights, const Kernels<T>& kernels, int64_t groups, int64_t group, int64_t sample,
+struct Bias {
+  const T* data;
+  int64_t sample_step;
+  const T* of_sample(int64_t sample) const { return data ? data + sample * sample_step : nullptr; }
+};
+
+template <class T>
+Scales<T> scales_of(const Gates<T>& gates, const Kernels<T>& kernels, int64_t groups, int64_t group, int64_t sample,
                     const Tile& tile) {
   Scales<T> out;
-  out.shares = weights.shares ? weights.shares + sample * kernels.n : nullptr;
-  out.taps = weights.taps ? weights.taps + sample * kernels.taps : nullptr;
-  out.rows = weights.rows ? weights.rows + (sample * groups + group) * kernels.rows + tile.first_row : nullptr;
+  out.shares = gates.shares ? gates.shares + sample * kernels.n : nullptr;
+  out.taps = gates.taps ? gates.taps + sample * kernels.taps : nullptr;
+  out.rows = gates.rows ? gates.rows + (sample * groups + group) * kernels.rows + tile.first_row : nullptr;
   std::fill_n(out.lanes, VECTORS * Simd<T>::LANES, T(1));
-  if (weights.lanes)
-    std::copy_n(weights.lanes + (sample * groups + group) * kernels.lanes + tile.first_lane, tile.lanes, out.lanes);
+  if (gates.lanes)
+    std::copy_n(gates.lanes + (sample * groups + group) * kernels.lanes + tile.first_lane, tile.lanes, out.lanes);
   return out;
 }
 
-// What the microkernel reads for one part: a pointer for each position, and a step for each tap and row.
+// What the microkernel reads for one panel: a pointer for each position, and a step for each tap and row.
 template <class T>
-struct Reading {
+struct Operands {
   std::vector<int64_t> offsets;
-  std::vector<const T*> starts;
+  std::vector<const T*> positions;
   std::vector<Step> steps;
 
-  void positions(const Part& part, const Window<T>& window) {
-    offsets_of(part, part.phase->jump, window.step, offsets);
-    starts.clear();
-    for (int64_t offset : offsets) starts.push_back(window.data + offset);
+  void read_positions(const Panel& panel, const Window<T>& window) {
+    offsets_of(panel, panel.phase->jump, window.step, offsets);
+    positions.clear();
+    for (int64_t offset : offsets) positions.push_back(window.data + offset);
   }
 
-  void taps(const Phase& phase, const Window<T>& window, const Tile& tile) {
+  void read_taps(const Phase& phase, const Window<T>& window, const Tile& tile) {
     const int64_t width = tile.vectors * Simd<T>::LANES;
     steps.clear();
     for (const Tap& tap : phase.taps) {
@@ -86,14 +127,24 @@ struct Reading {
   }
 };
 
-// Write the sums of a part, [position][lane], to its places in a map, from `channel` on.
+// ---- outputs -------------------------------------------------------------------------------------------------------
+
+// Add the bias to the sums of a panel, [position][lane].
 template <class T>
-void store(const T* sums, const Tile& tile, const Part& part, const Map<T>& out, int64_t channel, std::vector<int64_t>& offsets) {
-  const int64_t width = tile.vectors * Simd<T>::LANES, positions = part.positions();
-  const Phase& phase = *part.phase;
-  T* to = out.data + part.sample * out.batch_step + channel * out.channel_step + part.first * phase.stride[0] * out.step[0];
+void add_bias(const T* bias, const Tile& tile, int64_t positions, T* sums) {
+  const int64_t width = tile.vectors * Simd<T>::LANES;
+  for (int64_t p = 0; bias && p < positions; ++p)
+    for (int64_t l = 0; l < tile.lanes; ++l) sums[p * width + l] += bias[tile.first_lane + l];
+}
+
+// Write the sums of a panel, [position][lane], to its places in a map, from `channel` on.
+template <class T>
+void store(const T* sums, const Tile& tile, const Panel& panel, const Map<T>& out, int64_t channel, std::vector<int64_t>& offsets) {
+  const int64_t width = tile.vectors * Simd<T>::LANES, positions = panel.positions();
+  const Phase& phase = *panel.phase;
+  T* to = out.data + panel.sample * out.batch_step + channel * out.channel_step + panel.first * phase.stride[0] * out.step[0];
   for (int a = 0; a < 3; ++a) to += phase.origin[a] * out.step[a];
-  offsets_of(part, phase.stride, out.step, offsets);
+  offsets_of(panel, phase.stride, out.step, offsets);
   if (out.channel_step != 1 && is_run(offsets))
     transpose_block<T>(sums, width, positions, tile.lanes, to, out.channel_step);
   else
@@ -101,192 +152,225 @@ void store(const T* sums, const Tile& tile, const Part& part, const Map<T>& out,
       for (int64_t l = 0; l < tile.lanes; ++l) to[offsets[p] + l * out.channel_step] = sums[p * width + l];
 }
 
+// How a convolution is cut into tasks: each has some blocks of lanes, side by side, whose tiles share what is read of the map,
+// and some panels, which share packed tiles. Where samples are too few, or too large, for n packed kernels to pay, the panels
+// of a task are of one sample, whose kernel is blended first; so they are where samples have kernels of their own.
+struct Plan {
+  bool blended;
+  std::vector<Span> lanes, panels;
+};
+
+template <class T>
+Plan plan_of(const Kernels<T>& kernels, const std::vector<Panel>& panels, int64_t groups, int64_t batch, int64_t blocks) {
+  const int64_t threads = at::get_num_threads(), count = panels.size();
+  int64_t outputs = 0;
+  for (const Panel& panel : panels) outputs += panel.positions();
+  int64_t sides = std::min(blocks, std::max(ceil_div(blocks, TILES), ceil_div(threads, groups * count)));
+  int64_t pieces = ceil_div(outputs * kernels.lanes, sides * TASK_OUTPUTS);
+  const bool blended = kernels.n > 1 && (batch < kernels.n || pieces >= batch), alone = blended || kernels.per_sample();
+  if (alone) {
+    sides = blocks;
+    pieces = ceil_div(pieces, batch) * batch;
+  }
+  while (pieces * sides * groups < 8 * threads && pieces * sides * groups % threads) pieces += alone ? batch : 1;
+  return {blended, split(blocks, sides), split(count, std::min(pieces, count))};
+}
+
 // Convolve every sample of `source` with its own mixed kernel, into `out`.
 template <class T>
-void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& kernels, int64_t groups,
-              const Weights<T>& weights, int64_t batch, const std::vector<Phase>& phases) {
+void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& kernels, int64_t groups, const Gates<T>& gates,
+              const Bias<T>& bias, int64_t batch, const std::vector<Phase>& phases) {
   constexpr int L = Simd<T>::LANES;
-  const std::vector<Span> rows = rows_of(kernels, 1), columns = columns_of(kernels);
-  const int64_t threads = at::get_num_threads(), n = kernels.n, taps = kernels.taps, wide = columns.size();
-  const std::vector<Part> parts = parts_of(phases, batch, ceil_div(threads, batch * wide * groups));
-  if (parts.empty()) return;  // a gradient that nothing reaches
-  int64_t outputs = 0;
-  for (const Part& part : parts) outputs += part.positions();
+  const std::vector<Span> rows = row_blocks(kernels, 1), lanes = lane_blocks(kernels);
+  const int64_t n = kernels.n, taps = kernels.taps, blocks = lanes.size();
+  const std::vector<Panel> panels = panels_of(phases, batch, ceil_div(at::get_num_threads(), batch * blocks * groups));
+  if (panels.empty()) return;  // a gradient that nothing reaches
+  const Plan plan = plan_of(kernels, panels, groups, batch, blocks);
+  const int64_t sides = plan.lanes.size(), pieces = plan.panels.size(), packs = plan.blended ? 1 : n;
 
-  // A task has a stack of columns, which share what is read of the map, and a bundle of parts, which share packed
-  // kernels. Where samples are too few, or too large, for n packed kernels to pay, each sample has bundles of its own
-  // and its kernel is blended first; so it is where samples have kernels of their own, which need no blending.
-  int64_t stacks = std::min(wide, std::max(ceil_div(wide, COLUMNS), ceil_div(threads, groups * int64_t(parts.size()))));
-  int64_t bundles = ceil_div(outputs * kernels.lanes, stacks * MAP_NUMBERS);
-  const bool blended = n > 1 && (batch < n || bundles >= batch), alone = blended || kernels.per_sample();
-  if (alone) {
-    stacks = wide;
-    bundles = ceil_div(bundles, batch) * batch;
-  }
-  while (bundles * stacks * groups < 8 * threads && bundles * stacks * groups % threads) bundles += alone ? batch : 1;
-  bundles = std::min<int64_t>(bundles, parts.size());
-  const std::vector<Span> by_stack = split(wide, stacks), by_bundle = split(parts.size(), bundles);
-
-  at::parallel_for(0, groups * stacks * bundles, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, groups * sides * pieces, 1, [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
-    Reading<T> reading;
-    std::vector<int64_t> places;
+    Operands<T> operands;
+    std::vector<int64_t> order;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / (stacks * bundles);
-      const Span stack = by_stack[task / bundles % stacks], bundle = by_bundle[task % bundles];
-      const Part *first = parts.data() + bundle.first, *last = first + bundle.count;
+      const int64_t group = task / (sides * pieces);
+      const Span side = plan.lanes[task / pieces % sides], piece = plan.panels[task % pieces];
+      const Panel *first = panels.data() + piece.first, *last = first + piece.count;
       Kernels<T> here = kernels.of_sample(first->sample).of_group(group);
-      if (blended) here = blend<T>(here, columns[stack.first], weights.shares + first->sample * n, scratch.blend);
-      const int64_t packs = blended ? 1 : n;
+      if (plan.blended) here = blend<T>(here, lanes[side.first], gates.shares + first->sample * n, scratch.blend);
       int64_t positions = 0;
-      for (const Part* part = first; part < last; ++part) positions += part->positions();
-      T* sums = scratch.out.get(positions * stack.count * VECTORS * L);  // [column][position][lane]
+      for (const Panel* panel = first; panel < last; ++panel) positions += panel->positions();
+      T* sums = scratch.out.get(positions * side.count * VECTORS * L);  // [tile][position][lane]
 
       for (const Span& span : rows) {
         const int64_t most = taps * span.count * VECTORS * L;  // numbers of a tile
-        T* packed = scratch.packed.get(most * packs * stack.count);
-        T* mixed = scratch.mixed.get(most * stack.count);
-        for (int64_t c = 0; c < stack.count; ++c) {
-          const Tile tile = tile_of<T>(span, columns[stack.first + c]);
+        T* packed = scratch.packed.get(most * packs * side.count);
+        T* mixed = scratch.mixed.get(most * side.count);
+        for (int64_t c = 0; c < side.count; ++c) {
+          const Tile tile = tile_of<T>(span, lanes[side.first + c]);
           for (int64_t i = 0; i < packs; ++i) {
             T* to = packed + c * packs * most + i * taps * tile.rows * tile.vectors * L;
-            pack<T>(here, tile, here.data + i * here.size, places, to);
+            pack<T>(here, tile, here.data + i * here.size, order, to);
           }
         }
         int64_t done = 0;
-        for (const Part* part = first; part < last; done += part->positions(), ++part) {
-          const Window<T> window = view<T>(source, group * kernels.rows + span.first, span.count, *part, scratch.window);
-          reading.positions(*part, window);
-          for (int64_t c = 0; c < stack.count; ++c) {
-            const Tile tile = tile_of<T>(span, columns[stack.first + c]);
-            if (part == first || part->sample != (part - 1)->sample) {
-              Scales<T> scales = scales_of(weights, kernels, groups, group, part->sample, tile);
-              if (blended) scales.shares = nullptr;
+        for (const Panel* panel = first; panel < last; done += panel->positions(), ++panel) {
+          const Window<T> window = window_of<T>(source, group * kernels.rows + span.first, span.count, *panel, scratch.window);
+          operands.read_positions(*panel, window);
+          for (int64_t c = 0; c < side.count; ++c) {
+            const Tile tile = tile_of<T>(span, lanes[side.first + c]);
+            if (panel == first || panel->sample != (panel - 1)->sample) {
+              Scales<T> scales = scales_of(gates, kernels, groups, group, panel->sample, tile);
+              if (plan.blended) scales.shares = nullptr;
               mix<T>(packed + c * packs * most, packs, taps, tile, scales, mixed + c * most);
             }
-            reading.taps(*part->phase, window, tile);
+            operands.read_taps(*panel->phase, window, tile);
             T* to = sums + c * positions * VECTORS * L + done * tile.vectors * L;
-            multiply<T>(reading.starts.data(), reading.starts.size(), tile.vectors, mixed + c * most, reading.steps, to,
-                        span.first > 0);
+            const bool accumulate = span.first > 0;
+            multiply<T>(operands.positions.data(), operands.positions.size(), tile.vectors, mixed + c * most, operands.steps, to,
+                        accumulate);
           }
         }
       }
 
-      for (int64_t c = 0; c < stack.count; ++c) {
-        const Tile tile = tile_of<T>(rows[0], columns[stack.first + c]);
-        const T* from = sums + c * positions * VECTORS * L;
-        for (const Part* part = first; part < last; from += part->positions() * tile.vectors * L, ++part)
-          store<T>(from, tile, *part, out, group * kernels.lanes + tile.first_lane, reading.offsets);
+      for (int64_t c = 0; c < side.count; ++c) {
+        const Tile tile = tile_of<T>(rows[0], lanes[side.first + c]);
+        T* from = sums + c * positions * VECTORS * L;
+        for (const Panel* panel = first; panel < last; from += panel->positions() * tile.vectors * L, ++panel) {
+          const T* of_group = bias.data ? bias.of_sample(panel->sample) + group * kernels.lanes : nullptr;
+          add_bias<T>(of_group, tile, panel->positions(), from);
+          store<T>(from, tile, *panel, out, group * kernels.lanes + tile.first_lane, operands.offsets);
+        }
       }
     }
   });
 }
 
+// ---- gradients -----------------------------------------------------------------------------------------------------
+
 // The sums that the gradients of the attentions are made of, one slice for each block of tiles that shares them.
 struct Partial {
-  at::Tensor shares, taps, rows, lanes;  // (tiles, B, n), (tiles, B, taps), (wide, B, C), (high, B, O)
+  at::Tensor shares, taps, rows, lanes;  // (tiles, B, n), (tiles, B, taps), (blocks of lanes, B, C), (blocks of rows, B, O)
 };
+
+// Where one tile and sample add to those sums.
+template <class T>
+struct Sums {
+  T *shares, *taps, *rows, *lanes;
+};
+
+// Distribute the gradient of one sample's mixed tile over the n kernels' packed ones and the sample's attentions.
+template <class T>
+void distribute(const T* mixed_grad, const T* packed, const Tile& tile, const Scales<T>& scales, int64_t n, int64_t taps,
+                T* packed_grad, const Sums<T>& to) {
+  using S = Simd<T>;
+  constexpr int L = S::LANES;
+  const int64_t width = tile.vectors * L, size = taps * tile.rows * width;
+  std::vector<typename S::Vec> to_shares(n, typename S::Vec{});
+  typename S::Vec to_lanes[VECTORS] = {};
+  for (int64_t t = 0; t < taps; ++t)
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const T tap = scales.taps ? scales.taps[t] : T(1), row = scales.rows ? scales.rows[r] : T(1);
+      typename S::Vec to_both = {};
+      for (int v = 0; v < tile.vectors; ++v) {
+        const int64_t at = (t * tile.rows + r) * width + v * L;
+        const typename S::Vec filter = S::load(scales.lanes + v * L), d = S::load(mixed_grad + at) * (tap * row);
+        typename S::Vec mixed = {};
+        for (int64_t i = 0; i < n; ++i) {
+          const typename S::Vec kernel = S::load(packed + i * size + at);
+          const T share = scales.shares ? scales.shares[i] : T(1);
+          mixed += share * kernel;
+          to_shares[i] += d * filter * kernel;
+          S::store(packed_grad + i * size + at, S::load(packed_grad + i * size + at) + share * (d * filter));
+        }
+        to_lanes[v] += d * mixed;
+        to_both += S::load(mixed_grad + at) * filter * mixed;
+      }
+      T both = 0;
+      for (int l = 0; l < L; ++l) both += to_both[l];
+      to.taps[t] += row * both;
+      to.rows[r] += tap * both;
+    }
+  for (int64_t i = 0; i < n; ++i)
+    for (int l = 0; l < L; ++l) to.shares[i] += to_shares[i][l];
+  for (int64_t l = 0; l < tile.lanes; ++l) to.lanes[l] = to_lanes[l / L][l % L];
+}
+
+// Read the gradient of the output over a panel and a tile's lanes, [position][lane], missing lanes zero.
+template <class T>
+const T* read_gradient(const Map<const T>& grad, int64_t channel, const Tile& tile, const Panel& panel, int64_t positions,
+                       std::vector<int64_t>& offsets, Buffer<T>& buffer) {
+  const int64_t width = tile.vectors * Simd<T>::LANES;
+  const T* from = grad.data + panel.sample * grad.batch_step + panel.first * grad.step[0] + channel * grad.channel_step;
+  T* out = buffer.get(positions * width);
+  if (tile.lanes < width) std::fill_n(out, positions * width, T(0));
+  offsets_of(panel, panel.phase->stride, grad.step, offsets);
+  if (grad.channel_step != 1 && is_run(offsets))
+    transpose_block<T>(from, grad.channel_step, tile.lanes, positions, out, width);
+  else
+    for (int64_t p = 0; p < positions; ++p)
+      for (int64_t l = 0; l < tile.lanes; ++l) out[p * width + l] = from[offsets[p] + l * grad.channel_step];
+  return out;
+}
 
 // Gradients of the kernels and all attentions; each tile owns a piece of every sum, so the order of sums is fixed.
 template <class T>
 void gradients(const Map<const T>& source, const Map<const T>& grad, const Kernels<T>& kernels, int64_t groups,
-               const Weights<T>& weights, int64_t batch, const Phase& phase, const std::vector<Span>& by_row,
-               const std::vector<Span>& columns, T* weight_grad, Partial& partial) {
-  using S = Simd<T>;
-  constexpr int L = S::LANES;
+               const Gates<T>& gates, int64_t batch, const Phase& phase, const std::vector<Span>& rows,
+               const std::vector<Span>& lanes, T* weight_grad, Partial& partial) {
   const std::vector<Phase> phases = {phase};
-  const std::vector<Part> parts = parts_of(phases, batch, 1);
-  const int64_t n = kernels.n, taps = kernels.taps, high = by_row.size(), count = high * columns.size();
+  const std::vector<Panel> panels = panels_of(phases, batch, 1);
+  const int64_t n = kernels.n, taps = kernels.taps, high = rows.size(), count = high * lanes.size();
   const int64_t channels = groups * kernels.rows, filters = groups * kernels.lanes;
-  T* shares_grad = partial.shares.template mutable_data_ptr<T>();
-  T* taps_grad = partial.taps.template mutable_data_ptr<T>();
-  T* rows_grad = partial.rows.template mutable_data_ptr<T>();
-  T* lanes_grad = partial.lanes.template mutable_data_ptr<T>();
+  const Sums<T> all = {partial.shares.template mutable_data_ptr<T>(), partial.taps.template mutable_data_ptr<T>(),
+                       partial.rows.template mutable_data_ptr<T>(), partial.lanes.template mutable_data_ptr<T>()};
 
   at::parallel_for(0, groups * count, 1, [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
     std::vector<Step> steps;
-    std::vector<int64_t> offsets, grad_offsets;
-    std::vector<const T*> rows;
-    std::vector<int64_t> places;
+    std::vector<int64_t> offsets, grad_offsets, order;
+    std::vector<const T*> taps_and_rows;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / count, column = task % count / high;
-      const Tile tile = tile_of<T>(by_row[task % high], columns[column]);
-      const int64_t width = tile.vectors * L, size = taps * tile.rows * width;
+      const int64_t group = task / count, block = task % count / high;
+      const Tile tile = tile_of<T>(rows[task % high], lanes[block]);
+      const int64_t width = tile.vectors * Simd<T>::LANES, size = taps * tile.rows * width;
       const Kernels<T> here = kernels.of_group(group);
       T* packed = scratch.packed.get(size * n);
       T* packed_grad = scratch.back.get(size * n);
       T* mixed_grad = scratch.mixed.get(size);
       auto begin_kernels = [&](int64_t sample) {
         const T* data = here.of_sample(sample).data;
-        for (int64_t i = 0; i < n; ++i) pack<T>(here, tile, data + i * here.size, places, packed + i * size);
+        for (int64_t i = 0; i < n; ++i) pack<T>(here, tile, data + i * here.size, order, packed + i * size);
         std::fill_n(packed_grad, size * n, T(0));
       };
       auto end_kernels = [&](int64_t sample) {
         T* to = weight_grad + (here.of_sample(sample).data - kernels.data);
-        for (int64_t i = 0; i < n; ++i) unpack<T>(packed_grad + i * size, tile, kernels, places, to + i * kernels.size);
+        for (int64_t i = 0; i < n; ++i) unpack<T>(packed_grad + i * size, tile, kernels, order, to + i * kernels.size);
       };
-      if (!kernels.per_sample()) begin_kernels(0);
 
-      for (const Part& part : parts) {
-        if (kernels.per_sample() && part.first == 0) begin_kernels(part.sample);
-        const Window<T> window = view<T>(source, group * kernels.rows + tile.first_row, tile.rows, part, scratch.window);
-        offsets_of(part, phase.jump, window.step, offsets);
+      if (!kernels.per_sample()) begin_kernels(0);
+      for (const Panel& panel : panels) {
+        const int64_t b = panel.sample;
+        if (kernels.per_sample() && panel.first == 0) begin_kernels(b);
+        const Window<T> window = window_of<T>(source, group * kernels.rows + tile.first_row, tile.rows, panel, scratch.window);
+        offsets_of(panel, phase.jump, window.step, offsets);
         const int64_t positions = offsets.size();
-        const T* from = grad.data + part.sample * grad.batch_step + part.first * grad.step[0] +
-                        (group * kernels.lanes + tile.first_lane) * grad.channel_step;
-        T* by_position = scratch.grad.get(positions * width);
-        if (tile.lanes < width) std::fill_n(by_position, positions * width, T(0));
-        offsets_of(part, phase.stride, grad.step, grad_offsets);
-        if (grad.channel_step != 1 && is_run(grad_offsets))
-          transpose_block<T>(from, grad.channel_step, tile.lanes, positions, by_position, width);
-        else
-          for (int64_t p = 0; p < positions; ++p)
-            for (int64_t l = 0; l < tile.lanes; ++l)
-              by_position[p * width + l] = from[grad_offsets[p] + l * grad.channel_step];
+        const T* by_position =
+            read_gradient<T>(grad, group * kernels.lanes + tile.first_lane, tile, panel, positions, grad_offsets, scratch.grad);
         steps.clear();
         for (int64_t p = 0; p < positions; ++p) steps.push_back({offsets[p], p * width});
-        rows.clear();
+        taps_and_rows.clear();
         for (const Tap& tap : phase.taps)
           for (int64_t i = 0; i < tile.rows; ++i)
-            rows.push_back(window.data + tap_offset(phase, tap, window.step) + i * window.channel_step);
-        multiply<T>(rows.data(), rows.size(), tile.vectors, by_position, steps, mixed_grad, part.first > 0);
-        if (part.last < phase.count[0]) continue;
+            taps_and_rows.push_back(window.data + tap_offset(phase, tap, window.step) + i * window.channel_step);
+        const bool accumulate = panel.first > 0;
+        multiply<T>(taps_and_rows.data(), taps_and_rows.size(), tile.vectors, by_position, steps, mixed_grad, accumulate);
+        if (panel.last < phase.count[0]) continue;  // the sample goes on
 
-        // The gradient of this sample's mixed kernel is complete: hand it to the kernels and the attentions.
-        const int64_t b = part.sample;
-        const Scales<T> scales = scales_of(weights, kernels, groups, group, b, tile);
-        std::vector<typename S::Vec> to_shares(n, typename S::Vec{});
-        typename S::Vec to_lanes[VECTORS] = {};
-        T* to_taps = taps_grad + (task * batch + b) * taps;
-        T* to_rows = rows_grad + (column * batch + b) * channels + group * kernels.rows + tile.first_row;
-        for (int64_t t = 0; t < taps; ++t)
-          for (int64_t r = 0; r < tile.rows; ++r) {
-            const T tap = scales.taps ? scales.taps[t] : T(1), row = scales.rows ? scales.rows[r] : T(1);
-            typename S::Vec to_both = {};
-            for (int v = 0; v < tile.vectors; ++v) {
-              const int64_t at = (t * tile.rows + r) * width + v * L;
-              const typename S::Vec filter = S::load(scales.lanes + v * L), d = S::load(mixed_grad + at) * (tap * row);
-              typename S::Vec mixed = {};
-              for (int64_t i = 0; i < n; ++i) {
-                const typename S::Vec kernel = S::load(packed + i * size + at);
-                const T share = scales.shares ? scales.shares[i] : T(1);
-                mixed += share * kernel;
-                to_shares[i] += d * filter * kernel;
-                S::store(packed_grad + i * size + at, S::load(packed_grad + i * size + at) + share * (d * filter));
-              }
-              to_lanes[v] += d * mixed;
-              to_both += S::load(mixed_grad + at) * filter * mixed;
-            }
-            T both = 0;
-            for (int l = 0; l < L; ++l) both += to_both[l];
-            to_taps[t] += row * both;
-            to_rows[r] += tap * both;
-          }
-        for (int64_t i = 0; i < n; ++i)
-          for (int l = 0; l < L; ++l) shares_grad[(task * batch + b) * n + i] += to_shares[i][l];
-        T* to_filters = lanes_grad + (task % high * batch + b) * filters + group * kernels.lanes + tile.first_lane;
-        for (int64_t l = 0; l < tile.lanes; ++l) to_filters[l] = to_lanes[l / L][l % L];
+        const Sums<T> sums = {all.shares + (task * batch + b) * n, all.taps + (task * batch + b) * taps,
+                              all.rows + (block * batch + b) * channels + group * kernels.rows + tile.first_row,
+                              all.lanes + (task % high * batch + b) * filters + group * kernels.lanes + tile.first_lane};
+        distribute<T>(mixed_grad, packed, tile, scales_of(gates, kernels, groups, group, b, tile), n, taps, packed_grad, sums);
         if (kernels.per_sample()) end_kernels(b);
       }
       if (!kernels.per_sample()) end_kernels(0);

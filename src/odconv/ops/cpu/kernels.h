@@ -41,7 +41,7 @@ bool rows_run(const Kernels<T>& kernels) {
 }
 
 // Where in a tile, [tap][row][lane], the elements of a run [row][tap] lie.
-inline void places_of(const Tile& tile, int64_t rows, int64_t taps, int64_t width, std::vector<int64_t>& out) {
+inline void order_of(const Tile& tile, int64_t rows, int64_t taps, int64_t width, std::vector<int64_t>& out) {
   out.clear();
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t t = 0; t < taps; ++t) out.push_back((t * tile.rows + r) * width);
@@ -49,12 +49,12 @@ inline void places_of(const Tile& tile, int64_t rows, int64_t taps, int64_t widt
 
 // One kernel's tile as [tap][row][lane], missing lanes zero.
 template <class T>
-void pack(const Kernels<T>& kernels, const Tile& tile, const T* kernel, std::vector<int64_t>& places, T* out) {
+void pack(const Kernels<T>& kernels, const Tile& tile, const T* kernel, std::vector<int64_t>& order, T* out) {
   using S = Simd<T>;
   constexpr int L = S::LANES;
   const int64_t width = tile.vectors * L, taps = kernels.taps;
   const int64_t runs = rows_run(kernels) ? 1 : tile.rows, length = tile.rows * taps / runs;
-  places_of(tile, length / taps, taps, width, places);
+  order_of(tile, length / taps, taps, width, order);
   kernel += tile.first_row * kernels.row_step + tile.first_lane * kernels.lane_step;
   for (int64_t lane = 0; lane < width; lane += L) {
     const int64_t valid = std::clamp<int64_t>(tile.lanes - lane, 0, L);
@@ -62,7 +62,7 @@ void pack(const Kernels<T>& kernels, const Tile& tile, const T* kernel, std::vec
       const T* in = kernel + run * kernels.row_step + lane * kernels.lane_step;
       T* to = out + run * width + lane;
       int64_t e = 0;
-      if (valid == L && kernels.lane_step == 1) S::store(to + places[e++], S::load(in));  // 1x1, one row
+      if (valid == L && kernels.lane_step == 1) S::store(to + order[e++], S::load(in));  // 1x1, one row
       for (; valid == L && e + L <= length; e += L) {
         typename S::Vec v[L];
 #pragma GCC unroll 16
@@ -72,11 +72,11 @@ void pack(const Kernels<T>& kernels, const Tile& tile, const T* kernel, std::vec
         }
         transpose<T>(v);
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) S::store(to + places[e + i], v[i]);
+        for (int i = 0; i < L; ++i) S::store(to + order[e + i], v[i]);
       }
       for (; e < length; ++e) {
-        for (int64_t i = 0; i < valid; ++i) to[places[e] + i] = in[i * kernels.lane_step + e];
-        for (int64_t i = valid; i < L; ++i) to[places[e] + i] = 0;
+        for (int64_t i = 0; i < valid; ++i) to[order[e] + i] = in[i * kernels.lane_step + e];
+        for (int64_t i = valid; i < L; ++i) to[order[e] + i] = 0;
       }
     }
   }
@@ -84,11 +84,11 @@ void pack(const Kernels<T>& kernels, const Tile& tile, const T* kernel, std::vec
 
 // The reverse for a gradient: out[lane][row][tap] = in[tap][row][lane], for kernels whose rows run.
 template <class T>
-void unpack(const T* in, const Tile& tile, const Kernels<T>& kernels, std::vector<int64_t>& places, T* out) {
+void unpack(const T* in, const Tile& tile, const Kernels<T>& kernels, std::vector<int64_t>& order, T* out) {
   using S = Simd<T>;
   constexpr int L = S::LANES;
   const int64_t width = tile.vectors * L, length = tile.rows * kernels.taps;
-  places_of(tile, tile.rows, kernels.taps, width, places);
+  order_of(tile, tile.rows, kernels.taps, width, order);
   out += tile.first_row * kernels.row_step + tile.first_lane * kernels.lane_step;
   for (int64_t lane = 0; lane < tile.lanes; lane += L) {
     const int64_t valid = std::min<int64_t>(tile.lanes - lane, L);
@@ -96,13 +96,13 @@ void unpack(const T* in, const Tile& tile, const Kernels<T>& kernels, std::vecto
     for (; valid == L && e + L <= length; e += L) {
       typename S::Vec v[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) v[i] = S::load(in + places[e + i] + lane);
+      for (int i = 0; i < L; ++i) v[i] = S::load(in + order[e + i] + lane);
       transpose<T>(v);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) S::store(out + (lane + i) * kernels.lane_step + e, v[i]);
     }
     for (; e < length; ++e)
-      for (int64_t i = 0; i < valid; ++i) out[(lane + i) * kernels.lane_step + e] = in[places[e] + lane + i];
+      for (int64_t i = 0; i < valid; ++i) out[(lane + i) * kernels.lane_step + e] = in[order[e] + lane + i];
   }
 }
 

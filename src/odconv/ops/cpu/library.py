@@ -20,9 +20,10 @@ from odconv.system.files import cache_folder, open_regular, replacing
 
 SOURCES = Path(__file__).parent
 VECTORS = {  # by what torch says of the processor
-    "AVX2": ("-mavx2", "-mfma"),
-    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
 }
+HALF = ("-mavx512bf16",)
 LARGEST = 10**8
 """Bytes of a library, which has less than a hundredth of that."""
 
@@ -55,6 +56,11 @@ def build() -> Path:
         *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *VECTORS[torch.backends.cpu.get_cpu_capability()],
+        *(
+            HALF
+            if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+            else ()
+        ),
     ]
     made_of = [
         *(file.read_text() for file in sorted(SOURCES.glob("*.[hc]*"))),

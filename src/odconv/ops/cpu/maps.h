@@ -1,4 +1,4 @@
-// Maps: which inputs meet which taps at which outputs, a part of a sample at a time.
+// Maps: which inputs meet which taps at which outputs, a panel of a sample at a time.
 #pragma once
 
 #include "simd.h"
@@ -24,28 +24,28 @@ struct Phase {
   std::vector<Tap> taps;
 };
 
-// A part of one sample's outputs: those of a phase whose first coordinate lies in [first, last).
-struct Part {
+// A panel of one sample's outputs: those of a phase whose first coordinate lies in [first, last).
+struct Panel {
   int64_t sample;
   const Phase* phase;
   int64_t first, last;
   int64_t positions() const { return (last - first) * phase->count[1] * phase->count[2]; }
 };
 
-constexpr int64_t PART_POSITIONS = 1024;  // outputs of a part: what it reads, and its sums, stay in the cache
+constexpr int64_t PANEL_POSITIONS = 1024;  // outputs of a panel: what it reads, and its sums, stay in the cache
 
-inline std::vector<Part> parts_of(const std::vector<Phase>& phases, int64_t batch, int64_t least) {
-  std::vector<Part> parts;
+inline std::vector<Panel> panels_of(const std::vector<Phase>& phases, int64_t batch, int64_t least) {
+  std::vector<Panel> panels;
   for (int64_t b = 0; b < batch; ++b)
     for (const Phase& phase : phases) {
       const int64_t lines = phase.count[0], line = phase.count[1] * phase.count[2];
-      const int64_t count = std::min(lines, std::max(least, ceil_div(lines * line, PART_POSITIONS)));
-      for (int64_t i = 0; i < count; ++i) parts.push_back({b, &phase, lines * i / count, lines * (i + 1) / count});
+      const int64_t count = std::min(lines, std::max(least, ceil_div(lines * line, PANEL_POSITIONS)));
+      for (int64_t i = 0; i < count; ++i) panels.push_back({b, &phase, lines * i / count, lines * (i + 1) / count});
     }
-  return parts;
+  return panels;
 }
 
-// What a part reads: a piece of the map itself, or a copy with zeros around.
+// What a panel reads: a piece of the map itself, or a copy with zeros around.
 template <class T>
 struct Window {
   const T* data;
@@ -54,10 +54,10 @@ struct Window {
 };
 
 template <class T>
-Window<T> view(const Map<const T>& map, int64_t channel, int64_t channels, const Part& part, Buffer<T>& buffer) {
-  const Phase& phase = *part.phase;
-  const Axes first = {part.first, 0, 0}, last = {part.last, phase.count[1], phase.count[2]};
-  const T* data = map.data + part.sample * map.batch_step + channel * map.channel_step;
+Window<T> window_of(const Map<const T>& map, int64_t channel, int64_t channels, const Panel& panel, Buffer<T>& buffer) {
+  const Phase& phase = *panel.phase;
+  const Axes first = {panel.first, 0, 0}, last = {panel.last, phase.count[1], phase.count[2]};
+  const T* data = map.data + panel.sample * map.batch_step + channel * map.channel_step;
   Axes low, extent, from, to;
   bool inside = true;
   for (int a = 0; a < 3; ++a) {
@@ -91,11 +91,11 @@ Window<T> view(const Map<const T>& map, int64_t channel, int64_t channels, const
   return {copy, channel_step, step};
 }
 
-// Where in a map (or window) each position of a part lies, from the part's first.
-inline void offsets_of(const Part& part, const Axes& stride, const Axes& step, std::vector<int64_t>& out) {
-  const Axes& count = part.phase->count;
+// Where in a map (or window) each position of a panel lies, from the panel's first.
+inline void offsets_of(const Panel& panel, const Axes& stride, const Axes& step, std::vector<int64_t>& out) {
+  const Axes& count = panel.phase->count;
   out.clear();
-  for (int64_t i = 0; i < part.last - part.first; ++i)
+  for (int64_t i = 0; i < panel.last - panel.first; ++i)
     for (int64_t j = 0; j < count[1]; ++j)
       for (int64_t k = 0; k < count[2]; ++k)
         out.push_back(i * stride[0] * step[0] + j * stride[1] * step[1] + k * stride[2] * step[2]);

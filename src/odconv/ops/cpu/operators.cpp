@@ -11,13 +11,15 @@
 // Outputs, and gradients of the input, depend neither on the number of threads nor on the rest of the batch: each of their
 // sums has one order. Those of kernels and attentions run over the batch; they are the same from run to run.
 //
-// simd.h has the microkernel, kernels.h tiles of kernels, maps.h what meets what, convolve.h puts them together, planes.h is
-// for depth-wise layers, attend.h for the attention; this file makes operators of them.
+// simd.h has the microkernel, kernels.h tiles of kernels, maps.h what meets what; convolve.h puts them together and explains
+// the whole, half.h does so in bfloat16 and float16. planes.h is for depth-wise layers, depthwise.h for those on channels-last
+// maps, attend.h for the attention; this file makes operators of them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/movedim.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/view.h>
 #include <ATen/ops/zeros.h>
@@ -26,6 +28,8 @@
 
 #include "attend.h"
 #include "convolve.h"
+#include "depthwise.h"
+#include "half.h"
 #include "planes.h"
 
 namespace odconv {
@@ -53,6 +57,11 @@ const T* numbers(const Optional& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
+template <class T>
+Bias<T> bias_of(const Optional& bias) {
+  return {numbers<T>(bias), bias && bias->size(0) > 1 ? bias->size(1) : 0};
+}
+
 Geometry geometry_of(const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                      int64_t groups) {
   return {three(weight.sizes().slice(3), 1), three(stride, 1), three(padding, 0), three(dilation, 1), groups};
@@ -64,6 +73,8 @@ bool is_plain(const Tensor& tensor, const Tensor& x) {
   return tensor.is_contiguous() && tensor.dtype() == x.dtype() && tensor.device() == x.device();
 }
 
+bool is_half(const Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf; }
+
 bool are_numbers(const Tensor& x) {
   return x.layout() == at::kStrided && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
 }
@@ -72,8 +83,8 @@ bool are_numbers(const Tensor& x) {
 std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
                            const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
                            at::IntArrayRef dilation, int64_t groups) {
-  TORCH_CHECK(are_numbers(x) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0,
-              "odconv: x must have 1, 2 or 3 axes of space, numbers in float32 or float64, and some of them, got shape ", x.sizes());
+  TORCH_CHECK((are_numbers(x) || (is_half(x) && x.layout() == at::kStrided)) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0,
+              "odconv: x must have 1, 2 or 3 axes of space, numbers of floating point, and some of them, got shape ", x.sizes());
   TORCH_CHECK(weight.dim() == x.dim() + 1 && weight.numel() > 0 && is_plain(weight, x) && groups > 0 &&
                   weight.size(1) % groups == 0 && x.size(1) == weight.size(2) * groups,
               "odconv: x of shape ", x.sizes(), " does not fit a contiguous weight of shape ", weight.sizes(), " and its dtype, in ",
@@ -102,16 +113,24 @@ std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional
   return size;
 }
 
+Tensor pool_checked(const Tensor& x) {
+  TORCH_CHECK((are_numbers(x) || is_half(x)) && x.layout() == at::kStrided && x.dim() > 2 && x.numel() > 0,
+              "odconv: x must be a map of numbers of floating point, got shape ", x.sizes());
+  return pool(x);
+}
+
 std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, const std::vector<Tensor>& norm, double eps,
                                    const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                    at::ArrayRef<double> gains, const Optional& temperature) {
   TORCH_CHECK(are_numbers(pooled) && pooled.dim() == 2 && pooled.size(1) > 0 && pooled.is_contiguous(),
               "odconv: pooled must be contiguous numbers (B, C), got shape ", pooled.sizes());
+  TORCH_CHECK(!weights.empty() && (weights[0].dtype() == pooled.dtype() || (is_half(weights[0]) && pooled.scalar_type() == at::kFloat)),
+              "odconv: the layers of the attention must have the dtype of pooled, or 16 bits beside float32");
   const int64_t hidden = fc && fc->dim() > 0 ? fc->size(0) : pooled.size(1);
   auto fits = [&](const Tensor& tensor, int64_t rows, int64_t columns) {
-    return tensor.dim() > 0 && tensor.size(0) == rows && rows > 0 && tensor.numel() == rows * columns && is_plain(tensor, pooled);
+    return tensor.dim() > 0 && tensor.size(0) == rows && rows > 0 && tensor.numel() == rows * columns && is_plain(tensor, weights[0]);
   };
-  bool all = (!fc || fits(*fc, hidden, pooled.size(1))) && (norm.empty() || norm.size() == 4) && !weights.empty() &&
+  bool all = (!fc || fits(*fc, hidden, pooled.size(1))) && (norm.empty() || norm.size() == 4) &&
              biases.size() == weights.size() && gains.size() == weights.size();
   for (const Tensor& tensor : norm) all = all && fits(tensor, hidden, 1);
   for (size_t i = 0; all && i < weights.size(); ++i)
@@ -122,11 +141,74 @@ std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, con
   return attend(pooled, fc, norm, eps, weights, biases, gains, temperature);
 }
 
+// In bfloat16 and float16: on matrix units where there are any for the dtype, else in float32.
+Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
+                 const Optional& filter, const Optional& bias, const std::vector<int64_t>& size, const Geometry& g) {
+  const bool per_sample = !kernel && weight.size(0) > 1;
+  const int64_t filters = weight.size(1) / g.groups, channels = weight.size(2), one = weight.numel() / weight.size(0);
+  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
+  auto in_float = [](const Optional& tensor) { return tensor ? Optional(tensor->to(at::kFloat)) : tensor; };
+  const Optional shares = in_float(kernel), by_tap = in_float(spatial), by_channel = in_float(channel), by_filter = in_float(filter), add = in_float(bias);
+  const Gates<float> gates = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
+  const Tensor last = x.movedim(1, -1).contiguous();
+  std::vector<int64_t> shape = {size[0]};
+  shape.insert(shape.end(), size.begin() + 2, size.end());
+  shape.push_back(size[1]);
+  const Tensor out = at::empty(shape, x.options());
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Kernels<T> kernels = {weight.const_data_ptr<T>(), per_sample ? 1 : weight.size(0), one, channels, filters, taps, taps,
+                                channels * taps, per_sample ? one : 0};
+    convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, g.groups, gates, bias_of<float>(add), x.size(0),
+                     forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
+  };
+  x.scalar_type() == at::kHalf ? run(at::Half()) : run(at::BFloat16());
+  const Tensor y = out.movedim(-1, 1);
+  return y.contiguous(x.suggest_memory_format());
+}
+
+// Depth-wise, on channels-last maps.
+Tensor conv_depthwise(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
+                      const Optional& filter, const Optional& bias, const std::vector<int64_t>& size, const Geometry& g) {
+  auto in_sums = [&](const Optional& tensor) { return tensor && is_half(x) ? Optional(tensor->to(at::kFloat)) : tensor; };
+  const Tensor mixed = mixed_depthwise(*in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), x.size(0));
+  const Optional add = in_sums(bias);
+  const Tensor by_tap = mixed.transpose(1, 2).contiguous(), last = x.movedim(1, -1).contiguous();
+  std::vector<int64_t> shape = {size[0]};
+  shape.insert(shape.end(), size.begin() + 2, size.end());
+  shape.push_back(size[1]);
+  const Tensor out = at::empty(shape, x.options());
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    convolve_depthwise<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), by_tap.const_data_ptr<typename Stored<T>::Sum>(),
+                          bias_of<typename Stored<T>::Sum>(add), g.groups, x.size(0), forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
+  };
+  switch (x.scalar_type()) {
+    case at::kHalf: run(at::Half()); break;
+    case at::kBFloat16: run(at::BFloat16()); break;
+    case at::kDouble: run(double()); break;
+    default: run(float());
+  }
+  return out.movedim(-1, 1).contiguous(x.suggest_memory_format());
+}
+
 Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
             const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
-            at::IntArrayRef dilation, int64_t groups) {
+            at::IntArrayRef dilation, int64_t groups, const Optional& bias) {
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
+  TORCH_CHECK(!bias || (bias->dim() == 2 && (bias->size(0) == 1 || bias->size(0) == size[0]) && bias->size(1) == size[1] && is_plain(*bias, x)),
+              "odconv: bias must be contiguous numbers (1 or B, O) in the dtype of x");
   const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
+  const bool depthwise = weight.size(1) == groups && weight.size(2) == 1;
+  if (depthwise && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous()))
+    return conv_depthwise(x, weight, kernel, spatial, channel, filter, bias, size, g);
+  if (is_half(x)) {
+    if (at::native::cpublas::could_pack(x.scalar_type()) && (groups == 1 || weight.size(2) % 2 == 0))
+      return conv_half(x, weight, kernel, spatial, channel, filter, bias, size, g);
+    auto in_float = [](const Optional& tensor) { return tensor ? Optional(tensor->to(at::kFloat)) : tensor; };
+    return conv(x.to(at::kFloat), weight.to(at::kFloat), in_float(kernel), in_float(spatial), in_float(channel), in_float(filter),
+                stride, padding, dilation, groups, in_float(bias)).to(x.scalar_type());
+  }
   Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
   const int64_t filters = weight.size(1) / groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
@@ -136,13 +218,13 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const
     using T = decltype(zero);
     const T* data = weight.const_data_ptr<T>();
     const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
-    const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
+    const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
     const auto out = map_of<T>(y, y.mutable_data_ptr<T>());
     if (by_plane(x, weight, groups) && y.is_contiguous())
-      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, groups, weights,
+      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, groups, gates, bias_of<T>(bias),
                                 x.size(0), forward_phase(g, out.size), g.stride, y.mutable_data_ptr<T>());
-    convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), out, kernels, groups, weights,
-                x.size(0), {forward_phase(g, out.size)});
+    convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), out, kernels, groups, gates, bias_of<T>(bias), x.size(0),
+                {forward_phase(g, out.size)});
   };
   x.scalar_type() == at::kDouble ? run(double()) : run(float());
   return y;
@@ -153,7 +235,7 @@ Gradients conv_backward(
     const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
     at::IntArrayRef dilation, int64_t groups, bool to_x, bool to_weights) {
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
-  TORCH_CHECK(grad.sizes() == size && grad.dtype() == x.dtype() && grad.layout() == at::kStrided && grad.device() == x.device(),
+  TORCH_CHECK(are_numbers(x) && grad.sizes() == size && grad.dtype() == x.dtype() && grad.layout() == at::kStrided && grad.device() == x.device(),
               "odconv: grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
   if (weight.size(1) == groups && weight.size(2) == 1)
     return depthwise_backward(grad, x, weight, kernel, spatial, channel, filter, stride, padding, dilation, to_x, to_weights);
@@ -175,22 +257,22 @@ Gradients conv_backward(
       x_grad = met * batch * x.size(1) == x.numel() ? at::empty_like(x) : at::zeros_like(x);
       const auto out = map_of<T>(x_grad, x_grad.mutable_data_ptr<T>());
       const Kernels<T> kernels = {data, n, one, filters, channels, taps, channels * taps, taps, per_sample ? one : 0};
-      const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
-      convolve<T>(upstream, out, kernels, groups, weights, batch, phases);
+      const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
+      convolve<T>(upstream, out, kernels, groups, gates, {nullptr, 0}, batch, phases);
     }
     if (to_weights) {
       weight_grad = at::empty_like(weight);
       const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
-      const Weights<T> weights = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
-      const std::vector<Span> columns = columns_of(kernels);
-      const int64_t wide = columns.size();
-      const std::vector<Span> rows = rows_of(kernels, ceil_div(4 * at::get_num_threads(), wide * groups));
+      const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
+      const std::vector<Span> lanes = lane_blocks(kernels);
+      const int64_t wide = lanes.size();
+      const std::vector<Span> rows = row_blocks(kernels, ceil_div(4 * at::get_num_threads(), wide * groups));
       const int64_t high = rows.size(), count = groups * wide * high;
       Partial partial = {at::zeros({count, batch, n}, x.options()), at::zeros({count, batch, taps}, x.options()),
                             at::zeros({wide, batch, groups * channels}, x.options()),
                             at::zeros({high, batch, groups * filters}, x.options())};
-      gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, groups, weights,
-                   batch, forward_phase(g, upstream.size), rows, columns, weight_grad.mutable_data_ptr<T>(), partial);
+      gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, groups, gates,
+                   batch, forward_phase(g, upstream.size), rows, lanes, weight_grad.mutable_data_ptr<T>(), partial);
       kernel_grad = per_sample ? at::zeros({batch, batch}, x.options()) : partial.shares.sum(0);
       std::vector<int64_t> shape = {batch};
       for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
@@ -209,5 +291,6 @@ Gradients conv_backward(
 TORCH_LIBRARY_IMPL(odconv, CPU, library) {
   library.impl("conv", odconv::conv);
   library.impl("conv_backward", odconv::conv_backward);
+  library.impl("pool", odconv::pool_checked);
   library.impl("attend", odconv::attend_checked);
 }

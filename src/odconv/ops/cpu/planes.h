@@ -25,8 +25,8 @@ namespace odconv {
 // around it and taken apart by its coordinates modulo the stride, so that each tap reads it in one run. There are n kernels
 // to mix, or one for each sample.
 template <class T>
-void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, bool per_sample, int64_t channels, const Weights<T>& weights,
-                     int64_t batch, const Phase& phase, const Axes& stride, T* y) {
+void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, bool per_sample, int64_t channels, const Gates<T>& gates,
+                     const Bias<T>& bias, int64_t batch, const Phase& phase, const Axes& stride, T* y) {
   using S = Simd<T>;
   constexpr int L = S::LANES, BLOCK = 4;
   const int64_t taps = phase.taps.size(), plane = size[0] * size[2], outputs = phase.count[0] * phase.count[2];
@@ -66,14 +66,14 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
         const int64_t last = std::min(channels, c + end - task) * taps;
         std::fill(base.begin(), base.end(), T(0));
         for (int64_t i = 0; i < (per_sample ? 1 : n); ++i) {
-          const T share = weights.shares ? weights.shares[b * n + i] : T(1);
+          const T share = gates.shares ? gates.shares[b * n + i] : T(1);
           const T* one = kernels + (per_sample ? b : i) * channels * taps;
           for (int64_t e = c * taps; e < last; ++e) base[e] += share * one[e];
         }
       }
-      const T scale = (weights.rows ? weights.rows[task] : T(1)) * (weights.lanes ? weights.lanes[task] : T(1));
+      const T scale = (gates.rows ? gates.rows[task] : T(1)) * (gates.lanes ? gates.lanes[task] : T(1));
       for (int64_t t = 0; t < taps; ++t)
-        kernel[t] = base[c * taps + t] * scale * (weights.taps ? weights.taps[b * taps + t] : T(1));
+        kernel[t] = base[c * taps + t] * scale * (gates.taps ? gates.taps[b * taps + t] : T(1));
       for (int64_t i = 0; i < size[0]; ++i)
         for (int64_t p = 0; p < stride[2] && row_at[i] >= 0; ++p) {
           const Run& run = columns[p];
@@ -90,14 +90,32 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
           for (int v = 0; v < BLOCK; ++v) block[v] += kernel[t] * S::load(padded + from[t] + q + v * L);
         for (int v = 0; v < BLOCK; ++v) S::store(sums + q + v * L, block[v]);
       }
+      const T add = bias.data ? bias.of_sample(b)[c] : T(0);
       for (int64_t i = 0; i < phase.count[0]; ++i)
-        std::copy_n(sums + i * pitch, phase.count[2], y + task * outputs + i * phase.count[2]);
+        for (int64_t k = 0; k < phase.count[2]; ++k) y[task * outputs + i * phase.count[2] + k] = sums[i * pitch + k] + add;
     }
   });
 }
 
 inline bool by_plane(const at::Tensor& x, const at::Tensor& weight, int64_t groups) {
   return weight.size(1) == groups && weight.size(2) == 1 && x.dim() < 5 && x.is_contiguous();
+}
+
+// The kernels of a depth-wise layer with all attentions, (B, C, taps), of weights (n, C, taps) or one for each sample.
+inline at::Tensor mixed_depthwise(const at::Tensor& weight, const std::optional<at::Tensor>& kernel, const std::optional<at::Tensor>& spatial,
+                                  const std::optional<at::Tensor>& channel, const std::optional<at::Tensor>& filter, int64_t batch) {
+  const int64_t n = weight.size(0), channels = weight.size(1);
+  const at::Tensor kernels = weight.reshape({n, channels, -1});
+  at::Tensor mixed = kernels;
+  if (kernel) {  // in one order of sums, whatever the batch is: a matrix product has several
+    auto share = [&](int64_t i) { return kernel->select(1, i).view({batch, 1, 1}); };
+    mixed = share(0) * kernels[0];
+    for (int64_t i = 1; i < n; ++i) mixed = mixed + share(i) * kernels[i];
+  }
+  if (spatial) mixed = mixed * spatial->reshape({batch, 1, -1});
+  if (channel) mixed = mixed * channel->unsqueeze(2);
+  if (filter) mixed = mixed * filter->unsqueeze(2);
+  return mixed.expand({batch, channels, -1});
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

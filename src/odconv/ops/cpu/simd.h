@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <immintrin.h>
 
 #include <algorithm>
 #include <array>
@@ -34,6 +35,65 @@ struct Simd {
   static void store(T* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 };
 
+// How numbers lie in memory: those of 16 bits are computed with in float32.
+template <class T>
+struct Stored {
+  using Sum = T;
+  using Vec = typename Simd<T>::Vec;
+  static Vec load(const T* p) { return Simd<T>::load(p); }
+  static void store(T* p, Vec v) { Simd<T>::store(p, v); }
+};
+
+template <class T>
+struct Half {
+  using Sum = float;
+  using Vec = Simd<float>::Vec;
+  typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint32_t LooseBits __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
+  typedef uint16_t Short __attribute__((vector_size(VECTOR_BYTES / 2)));
+  typedef uint16_t Loose __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+  static Short read(const T* p) { return *reinterpret_cast<const Loose*>(p); }
+  static void write(T* p, Short v) { *reinterpret_cast<Loose*>(p) = v; }
+};
+
+template <>
+struct Stored<at::BFloat16> : Half<at::BFloat16> {
+  static Vec load(const at::BFloat16* p) { return Vec(__builtin_convertvector(read(p), Bits) << 16); }
+  static Vec low(Bits pairs) { return Vec(pairs << 16); }
+  static Vec high(Bits pairs) { return Vec(pairs & 0xffff0000); }
+#if defined(__AVX512BF16__)
+  static void store(at::BFloat16* p, Vec v) { write(p, Short(_mm512_cvtneps_pbh(__m512(v)))); }
+  static Bits pairs(Vec low, Vec high) {
+    typedef uint16_t Both __attribute__((vector_size(VECTOR_BYTES)));
+    const Both both = Both(_mm512_cvtne2ps_pbh(__m512(high), __m512(low)));
+    return Bits(__builtin_shuffle(both, Both{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}));
+  }
+#else
+  static Bits bits(Vec v) {  // rounded to the nearest, of two to the even one; a NaN stays one
+    const Bits word = Bits(v), nan = Bits(v != v);
+    return ((word + 0x7fff + (word >> 16 & 1)) >> 16 & ~nan) | (nan & 0x7fc0);
+  }
+  static void store(at::BFloat16* p, Vec v) { write(p, __builtin_convertvector(bits(v), Short)); }
+  static Bits pairs(Vec low, Vec high) { return bits(low) | bits(high) << 16; }
+#endif
+};
+
+template <>
+struct Stored<at::Half> : Half<at::Half> {
+#if defined(__AVX512F__)
+  static Vec widen(Short v) { return Vec(_mm512_cvtph_ps(__m256i(v))); }
+  static Short shorts(Vec v) { return Short(_mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT)); }
+#else
+  static Vec widen(Short v) { return Vec(_mm256_cvtph_ps(__m128i(v))); }
+  static Short shorts(Vec v) { return Short(_mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT)); }
+#endif
+  static Vec load(const at::Half* p) { return widen(read(p)); }
+  static Vec low(Bits pairs) { return widen(__builtin_convertvector(pairs, Short)); }
+  static Vec high(Bits pairs) { return widen(__builtin_convertvector(pairs >> 16, Short)); }
+  static Bits pairs(Vec low, Vec high) { return __builtin_convertvector(shorts(low), Bits) | __builtin_convertvector(shorts(high), Bits) << 16; }
+  static void store(at::Half* p, Vec v) { write(p, shorts(v)); }
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- the microkernel ----------------------------------------------------------------------------------------------
@@ -43,14 +103,14 @@ struct Step {
 };
 
 template <class T, int M, int N>
-void multiply_tile(const T* const* a, const T* b, const Step* steps, int64_t count, T* out, bool add) {
+void multiply_tile(const T* const* a, const T* b, const Step* steps, int64_t count, T* out, bool accumulate) {
   using S = Simd<T>;
   typename S::Vec sums[M][N];
   const int width = N * S::LANES;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) sums[m][v] = add ? S::load(out + m * width + v * S::LANES) : typename S::Vec{};
+    for (int v = 0; v < N; ++v) sums[m][v] = accumulate ? S::load(out + m * width + v * S::LANES) : typename S::Vec{};
   for (int64_t j = 0; j < count; ++j) {
     const T* row = b + steps[j].b;
     const int64_t at = steps[j].a;
@@ -86,7 +146,7 @@ constexpr Multiply<T> pick(int64_t rows) {
 
 // out[row] (+)= the sum over steps, for `rows` rows that start at a[row]; out is `vectors` vectors wide.
 template <class T>
-void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const std::vector<Step>& steps, T* out, bool add) {
+void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const std::vector<Step>& steps, T* out, bool accumulate) {
   const int64_t tiles = ceil_div(rows, ROWS[vectors - 1]), width = vectors * Simd<T>::LANES;
   for (int64_t tile = 0; tile < tiles; ++tile) {  // of nearly equal height: a tile of a single row would be slow
     const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
@@ -94,7 +154,7 @@ void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const st
 #if defined(__AVX512F__)
     if (vectors > 2) run = vectors == 3 ? pick<T, 3>(count) : pick<T, 4>(count);
 #endif
-    run(a + first, b, steps.data(), steps.size(), out + first * width, add);
+    run(a + first, b, steps.data(), steps.size(), out + first * width, accumulate);
   }
 }
 
@@ -134,7 +194,7 @@ struct Scratch {
 
 // Swap the H x H blocks off the diagonal of each 2H x 2H square; H = 1, 2, 4 ... together transpose the rows.
 template <class T, int H>
-void transpose_step(typename Simd<T>::Vec* rows) {
+[[gnu::always_inline]] inline void transpose_step(typename Simd<T>::Vec* rows) {
   using S = Simd<T>;
   typename S::Mask low, high;
 #pragma GCC unroll 16
@@ -152,7 +212,7 @@ void transpose_step(typename Simd<T>::Vec* rows) {
 }
 
 template <class T>
-void transpose(typename Simd<T>::Vec* rows) {
+[[gnu::always_inline]] inline void transpose(typename Simd<T>::Vec* rows) {
   constexpr int L = Simd<T>::LANES;
   transpose_step<T, 1>(rows);
   if constexpr (L > 2) transpose_step<T, 2>(rows);

@@ -1,4 +1,4 @@
-"""The Triton form of the operator, for CUDA: mix the kernels of a few samples, convolve these, and so on.
+"""The Triton backend of the operator, for CUDA: mix the kernels of a few samples, convolve these, and so on.
 
 The convolution is an implicit matrix product on channels-last maps: nothing is unfolded. Only x, the attentions and W
 are kept for the backward pass, which mixes again. Triton itself is imported by the first call.
@@ -77,7 +77,7 @@ def conv(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """The form in 2-d, where depth-wise without filter attention."""
+    """Convolve in 2-d, where depth-wise without filter attention."""
     from odconv.ops.triton import launch
 
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from odconv.app.pages.curves import draw_history
 from odconv.app.pages.reports.content import words
-from odconv.app.pages.reports.run import Run, read_run
+from odconv.app.pages.reports.read_run import Run, read_run
 from odconv.profiling.table import Table, show
 from odconv.system.files import replacing
 from odconv.system.text import UNKNOWN, duration, number, share

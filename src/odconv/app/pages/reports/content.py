@@ -4,7 +4,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from odconv.app.pages.reports.run import Run
+from odconv.app.pages.reports.read_run import Run
 from odconv.system.text import count, duration, number, share
 
 MACHINE = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from odconv.app.pages.reports import content
 from odconv.app.pages.reports.pictures import draw_attentions, draw_curves, draw_kernels
-from odconv.app.pages.reports.run import Run, read_run
+from odconv.app.pages.reports.read_run import Run, read_run
 from odconv.app.pages.template import render_page
 from odconv.attentions.verdicts import deviation, judge_kernels, summarize, verdict
 from odconv.system.files import replacing

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from odconv.app.pages.colours import COLOURS, FAINT, GATES, INK, LEAST_RANGE
 from odconv.app.pages.curves import prepare_epochs
 from odconv.app.pages.drawing import Drawing, on_axes
-from odconv.app.pages.reports.run import Row, Run
+from odconv.app.pages.reports.read_run import Row, Run
 from odconv.attentions.verdicts import KINDS, deviation
 
 if TYPE_CHECKING:

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from odconv.app.pages.inspection.by_layer import Rows, colour_range, draw_layer
-from odconv.app.pages.inspection.gallery import Example, draw_examples
-from odconv.app.pages.inspection.kernels import draw_shares, draw_similarity
-from odconv.app.pages.inspection.overview import draw_class_shares, draw_deviations
-from odconv.app.pages.inspection.subject import Subject
 from odconv.app.pages.template import render_page
+from odconv.app.pages.visualize.by_layer import Rows, colour_range, draw_layer
+from odconv.app.pages.visualize.gallery import Example, draw_examples
+from odconv.app.pages.visualize.kernels import draw_shares, draw_similarity
+from odconv.app.pages.visualize.overview import draw_class_shares, draw_deviations
+from odconv.app.pages.visualize.subject import Subject
 from odconv.attentions.verdicts import deviation, judge_kernels, verdict
 from odconv.system.files import replacing
 from odconv.system.text import number, share
@@ -64,7 +64,7 @@ def write_page(
     extremes = sorted({by_depth[-1], by_depth[0]}, key=by_depth.index, reverse=True)
     statistics = [row for layer in layers for row in layer.rows.values()]
     page = render_page(
-        "odconv.app.pages.inspection",
+        "odconv.app.pages.visualize",
         subject=subject,
         overview=overview.values(),
         kernels=drawn,

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from odconv.app.engine.checkpoint_io import BEST, LAST, PREVIOUS
 from odconv.app.engine.config import RunConfig, defaults
-from odconv.app.engine.files import BEST, LAST, PREVIOUS
 from odconv.app.engine.machine import write_machine
 from odconv.app.engine.resume import Resumed
 from odconv.system.files import check_writable, replacing

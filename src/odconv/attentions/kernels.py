@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.attentions.classes import Scatter, scatter
+from odconv.attentions.class_scatter import Scatter, scatter
 from odconv.layers import Attentions
 from odconv.ops.eager import mixed_kernels
 

@@ -7,7 +7,7 @@ from math import isnan
 import torch
 from torch import Tensor
 
-from odconv.app.pages.inspection.images import Pictures
+from odconv.app.pages.visualize.images import Pictures
 from odconv.attentions.measurement import Layer
 from odconv.attentions.verdicts import VERDICTS, verdict
 from odconv.system.text import count, number

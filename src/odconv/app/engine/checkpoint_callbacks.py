@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from odconv.app.engine.files import BEST, LAST
+from odconv.app.engine.checkpoint_io import BEST, LAST
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """What tells a run to save and end: torchrun, systemd and clusters send the first, SLURM's users often the second.

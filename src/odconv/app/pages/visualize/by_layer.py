@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.app.pages.by_image import colour_scale
+from odconv.app.pages.attention_figure import colour_scale
 from odconv.app.pages.colours import FAINT, GATES, INK, LEAST_RANGE, LESS, MORE
 from odconv.app.pages.drawing import WIDTH, Drawing, add_bars, add_frames, on_paper
 from odconv.attentions.measurement import Layer

@@ -10,8 +10,8 @@ import torch
 
 from odconv.app.pages.colours import FAINT, INK
 from odconv.app.pages.drawing import WIDTH, Drawing, add_bars, add_frames, on_paper
-from odconv.app.pages.inspection.by_layer import diverging, shorten
-from odconv.app.pages.inspection.overview import class_share
+from odconv.app.pages.visualize.by_layer import diverging, shorten
+from odconv.app.pages.visualize.overview import class_share
 from odconv.attentions.measurement import Layer
 from odconv.attentions.statistics import mixture_entropy
 

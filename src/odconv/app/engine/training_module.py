@@ -14,7 +14,7 @@ from torchmetrics import SumMetric
 
 from odconv.app.engine.config import RunConfig
 from odconv.layers import try_temperature
-from odconv.layers.groups import parameter_groups
+from odconv.layers.parameter_groups import parameter_groups
 
 COMPRESSION = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 

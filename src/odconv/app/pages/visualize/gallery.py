@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from odconv.app.data import normalise
 from odconv.app.pages.colours import FAINT, INK
 from odconv.app.pages.drawing import WIDTH, Drawing, on_paper
-from odconv.app.pages.inspection.by_layer import shorten
-from odconv.app.pages.inspection.gradcam import grad_cam, overlay
-from odconv.app.pages.inspection.subject import Subject
+from odconv.app.pages.visualize.by_layer import shorten
+from odconv.app.pages.visualize.gradcam import grad_cam, overlay
+from odconv.app.pages.visualize.subject import Subject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

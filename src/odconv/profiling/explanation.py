@@ -1,0 +1,124 @@
+"""What the operator does for a layer: which backend, why, and what it costs."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from odconv.layers import DynamicConv
+from odconv.layers.transposed import DynamicConvTranspose
+from odconv.ops import flops
+from odconv.ops.contract import Geometry, check_map, output_size
+from odconv.ops.dynamic_conv import compute_dtype, pad_by_name
+from odconv.ops.policy import choose, choose_transposed
+
+
+class Explanation(NamedTuple):
+    """What the operator does for a layer; ``print`` shows it.
+
+    Attributes:
+        backend: name of the backend that is chosen; see docs/layers.md.
+        why: the reason, in a sentence.
+        multiply_adds: of the convolution, of mixing, and of the other attentions.
+        bytes: least that is read and written: the input, all kernels, the attentions and the output.
+        workspace: bytes of mixed kernels or columns that the backend makes in memory besides, for the whole batch;
+            0 where they stay in the processor's cache, or none are made.
+    """
+
+    backend: str
+    why: str
+    multiply_adds: int
+    bytes: int
+    workspace: int
+
+    def __str__(self) -> str:
+        """Return two lines."""
+        return (
+            f"{self.backend}: {self.why}\n{self.multiply_adds / 1e6:.1f} M multiply-adds, {self.bytes / 1e6:.2f} MB "
+            f"read and written, {self.workspace / 1e6:.2f} MB of kernels or columns made"
+        )
+
+
+def explain(
+    layer: DynamicConv,
+    shape: Sequence[int],
+    *,
+    training: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Explanation:
+    """Say which backend computes a layer for inputs of a shape, why, and what that costs; computes nothing.
+
+    Device and dtype are those of the layer's kernels, or autocast's dtype under autocast.
+
+    Args:
+        layer: any dynamic layer.
+        shape: shape of the input, (B, C, *map).
+        training: whether gradients are wanted.
+        memory_format: of the input, such as ``torch.channels_last``.
+
+    Returns:
+        The backend, the reason and the costs.
+
+    Raises:
+        TypeError: layer is not dynamic.
+        ValueError: shape is none that the layer takes.
+    """
+    if not isinstance(layer, DynamicConv):
+        raise TypeError(f"layer must be a dynamic layer, got {type(layer).__name__}")
+    if len(shape) != layer.dims + 2 or shape[1] != layer.in_channels or min(shape) < 0:
+        raise ValueError(f"shape must be (B, {layer.in_channels}, *map) with {layer.dims} axes of map, got {shape}")
+    weight, (batch, channels, *_) = layer.weight, shape
+    dtype = compute_dtype(weight.new_empty(0), weight)
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    if isinstance(layer, DynamicConvTranspose):
+        choice = choose_transposed(x)
+        y = transposed_shape(layer, shape)
+    else:
+        x, geometry = padded(layer, x)
+        check_map(x, layer.kernel_size, geometry)
+        device = weight.device if weight.device.type == "cpu" else "meta"
+        like = torch.empty(x.shape, dtype=dtype, device=device, memory_format=memory_format)
+        choice = choose(like, weight, geometry, training)
+        y = (batch, layer.out_channels, *output_size(x.shape[2:], layer.kernel_size, *geometry[:3]))
+    gates = {name: (batch, *size) for name, size in layer.attention.heads.items()}
+    named = [gates.get(name) for name in ("kernel", "spatial", "channel", "filter")]
+    numbers = math.prod(shape) + weight.numel() + math.prod(y) + sum(math.prod(gate) for gate in gates.values())
+    # a transposed convolution meets its input as an ordinary one meets its output
+    met = shape if layer.transposed else y
+    one = weight[0].numel()
+    made = {
+        "single": one,
+        "grouped": batch * one,
+        "product": batch * channels * math.prod(layer.kernel_size) * math.prod(y[2:]),
+        "dense": batch * math.prod(y[:2]) * math.prod(layer.kernel_size) * math.prod(shape[2:]),
+    }
+    if "spatial" in gates:
+        made["shared"] = made["product"]
+    return Explanation(
+        choice.backend,
+        choice.why,
+        flops.forward(tuple(shape), tuple(weight.shape), *named, out_shape=tuple(met)) // 2,
+        numbers * dtype.itemsize,
+        made.get(choice.backend, 0) * dtype.itemsize,
+    )
+
+
+def padded(layer: DynamicConv, x: torch.Tensor) -> tuple[torch.Tensor, Geometry]:
+    """Return the input as the operator gets it from a layer, and the geometry that it is given."""
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        x, padding = F.pad(x, layer._margins()), (0,) * layer.dims
+    elif isinstance(padding, str):
+        x, padding = pad_by_name(x, padding, layer.kernel_size, layer.stride, layer.dilation)
+    return x, Geometry(layer.stride, padding, layer.dilation, layer.groups)
+
+
+def transposed_shape(layer: DynamicConvTranspose, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a transposed layer's output."""
+    axes = zip(
+        shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.output_padding, strict=True
+    )
+    size = [(extent - 1) * s - 2 * p + d * (k - 1) + e + 1 for extent, k, s, p, d, e in axes]
+    return (shape[0], layer.out_channels, *size)

@@ -1,0 +1,153 @@
+"""The compiled kernel in bfloat16 and float16: as near to float64 as rounding allows, in any layout, for any batch."""
+
+import pytest
+import torch
+
+import odconv
+from odconv.functional import dynamic_conv, per_sample_conv
+from odconv.ops import cpu
+from odconv.ops.contract import Attentions, Geometry
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler, or not x86 with AVX2")
+DTYPES = [torch.bfloat16, torch.float16]
+
+# batch, channels, filters, n, map, taps, geometry: odd channels, groups, several blocks of filters and of positions,
+# more and fewer samples than kernels, and depth-wise layers, whose channels fill no whole number of vectors.
+PROBLEMS = [
+    (1, 64, 130, 4, (14, 13), (3, 3), {"padding": 1}),
+    (5, 70, 96, 4, (7, 7), (3, 3), {"padding": 1}),
+    (3, 33, 65, 3, (9, 9), (3, 3), {"padding": 1, "stride": 2}),
+    (6, 64, 64, 4, (20, 21), (1, 1), {}),
+    (2, 130, 24, 1, (8, 8), (1, 1), {"stride": 2}),
+    (4, 96, 96, 2, (8, 8), (3, 3), {"padding": 1, "groups": 3}),
+    (2, 51, 60, 2, (8, 8), (3, 3), {"padding": 1, "groups": 3}),
+    (2, 8, 300, 9, (30, 31), (5, 5), {"padding": 2}),
+    (3, 32, 48, 2, (100,), (5,), {"padding": 4, "dilation": 2}),
+    (2, 18, 20, 3, (5, 6, 7), (2, 3, 3), {"padding": (0, 1, 1), "stride": (1, 2, 1)}),
+    (2, 20, 40, 2, (6, 6), (1, 17), {"padding": (0, 8)}),
+    (3, 40, 40, 4, (14, 14), (3, 3), {"padding": 1, "groups": 40}),
+    (1, 130, 130, 2, (15, 14), (3, 3), {"padding": 1, "stride": 2, "groups": 130}),
+    (2, 24, 24, 2, (3, 2), (5, 5), {"padding": 3, "groups": 24}),
+    (2, 24, 24, 2, (9, 4, 5), (3, 1, 2), {"padding": (1, 0, 1), "groups": 24}),
+]
+
+
+def problem(batch, channels, filters, n, size, taps, geometry, dtype, last):
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels, *size)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    weight = torch.randn(n, filters, channels // geometry.get("groups", 1), *taps)
+    shapes = {"kernel": (batch, n), "spatial": (batch, *taps), "channel": (batch, channels), "filter": (batch, filters)}
+    gates = {name: torch.rand(shape) for name, shape in shapes.items()}
+    bias = torch.randn(filters)
+    return {name: t.to(dtype) for name, t in {"x": x, "weight": weight, **gates, "bias": bias}.items()}
+
+
+def error(y, exact):
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "contiguous"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PROBLEMS, ids=str)
+def test_one_rounding_of_the_kernel_and_one_of_the_output(shape, dtype, last):
+    *sizes, geometry = shape
+    tensors = problem(*sizes, geometry, dtype, last)
+    exact = dynamic_conv(**{name: t.double() for name, t in tensors.items()}, **geometry, backend="reference")
+    y = dynamic_conv(**tensors, **geometry, backend="cpu")
+    assert y.dtype == dtype
+    assert y.shape == exact.shape
+    assert not last or y.dim() != 4 or y.is_contiguous(memory_format=torch.channels_last)
+    assert error(y, exact) < torch.finfo(dtype).eps / 2
+    assert (y.double() - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("shape", PROBLEMS, ids=str)
+def test_results_depend_neither_on_threads_nor_on_the_rest_of_the_batch(shape):
+    *sizes, geometry = shape
+    tensors = problem(*sizes, geometry, torch.bfloat16, True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = dynamic_conv(**tensors, **geometry, backend="cpu")
+        torch.set_num_threads(3)
+        assert torch.equal(dynamic_conv(**tensors, **geometry, backend="cpu"), alone)
+    finally:
+        torch.set_num_threads(threads)
+    for b in range(sizes[0]):
+        sample = {name: t if name in ("weight", "bias") else t[b : b + 1] for name, t in tensors.items()}
+        assert torch.equal(dynamic_conv(**sample, **geometry, backend="cpu")[0], alone[b])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 40])
+def test_a_kernel_for_each_sample(groups, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 40, 9, 9).to(dtype), torch.randn(3, 40, 40 // groups, 3, 3).to(dtype)
+    bias = torch.randn(3, 40).to(dtype)
+    given = {"padding": 1, "groups": groups}
+    exact = per_sample_conv(x.double(), weight.double(), bias=bias.double(), **given, backend="reference")
+    assert error(per_sample_conv(x, weight, bias=bias, **given, backend="cpu"), exact) < torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [PROBLEMS[1], PROBLEMS[3], PROBLEMS[11]], ids=str)
+def test_gradients_are_as_near_to_float64_as_rounding_allows(shape, dtype):
+    *sizes, geometry = shape
+    tensors = {name: t.requires_grad_() for name, t in problem(*sizes, geometry, dtype, True).items()}
+    exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    wanted = dynamic_conv(**exact, **geometry, backend="reference")
+    upstream = torch.randn_like(wanted)
+    found = torch.autograd.grad(dynamic_conv(**tensors, **geometry), list(tensors.values()), upstream.to(dtype))
+    for value, gradient in zip(found, torch.autograd.grad(wanted, list(exact.values()), upstream), strict=True):
+        assert value.dtype == dtype
+        assert error(value, gradient) < 4 * torch.finfo(dtype).eps
+
+
+def test_not_a_number_stays_one():
+    x, weight = torch.zeros(2, 32, 4, 4), torch.ones(1, 32, 32, 3, 3)
+    x[1, 3, 1, 2] = float("nan")
+    for dtype in DTYPES:
+        y = dynamic_conv(x.to(dtype), weight.to(dtype), padding=1, backend="cpu")
+        assert y[1, :, 0:3, 1:4].isnan().all()
+        assert not y[0].isnan().any()
+
+
+@pytest.mark.parametrize("layer", [odconv.ODConv2d, odconv.DyConv2d, odconv.CondConv2d])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "contiguous"])
+def test_the_attention_in_one_call_is_the_attention(layer, dtype, last):
+    torch.manual_seed(0)
+    layer = layer(37, 20, 3, padding=1).to(dtype).eval()
+    x = torch.randn(5, 37, 13, 12, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    with torch.no_grad():
+        fused = layer.attention(x)
+    for value, wanted in zip(fused, layer.attention(x), strict=True):
+        assert (value is None) == (wanted is None)
+        if wanted is not None:
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value, wanted)
+
+
+def test_pooling_is_the_mean():
+    for dtype in (*DTYPES, torch.float32, torch.float64):
+        for size in ((300,), (33, 35), (3, 4, 5), (1, 1)):
+            x = (torch.randn(3, 19, *size, dtype=torch.float64) + 1).to(dtype)
+            wanted = x.double().flatten(2).mean(2)
+            for maps in (x, x.movedim(1, -1).contiguous().movedim(-1, 1), torch.stack([x, x], -1)[..., 0]):
+                found = torch.ops.odconv.pool(maps)
+                assert found.dtype == torch.promote_types(dtype, torch.float32)
+                torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="odconv: x must be"):
+        torch.ops.odconv.pool(torch.ones(2, 3))
+
+
+def test_what_the_processor_cannot_do_in_16_bits_is_done_in_32():
+    """A group of an odd number of channels has no pairs for matrix units, and is computed in float32."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 6, 8, 8).bfloat16(), torch.randn(1, 40, 3, 3, 3).bfloat16()
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 2)
+    y = cpu.convolve(x, weight, Attentions(), geometry)
+    exact = dynamic_conv(x.double(), weight.double(), padding=1, groups=2, backend="reference")
+    assert error(y, exact) < torch.finfo(torch.bfloat16).eps / 2
