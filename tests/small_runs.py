@@ -15,7 +15,7 @@ from torch import nn
 
 from odconv import ODConv2d
 from odconv.app.classify import TrainConfig
-from odconv.app.classify.module import Training
+from odconv.app.classify.module import ClassifierTraining
 from odconv.app.data import Images, evaluation_transform
 from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.app.engine.trainer import make_trainer
@@ -160,7 +160,7 @@ def fit_tiny(count: int = 32, **options) -> tuple[Watch, dict[str, float]]:
         accumulate_grad_batches=config.accumulate, gradient_clip_val=config.clip,
     )  # fmt: skip
     place = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-    module = Training(Tiny(), config, list("abcd"))
+    module = ClassifierTraining(Tiny(), config, list("abcd"))
     trainer.fit(
         module,
         training_loader(noise_images(count, 0), config.batch_size // config.accumulate, 0, **place),

@@ -24,8 +24,6 @@ from benchmarks.accuracy.report import (
     write_report,
 )
 
-from odconv.app.classify.module import Training
-
 NETWORK = ("imagenette", "mobilenetv2_050")
 
 
@@ -77,7 +75,7 @@ def test_cells_are_told_apart():
 
 
 def test_trains_once_goes_on_and_reports(tmp_path, data, monkeypatch, capsys):
-    begin = Training.on_train_batch_start
+    begin = ClassifierTraining.on_train_batch_start
 
     def fail_in_epoch_2(self, *batch):
         if self.current_epoch == 1:
@@ -90,7 +88,7 @@ def test_trains_once_goes_on_and_reports(tmp_path, data, monkeypatch, capsys):
     out = tmp_path / "accuracy.csv"
     arguments = ["--data", data, "--scale", "tiny", "--out", out, "--runs", tmp_path / "runs", "--seeds", 1]
     with monkeypatch.context() as power:
-        power.setattr(Training, "on_train_batch_start", fail_in_epoch_2)
+        power.setattr(ClassifierTraining, "on_train_batch_start", fail_in_epoch_2)
         with pytest.raises(RuntimeError, match="power failure"):
             call(monkeypatch, *arguments, "--methods", "static")
     call(monkeypatch, *arguments, "--methods", "static")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from odconv.app.classify import TrainConfig, evaluate, train
-from odconv.app.classify.module import Evaluation, Training
+from odconv.app.classify.module import ClassifierEvaluation, ClassifierTraining
 from odconv.app.data import IGNORE, normalise
 from odconv.app.engine.checkpoint_io import CheckpointFiles
 from odconv.app.engine.trainer import make_trainer
@@ -244,7 +244,7 @@ def test_unreadable_images_do_not_count_in_batch_norm(readable: int) -> None:
     blank = torch.tensor([i >= readable for i in range(5)]).roll(2)
     images[blank], labels[blank] = 0, IGNORE
     norm = nn.BatchNorm2d(3)
-    module = Training(nn.Sequential(norm, Tiny()), TrainConfig(arch="tiny", data="", out=""), list("abcd"))
+    module = ClassifierTraining(nn.Sequential(norm, Tiny()), TrainConfig(arch="tiny", data="", out=""), list("abcd"))
     trainer = make_trainer(1, "none", max_epochs=1, logger=False, enable_checkpointing=False)
     trainer.fit(module, DataLoader([(images, labels)], batch_size=None))
     assert torch.allclose(norm.running_mean, 0.1 * normalise(images[~blank]).mean((0, 2, 3)), atol=1e-6)
@@ -252,7 +252,7 @@ def test_unreadable_images_do_not_count_in_batch_norm(readable: int) -> None:
 
 
 def test_a_batch_without_a_readable_image_changes_nothing() -> None:
-    module = Training(Tiny(), TrainConfig(arch="tiny", data="", out=""), list("abcd"))
+    module = ClassifierTraining(Tiny(), TrainConfig(arch="tiny", data="", out=""), list("abcd"))
     loss = module.training_step((torch.zeros(3, 3, 8, 8), torch.full((3,), IGNORE)), 0)
     loss.backward()
     assert loss.item() == 0
@@ -260,7 +260,7 @@ def test_a_batch_without_a_readable_image_changes_nothing() -> None:
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_images() -> None:
-    module = Training(Tiny(), TrainConfig(arch="tiny", data="", out=""), list("abcd"))
+    module = ClassifierTraining(Tiny(), TrainConfig(arch="tiny", data="", out=""), list("abcd"))
     images, labels = torch.randn(7, 3, 8, 8), torch.arange(7) % 4
     labels[3] = IGNORE
     for part in (slice(0, 5), slice(5, 7)):
@@ -275,7 +275,7 @@ def test_accuracy_is_that_of_the_logits() -> None:
     logits = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(40) % 7
     labels[::9] = IGNORE
-    module = Evaluation(nn.Identity())
+    module = ClassifierEvaluation(nn.Identity())
     for part in (slice(0, 13), slice(13, 40)):
         module.validation_step((logits[part], labels[part]), 0)
     counted = labels != IGNORE

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from odconv import create_model
 from odconv.app.classify import TrainConfig, evaluate, train
-from odconv.app.classify.module import Training, mixing
+from odconv.app.classify.module import ClassifierTraining
 from odconv.app.classify.restore import restore
 from odconv.app.classify.schedule import learning_rate, temperature
 from odconv.app.data import Images, evaluation_transform
@@ -100,7 +100,7 @@ def test_the_learning_rate_rises_in_the_warm_up() -> None:
 def test_adamw_decays_weights_alone_and_sgd_everything() -> None:
     for optimizer, kind in (("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)):
         config = TrainConfig(arch="tiny", data="", out="", optimizer=optimizer, lr=0.1, wd=0.05, attention_lr=0.5)
-        made = Training(Tiny(), config, list("abcd")).configure_optimizers()
+        made = ClassifierTraining(Tiny(), config, list("abcd")).configure_optimizers()
         assert type(made) is kind
         groups = {(group["lr"], group["weight_decay"]) for group in made.param_groups}
         plain = {(0.1, 0), (0.05, 0)} if optimizer == "adamw" else set()
@@ -125,7 +125,7 @@ def test_attentions_learn_at_their_own_rate(optimizer: str) -> None:
 
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
 def test_images_and_labels_are_mixed_alike(options: dict) -> None:
-    mix = mixing(TrainConfig(arch="tiny", data="", out="", **options), 4)
+    mix = mixup_or_cutmix(TrainConfig(arch="tiny", data="", out="", **options), 4)
     labels = torch.tensor([0, 1, 2, 3])
     images = labels.view(-1, 1, 1, 1).float().expand(-1, 4, 8, 8) == torch.arange(4.0).view(1, 4, 1, 1)
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def test_mixing_and_smoothing_change_the_loss_and_nothing_is_mixed_by_default(fo
     for options in ({"mixup": 0.4}, {"cutmix": 1.0}, {"label_smoothing": 0.1}):
         other, _ = fit_tiny(epochs=1, **options)
         assert other.losses != pytest.approx(plain.losses, rel=1e-3)
-    assert mixing(TrainConfig(arch="tiny", data="", out=""), 4) is None
+    assert mixup_or_cutmix(TrainConfig(arch="tiny", data="", out=""), 4) is None
     # a modern recipe, on images of which one cannot be read
     broken = tmp_path / "data"
     shutil.copytree(folder, broken)

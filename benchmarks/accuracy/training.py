@@ -14,7 +14,7 @@ from benchmarks.common import origin, subset
 
 from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.history import AccuracyHistory
-from odconv.app.classify.module import Training
+from odconv.app.classify.module import ClassifierTraining
 from odconv.app.data import Images, open_data
 from odconv.app.engine.layer_options import count_parameters
 from odconv.app.engine.loaders import evaluation_loader, training_loader
@@ -63,7 +63,7 @@ def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
     loader.go_to(resumed.epoch, resumed.batch)
     tests = evaluation_loader(tested, config.test_batch, workers)
     try:
-        trainer.fit(Training(model, config, classes), loader, tests, ckpt_path=resumed.path)
+        trainer.fit(ClassifierTraining(model, config, classes), loader, tests, ckpt_path=resumed.path)
     except FloatingPointError as error:  # a result, too
         print(error, flush=True)
     last = history.rows[-1] if len(history.rows) == recipe.epochs else {}

@@ -10,7 +10,7 @@ from odconv.checkpoints.reading import (
     malformed,
     read_checkpoint,
     read_state_dict,
-    room,
+    size_limit,
 )
 from odconv.checkpoints.writing import save_safetensors
 
@@ -25,6 +25,6 @@ __all__ = [
     "read_checkpoint",
     "read_state_dict",
     "resolve",
-    "room",
     "save_safetensors",
+    "size_limit",
 ]

@@ -108,7 +108,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {key: tensor.detach().clone() for key, tensor in read_checkpoint(path).state.items()}
 
 
-def room(path: Path) -> int:
+def size_limit(path: Path) -> int:
     """Return how many bytes what a file holds may take."""
     return EXPANSION * path.stat().st_size + 2**20
 
@@ -150,9 +150,9 @@ def _check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
         if kind:
             raise ValueError(f"{path} holds a tensor that is {kind}, and cannot be loaded: {printable(key)}")
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    if size > room(path):
+    if size > size_limit(path):
         raise ValueError(
-            f"{path} holds tensors of {size:,} bytes, and {room(path):,} are allowed for a file of its size"
+            f"{path} holds tensors of {size:,} bytes, and {size_limit(path):,} are allowed for a file of its size"
         )
 
 
@@ -204,7 +204,7 @@ def _unpickle(path: Path) -> Any:
                 members = archive.infolist()
             size = sum(member.file_size for member in members)
             plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        if size <= room(path):
+        if size <= size_limit(path):
             # mmap: what lies beside the weights, such as an optimizer's state, is never read from the disk
             return torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as error:  # on damaged files torch.load raises about everything
@@ -215,7 +215,7 @@ def _unpickle(path: Path) -> Any:
                 "torch.serialization.add_safe_globals"
             ) from error
         raise ValueError(f"{path} is no PyTorch checkpoint, or damaged or cut short") from error
-    raise ValueError(f"{path} holds {size:,} bytes, {room(path):,} are allowed for a file of its size")
+    raise ValueError(f"{path} holds {size:,} bytes, {size_limit(path):,} are allowed for a file of its size")
 
 
 def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from odconv.checkpoints import Weights, find_checkpoint, load_checkpoint, room
+from odconv.checkpoints import Weights, find_checkpoint, load_checkpoint, size_limit
 from odconv.conversion.convert import check_options, convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 from odconv.layers.starts import SETTLED
@@ -109,7 +109,7 @@ def check_described(path: Path, name: str, **options: Any) -> None:
     except (RuntimeError, OverflowError) as error:  # more than can be counted
         raise ValueError(f"{path} cannot hold the network that goes with it: {error}") from error
     numbers = sum(tensor.numel() for tensor in network.state_dict().values())
-    if numbers > room(path):
+    if numbers > size_limit(path):
         raise ValueError(f"{path} of {path.stat().st_size:,} bytes cannot hold the {numbers:,} numbers of its {name}")
 
 

@@ -42,7 +42,7 @@ def evaluate(
         ValueError: an option, or weights, or classes that do not fit, or a corrupt image, or no image that can be read.
         OSError: weights or data cannot be read, or `out` cannot be written.
     """
-    from odconv.app.classify.module import Evaluation
+    from odconv.app.classify.module import ClassifierEvaluation
     from odconv.app.data import open_data
     from odconv.app.engine.loaders import evaluation_loader
     from odconv.app.engine.trainer import make_trainer
@@ -58,7 +58,7 @@ def evaluate(
     outputs = _outputs_of_classes(splits.classes, restored)
     splits.val.labels = [outputs[label] for label in splits.val.labels]
     loader = evaluation_loader(splits.val, test_batch, workers, rank=trainer.global_rank, world_size=trainer.world_size)
-    evaluation = Evaluation(restored.model)
+    evaluation = ClassifierEvaluation(restored.model)
     trainer.validate(evaluation, loader, verbose=False)
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     images = int(metrics["val_images"])

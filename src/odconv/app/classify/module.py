@@ -12,13 +12,13 @@ from torchvision.transforms import v2
 from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.schedule import learning_rate, temperature, warmup
 from odconv.app.data import IGNORE, normalise
-from odconv.app.engine.training_module import Learning
+from odconv.app.engine.training_module import TrainingModule
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) and labels (B); IGNORE marks what must not count."""
 
 
-class Evaluation(pl.LightningModule):
+class ClassifierEvaluation(pl.LightningModule):
     """Measures a classifier: logs val_loss, val_top1 and val_top5 (in %), and val_images, how many images counted.
 
     Afterwards, `seconds` is how long the evaluation took. It is a ValueError if no image could be read.
@@ -64,7 +64,7 @@ class Evaluation(pl.LightningModule):
         self.seconds = time.perf_counter() - self.start
 
 
-class Training(Learning, Evaluation):
+class ClassifierTraining(TrainingModule, ClassifierEvaluation):
     """Trains a classifier on the cross-entropy, with the schedules of :mod:`odconv.app.classify.schedule`.
 
     Args:
@@ -79,7 +79,7 @@ class Training(Learning, Evaluation):
         *_, last = model.parameters()  # of the classifier
         super().__init__(model, config, {"classes": classes}, last)
         self.set_temperature(1.0)  # weights to start from may have brought another
-        self.mix = mixing(config, config.num_classes or len(classes))
+        self.mix = mixup_or_cutmix(config, config.num_classes or len(classes))
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         if config.compile:
@@ -125,7 +125,7 @@ class Training(Learning, Evaluation):
         return self.weigh(total / count.clamp(min=1), count, batch_idx)
 
 
-def mixing(config: TrainConfig, classes: int) -> v2.Transform | None:
+def mixup_or_cutmix(config: TrainConfig, classes: int) -> v2.Transform | None:
     """Return what mixes the images of a batch, drawing one way for each batch where there are two; None for none."""
     ways = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
     chosen = [way(alpha=alpha, num_classes=classes) for way, alpha in ways if alpha > 0]

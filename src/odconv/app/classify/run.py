@@ -14,7 +14,7 @@ from torch import nn
 from odconv.app.classify.attention_log import AttentionStatistics
 from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.history import AccuracyHistory
-from odconv.app.classify.module import Training
+from odconv.app.classify.module import ClassifierTraining
 from odconv.app.classify.schedule import temperature
 from odconv.app.data import open_data
 from odconv.app.data.transforms import evaluation_sizes
@@ -87,7 +87,7 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: AccuracyHistory) -
         )
     val_loader = evaluation_loader(val_images, config.test_batch, config.workers, **place)
     with explained(trainer.world_size):
-        trainer.fit(Training(model, config, splits.classes), train_loader, val_loader, ckpt_path=resumed.path)
+        trainer.fit(ClassifierTraining(model, config, splits.classes), train_loader, val_loader, ckpt_path=resumed.path)
     result = _result(config, model, history.rows)
     if trainer.is_global_zero:
         write_result(config, resumed, result)

@@ -14,7 +14,7 @@ from odconv.app.detect.config import DetectConfig
 from odconv.app.detect.images import UNREADABLE, Target
 from odconv.app.detect.schedule import learning_rate
 from odconv.app.detect.scores import Result, describe_detections, score
-from odconv.app.engine.training_module import Learning
+from odconv.app.engine.training_module import TrainingModule
 
 Batch = tuple[Sequence[Tensor], Sequence[Target]]
 """Images (3, H, W), each of its size, and what is on them."""
@@ -88,7 +88,7 @@ class DetectorEvaluation(pl.LightningModule):
         self.seconds = time.perf_counter() - self.start
 
 
-class DetectorTraining(Learning, DetectorEvaluation):
+class DetectorTraining(TrainingModule, DetectorEvaluation):
     """Trains a detector on the sum of its losses.
 
     Args:

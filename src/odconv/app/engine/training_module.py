@@ -24,7 +24,7 @@ SUMS = ("train_loss", "train_images", "train_corrupt")
 ADVICE = "the checkpoints are from before. A lower lr or clip may help; of dynamic layers, a higher temperature, too"
 
 
-class Learning(pl.LightningModule):
+class TrainingModule(pl.LightningModule):
     """Trains a network by SGD, in steps that are functions of what is known beforehand.
 
     All that is random in a step is seeded by the step, and the schedules are functions of it, so that a run that goes
