@@ -15,6 +15,8 @@ from benchmarks.accuracy.cells import Cell, Recipe
 from benchmarks.accuracy.training import open_images, train
 from small_runs import make_folder
 
+pytestmark = pytest.mark.slow  # of benchmarks
+
 CPU = torch.device("cpu")
 RECIPE = Recipe(16, 2, 0.02, stem="small", batch_size=8)
 

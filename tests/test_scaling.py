@@ -11,6 +11,8 @@ pytest.importorskip("torchvision")
 
 from odconv import create_model
 
+pytestmark = pytest.mark.slow  # of benchmarks
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
 KERNELS = {"static": None, "1x": 1, "2x": 2, "4x": 4}

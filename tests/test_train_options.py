@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from odconv import create_model
 from odconv.app.classify import TrainConfig, evaluate, train
-from odconv.app.classify.module import ClassifierTraining
+from odconv.app.classify.module import ClassifierTraining, mixup_or_cutmix
 from odconv.app.classify.restore import restore
 from odconv.app.classify.schedule import learning_rate, temperature
 from odconv.app.data import Images, evaluation_transform

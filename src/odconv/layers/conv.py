@@ -25,6 +25,12 @@ class DynamicConv(nn.Module):
     A subclass says how many `dims` it has, whether it is transposed and whether its bias is mixed, and builds its
     `attention`. It describes the convolution by keywords: those of ``torch.nn.Conv2d``, the number of kernels, and the
     width of the context.
+
+    Attributes:
+        weight: the n kernels, (n, O, C/groups, *kernel_size); of a transposed layer (n, C, O/groups, *kernel_size).
+        bias: (O), or None.
+        kernel_bias: a bias for each kernel, mixed as these are, (n, O), or None.
+        attention: what computes the attentions from the input, or from a context.
     """
 
     dims: ClassVar[int]

@@ -55,18 +55,19 @@ class RestoredDetector(NamedTuple):
     chosen: Sequence[str] | None = None
 
 
-def build(config: DetectConfig, classes: int) -> nn.Module:
+def build(config: DetectConfig, classes: int, weights: Checkpoint | None = None) -> nn.Module:
     """Build the detector of a run, with the weights to start from.
 
     Args:
         config: the options of the run.
         classes: how many classes there are, without the background.
+        weights: what was read of `config.weights`, if anything.
     """
     return create_detector(
         config.detector,
         config.arch,
         num_classes=classes + 1,
-        weights=config.weights,
+        weights=weights or config.weights,
         new_predictor=config.new_predictor,
         weights_backbone=config.weights_backbone,
         warm_start=config.warm_start,

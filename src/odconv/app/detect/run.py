@@ -22,7 +22,7 @@ from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
 from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
 from odconv.app.engine.trainer import make_training
 from odconv.app.pages.reports import refresh_report
-from odconv.checkpoints import find_checkpoint
+from odconv.checkpoints import Checkpoint, find_checkpoint
 from odconv.models.detectors.builder import find_conventions
 from odconv.system.text import first_few
 
@@ -44,10 +44,11 @@ def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory)
     training, evaluation = read_data(config)
     config = replace(config, **resolve_layers(config.arch, config.kernel_num, config.reduction))
     resumed = find_resumed(config, training.classes, FIXED)
-    config = replace(config, conventions=_conventions(config, resumed))
+    weights = find_checkpoint(config.weights) if config.weights and not resumed.path else None
+    config = replace(config, conventions=_conventions(config, resumed, weights))
     pl.seed_everything(config.seed, workers=True, verbose=False)
     fresh = config if not resumed.path else replace(config, weights=None, weights_backbone=None, warm_start=False)
-    model = build(fresh, len(training.classes))
+    model = build(fresh, len(training.classes), weights)
     if trainer.is_global_zero:
         write_beginning(config, resumed, trainer.world_size)
         print(
@@ -87,7 +88,7 @@ def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory)
     return result
 
 
-def _conventions(config: DetectConfig, resumed: Resumed) -> Any:
+def _conventions(config: DetectConfig, resumed: Resumed, weights: Checkpoint | None) -> Any:
     """Return whose arithmetic to compute with: that of the weights, unless it was chosen; and warn of what differs."""
     if resumed.path:
         before = resumed.options["conventions"]
@@ -96,15 +97,14 @@ def _conventions(config: DetectConfig, resumed: Resumed) -> Any:
                 f"cannot resume {resumed.path}: its conventions are {before}, those of this run {config.conventions}"
             )
         return before
-    checkpoint = find_checkpoint(config.weights) if config.weights else None
-    if checkpoint:
-        options = checkpoint.options
+    if weights:
+        options = weights.options
         for name in ("anchor_sizes", "temperature"):
             if name in options and options[name] != (now := getattr(config, name)):
                 logger.warning(
                     "%s was trained with %s %s, and goes on with %s", config.weights, name, options[name], now
                 )
-    return config.conventions or find_conventions(checkpoint)
+    return config.conventions or find_conventions(weights)
 
 
 def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:
