@@ -24,8 +24,9 @@ from benchmarks.accuracy.report import (
     write_report,
 )
 
-pytestmark = pytest.mark.slow  # of benchmarks
 from odconv.app.classify.module import ClassifierTraining
+
+pytestmark = pytest.mark.slow  # of benchmarks
 
 NETWORK = ("imagenette", "mobilenetv2_050")
 
