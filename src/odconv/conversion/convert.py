@@ -224,7 +224,7 @@ def matcher(argument: str, chosen: Chosen, names: list[str]) -> Callable[[str, n
         raise TypeError(f"{argument} must be a glob, several of them or a function, got {chosen!r}")
     for glob in globs:
         if not any(fnmatch.fnmatchcase(name, glob) for name in names):
-            hint = suggest(glob, names, f"; the names are {first_few(names)}", most=3)
+            hint = suggest(glob, names, f"; the names are {first_few(names)}", most=3, cutoff=0.4)
             raise ValueError(f"{argument}: no convolution has a name that matches {glob!r}{hint}")
     return lambda name, module: any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 

@@ -47,7 +47,15 @@ def first_few(texts: Iterable[Any], separator: str = ", ", none: str = "none") -
     return (printable(separator.join(texts[:8])) or none) + more
 
 
-def suggest(name: str, known: Iterable[str], otherwise: str = "", most: int = 1) -> str:
-    """Return "; did you mean ...?" with at most `most` known names near a name; `otherwise` where none is near."""
-    near = difflib.get_close_matches(name, [*known], n=most)
+def suggest(name: str, known: Iterable[str], otherwise: str = "", most: int = 1, cutoff: float = 0.6) -> str:
+    """Return "; did you mean ...?" with the known names that are near a name, or else `otherwise`.
+
+    Args:
+        name: what is not known.
+        known: what is.
+        otherwise: what to return where no name is near.
+        most: names at most.
+        cutoff: least similarity, as difflib has it.
+    """
+    near = difflib.get_close_matches(name, [*known], n=most, cutoff=cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else otherwise
