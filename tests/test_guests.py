@@ -384,6 +384,13 @@ def test_accelerate_offloads_buffers_and_their_temperature_is_not_set_in_vain():
     assert temperatures(offloaded) == [5.0]
 
 
+def test_a_temperature_set_on_the_meta_device_comes_with_the_numbers():
+    with torch.device("meta"):
+        model = network()
+        odconv.set_temperature(model, 5.0)
+    assert temperatures(model.to_empty(device="cpu")) == [5.0]
+
+
 def test_a_network_made_under_inference_mode_infers_as_static_ones_do():
     with torch.inference_mode():
         model = network()

@@ -139,15 +139,18 @@ class Attention(nn.Module):
             value: the temperature, above 0; large values make all attentions alike.
 
         Raises:
-            ValueError: value is not a positive, finite number, or the temperature is on the meta device.
+            ValueError: value is not a positive, finite number, or the temperature is offloaded.
         """
         check_temperature(value)
         if self.temperature is not None:
-            if self.temperature.is_meta:
+            if self.temperature.is_meta and hasattr(self, "_hf_hook"):  # the numbers lie with accelerate
                 raise ValueError(
                     f"temperature {value} cannot be set on the meta device: set it before offloading the buffers "
-                    "(accelerate), or after to_empty"
+                    "(accelerate)"
                 )
+            if self.temperature.is_meta:  # a network without numbers yet, which gets this one with the others
+                self.initial_temperature = float(value)
+                return
             self.temperature.fill_(value)  # in place: a compiled network reads the new value without recompiling
 
     def __call__(self, x: Tensor) -> Attentions:
@@ -460,7 +463,7 @@ def set_temperature(model: nn.Module, value: float) -> None:
         value: the temperature, above 0. The published schedule falls from 30 to 1 over the first ten epochs.
 
     Raises:
-        ValueError: value is not a positive, finite number, or a temperature is on the meta device.
+        ValueError: value is not a positive, finite number, or a temperature is offloaded.
     """
     if not try_temperature(model, value):
         warnings.warn(f"no layer of the {type(model).__name__} has a temperature: none was set", stacklevel=2)
