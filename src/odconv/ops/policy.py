@@ -72,9 +72,10 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
         return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
     if differentiated and x.dtype in cpu.HALF and not is_large_pointwise(x, weight, geometry):
         return choose_plain(x, weight, geometry, n)  # the compiled kernel's backward pass in 16 bits is by groups
-    dense = n is not None and geometry.groups == 1
-    fewest = FEWEST_POSITIONS if dense and x.shape[0] >= MANY_SAMPLES else 1
-    if (n or 1) * positions_of(x, geometry) <= fewest or not cpu.fits(x, weight, geometry, differentiated):
+    positions = (n or 1) * positions_of(x, geometry)
+    few = n is not None and geometry.groups == 1 and positions <= FEWEST_POSITIONS
+    # the batch is asked last: where torch.compile leaves it open, each question is another graph
+    if positions == 1 or (few and x.shape[0] >= MANY_SAMPLES) or not cpu.fits(x, weight, geometry, differentiated):
         return choose_plain(x, weight, geometry, n)
     # A lone 1x1 kernel can do without a kernel per sample: a small map is scaled instead.
     lone = n == math.prod(weight.shape[3:]) == geometry.groups == 1 and is_small(x, weight, geometry)
