@@ -15,14 +15,14 @@ from odconv.ops.contract import Geometry, is_exported_sample, is_exporting, is_t
 FEW_POSITIONS = 64
 """Kernels times positions up to which n full products beat mixing a kernel for each sample in plain PyTorch.
 
-Rows: layers_small_maps.csv, n = 4, "shared" against "product": "128->128 4x4 k3 s1 g1" below, "64->64 8x8 k3 s1 g1"
-above.
+Rows: layers_small_maps.csv, n = 4, batch 64, "shared" against "product": "128->128 4x4 k3 s1 g1" below, and
+"64->64 8x8 k3 s1 g1" above.
 """
 FEWEST_POSITIONS, MANY_SAMPLES = 4, 8
 """The same, and the samples from which it holds, where the compiled kernel for the CPU mixes.
 
-Rows: layers_small_maps.csv, "shared" against "cpu": n = 4, "256->512 2x2 k3 s2 g1" and n = 1, "256->256 2x2 k3 s1 g1"
-below; n = 4, "256->256 2x2 k3 s1 g1" above.
+Rows: layers_small_maps.csv, batch 64, "shared" against "cpu": n = 4, "256->512 2x2 k3 s2 g1" and n = 1,
+"256->256 2x2 k3 s1 g1" below; n = 4, "256->256 2x2 k3 s1 g1" above.
 """
 LARGE_KERNEL = 2**20
 """Numbers of a lone 1x1 kernel from which scaling a small map beats scaling the kernel, for a batch of one.
@@ -70,9 +70,12 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
     """Return the backend of a call that computes now, or is compiled; n is None per sample."""
     if x.shape[0] == 0:
         return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
-    dense = n is not None and geometry.groups == 1
-    fewest = FEWEST_POSITIONS if dense and x.shape[0] >= MANY_SAMPLES else 1
-    if (n or 1) * positions_of(x, geometry) <= fewest or not cpu.fits(x, weight, geometry, differentiated):
+    if differentiated and x.dtype in cpu.HALF and not is_large_pointwise(x, weight, geometry):
+        return choose_plain(x, weight, geometry, n)  # the compiled kernel's backward pass in 16 bits is by groups
+    positions = (n or 1) * positions_of(x, geometry)
+    few = n is not None and geometry.groups == 1 and positions <= FEWEST_POSITIONS
+    # the batch is asked last: where torch.compile leaves it open, each question is another graph
+    if positions == 1 or (few and x.shape[0] >= MANY_SAMPLES) or not cpu.fits(x, weight, geometry, differentiated):
         return choose_plain(x, weight, geometry, n)
     # A lone 1x1 kernel can do without a kernel per sample: a small map is scaled instead.
     lone = n == math.prod(weight.shape[3:]) == geometry.groups == 1 and is_small(x, weight, geometry)
@@ -118,6 +121,11 @@ def positions_of(x: Tensor, geometry: Geometry) -> int:
 def is_small(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether a map has fewer positions than a group has filters."""
     return positions_of(x, geometry) < weight.shape[1] // geometry.groups
+
+
+def is_large_pointwise(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Return whether a kernel has one tap, and the map at least as many positions as a group has filters."""
+    return math.prod(weight.shape[3:]) == 1 and x.shape[0] > 1 and not is_small(x, weight, geometry)
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
