@@ -73,13 +73,13 @@ class HubModel(
         self.config = {k: v for k, v in (arguments.arguments | layer_options).items() if k not in START}
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits of images (B, 3, H, W)."""
+        """Return the logits of images (B, 3, H, W)."""
         return self.model(x)
 
     def generate_model_card(
         self, *, accuracy: str | None = None, image_size: int = 224, repo_id: str | None = None
     ) -> ModelCard:
-        """The card, whose costs are counted here (:func:`odconv.profile`).
+        """Return the card, whose costs are counted here (:func:`odconv.profile`).
 
         The arguments are the `model_card_kwargs` of `save_pretrained` and `push_to_hub`.
 

@@ -41,7 +41,7 @@ class MMLayer(DynamicConv):
         return self
 
     def _one_of(self, index: int) -> nn.Module:
-        """A module of this class that has one of the kernels as its weight, in the same memory."""
+        """Return a module of this class that has one of the kernels as its weight, in the same memory."""
         bias = self.bias if self.kernel_bias is None else self.kernel_bias.data[index]
         one = type(self).__new__(type(self))
         vars(one).update(vars(self), weight=self.weight.data[index], bias=bias)

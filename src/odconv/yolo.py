@@ -25,7 +25,7 @@ Size = int | list[int] | tuple[int, int]
 
 
 def autopad(k: Size, p: Size | None = None, d: int = 1) -> Size:
-    """The padding p, or where it is None half of what the kernel spans, which keeps the map at stride 1 for odd k.
+    """Return the padding p, or half of what the kernel spans: it keeps the map at stride 1 for odd k.
 
     Args:
         k: size of the kernel, an int or two.

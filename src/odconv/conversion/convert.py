@@ -127,7 +127,7 @@ def decide(
     exclude: Chosen | None,
     layer_options: dict[str, Any],
 ) -> list[Decision]:
-    """What :func:`convert` does with each convolution, in the order of the network's modules; it raises the same."""
+    """Return what :func:`convert` does with each convolution, in the order of modules; raise the same."""
     family = find_family(to)
     check_options(family[0], layer_options)
     found = find_convolutions(model)
@@ -162,7 +162,7 @@ def decide(
 
 
 def find_family(to: str | type[DynamicConv]) -> list[type[DynamicConv]]:
-    """The layers that `to` stands for."""
+    """Return the layers that `to` stands for."""
     if isinstance(to, type) and issubclass(to, DynamicConv) and hasattr(to, "dims"):
         return [to]
     if not isinstance(to, str) or to not in FAMILIES:
@@ -207,7 +207,7 @@ def find_convolutions(model: nn.Module) -> dict[Any, list[str]]:
 
 
 def outside_dynamic(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules by name, under each of their names, but not those inside dynamic layers."""
+    """Yield all modules by name, under each of their names, but not those inside dynamic layers."""
     yield name, module
     if not isinstance(module, DynamicConv):
         for key, child in module._modules.items():
@@ -230,12 +230,12 @@ def matcher(argument: str, chosen: Chosen, names: list[str]) -> Callable[[str, n
 
 
 def is_shortcut(conv: Convolution, names: list[str]) -> bool:
-    """Whether a convolution is 1x1 and one of its names says that it is on a shortcut."""
+    """Return whether a convolution is 1x1 and one of its names says that it is on a shortcut."""
     return set(conv.kernel_size) == {1} and any(SHORTCUTS & {*name.split(".")} for name in names)
 
 
 def tied_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that several modules have as their own."""
+    """Return the parameters that several modules have as their own."""
     own = [p for module in model.modules() for p in module._parameters.values() if p is not None]
     return {parameter for parameter, count in Counter(own).items() if count > 1}
 
@@ -258,7 +258,7 @@ def obstacle(conv: Convolution, tied: set[nn.Parameter]) -> str:
 
 
 def replacement(conv: Convolution, layer: type[DynamicConv], warm_start: bool, options: dict[str, Any]) -> DynamicConv:
-    """The layer that takes a convolution's place, trained as far, and frozen where it is."""
+    """Return the layer that takes a convolution's place, trained as far, and frozen where it is."""
     if warm_start and "gain" in options_of(layer):
         options = {"gain": 2.0} | options
     new = dynamic_like(conv, layer, options, conv.weight.device)
@@ -274,7 +274,7 @@ def replacement(conv: Convolution, layer: type[DynamicConv], warm_start: bool, o
 def dynamic_like(
     conv: Convolution, layer: type[DynamicConv], options: dict[str, Any], device: torch.device | str
 ) -> DynamicConv:
-    """A freshly drawn dynamic layer with the geometry, bias, dtype and mode of a convolution."""
+    """Return a freshly drawn dynamic layer with the geometry, bias, dtype and mode of a convolution."""
     if layer.transposed:
         options = {"output_padding": conv.output_padding} | options
     return layer(

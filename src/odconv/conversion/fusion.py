@@ -144,7 +144,7 @@ def fold_batch_norm(layer: DynamicConv, bn: BatchNorm) -> DynamicConv:
 
 
 def scale_filters(layer: DynamicConv, scale: Tensor) -> Tensor:
-    """The kernels of a layer, each of their filters multiplied by its entry of scale, (O)."""
+    """Return the kernels of a layer, each of their filters multiplied by its entry of scale, (O)."""
     taps = (1,) * layer.dims
     if not layer.transposed:  # (n, O, C/groups, *kernel_size)
         return layer.weight * scale.view(-1, 1, *taps)

@@ -52,7 +52,7 @@ class Frozen(NamedTuple):
     layers: dict[str, Score]
 
     def __str__(self) -> str:
-        """The scores, in lines."""
+        """Return the scores, in lines."""
         rows = {"dynamic": self.before, "static": self.after}
         rows |= {f"only {name} static": score for name, score in self.layers.items()}
         width = max(map(len, rows))
@@ -163,7 +163,7 @@ def _replace(model: nn.Module, means: Mapping[str, Attentions]) -> None:
 
 
 def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
-    """The convolution that a layer is at certain attentions, (1, ...)."""
+    """Return the convolution that a layer is at certain attentions, (1, ...)."""
     transposed = {"output_padding": layer.output_padding} if layer.transposed else {}
     conv: Any = CONVOLUTIONS[layer.dims, layer.transposed](
         layer.in_channels,

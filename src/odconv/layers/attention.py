@@ -115,7 +115,7 @@ class Attention(nn.Module):
         (draw_calm if self.init == "calm" else draw_published)(self)
 
     def linear_layers(self) -> list[Pointwise]:
-        """The hidden layer, where there is one, and the heads."""
+        """Return the hidden layer, where there is one, and the heads."""
         return [module for module in self.children() if isinstance(module, Pointwise)]
 
     def set_factors(self, gain: float, kernel_gain: float) -> None:
@@ -193,13 +193,13 @@ class Attention(nn.Module):
         return logits.sigmoid() if self.factors is None else self.gain * logits.sigmoid()
 
     def _project(self, layer: Any, z: Tensor) -> Tensor:
-        """A 1x1 convolution of vectors, (B, C) -> (B, O), in z's dtype."""
+        """Return a 1x1 convolution of vectors, (B, C) -> (B, O), in z's dtype."""
         if is_plain(layer):
             return F.linear(z, layer.weight.flatten(1).to(z.dtype), cast(layer.bias, z))
         return call_in_dtype(layer, z.reshape(*z.shape, *(1,) * self.dims)).flatten(1)
 
     def _normalise(self, z: Tensor) -> Tensor:
-        """The hidden layer's norm, in z's dtype."""
+        """Return the hidden layer's norm, in z's dtype."""
         norm = self.bn
         if norm is None:
             return z

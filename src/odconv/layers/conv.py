@@ -126,7 +126,7 @@ class DynamicConv(nn.Module):
         return self._add_static_bias(y)
 
     def _attend(self, x: Tensor, context: Tensor | None) -> Attentions:
-        """The attentions of each sample, after checking the shapes."""
+        """Return the attentions of each sample, after checking the shapes."""
         if isinstance(x, fx.Proxy):  # which meets a layer in a network as a node, before this
             raise TypeError(f"torch.fx has nothing to trace in a lone {type(self).__name__}; put it into a network")
         if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
@@ -151,7 +151,7 @@ class DynamicConv(nn.Module):
         return self.attention(context[..., None] if context.dim() == 2 else context)
 
     def _add_static_bias(self, y: Tensor) -> Tensor:
-        """The static bias that stands beside a mixed one, where batch norm has been folded."""
+        """Return the static bias that stands beside a mixed one, where batch norm has been folded."""
         if self.bias is None or self.kernel_bias is None:
             return y
         return y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
@@ -206,7 +206,7 @@ class DynamicConv(nn.Module):
             self.reset_parameters()
 
     def _margins(self) -> list[int]:
-        """The padding as F.pad wants it: last axis first, both sides."""
+        """Return the padding as F.pad wants it: last axis first, both sides."""
         if not isinstance(self.padding, str):
             return [side for p in reversed(self.padding) for side in (p, p)]
         spans = [
@@ -215,7 +215,7 @@ class DynamicConv(nn.Module):
         return [side for span in reversed(spans) for side in (span // 2, span - span // 2)]
 
     def extra_repr(self) -> str:
-        """The arguments that differ from their defaults, as nn.Conv2d prints them."""
+        """Return the arguments that differ from their defaults, as nn.Conv2d prints them."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
         parts += [f"padding={self.padding!r}"] if self.padding not in ((0,) * self.dims, "valid") else []
         parts += [f"dilation={self.dilation}"] if self.dilation != (1,) * self.dims else []

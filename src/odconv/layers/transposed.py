@@ -59,7 +59,7 @@ class DynamicConvTranspose(DynamicConv):
         return self._add_static_bias(y)
 
     def _padding_to(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
-        """The output padding that leads to a map of `output_size`."""
+        """Return the output padding that leads to a map of `output_size`."""
         wanted = tuple(output_size)[2 if len(output_size) == self.dims + 2 else 0 :]
         axes = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
         least = [(extent - 1) * s - 2 * p + d * (k - 1) + 1 for extent, k, s, p, d in axes]
@@ -72,7 +72,7 @@ class DynamicConvTranspose(DynamicConv):
         return tuple(size - a for size, a in zip(wanted, least, strict=True))
 
     def extra_repr(self) -> str:
-        """The arguments that differ from their defaults, as nn.ConvTranspose2d prints them."""
+        """Return the arguments that differ from their defaults, as nn.ConvTranspose2d prints them."""
         parts = super().extra_repr()
         return f"{parts}, output_padding={self.output_padding}" if any(self.output_padding) else parts
 

@@ -108,22 +108,22 @@ def check_shapes(
 
 
 def is_exporting() -> bool:
-    """Whether torch.export or the ONNX exporter is tracing, for which shapes may be unknown."""
+    """Return whether torch.export or the ONNX exporter is tracing, for which shapes may be unknown."""
     return torch.compiler.is_exporting() or is_traced() or torch.onnx.is_in_onnx_export()
 
 
 def is_traced() -> bool:
-    """Whether torch.jit.trace or the ONNX exporter that is built on it is at work."""
+    """Return whether torch.jit.trace or the ONNX exporter that is built on it is at work."""
     return torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_exported_sample(x: Tensor) -> bool:
-    """Whether torch.export is tracing for a batch that is always one."""
+    """Return whether torch.export is tracing for a batch that is always one."""
     return torch.compiler.is_exporting() and surely(x.shape[0] == 1)
 
 
 def surely(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes holds, whatever sizes torch.export leaves open."""
+    """Return whether a condition on sizes holds, whatever sizes torch.export leaves open."""
     if not torch.compiler.is_exporting():
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
@@ -141,7 +141,7 @@ def is_transformed() -> bool:
 def output_size(
     map_size: Sequence[int], taps: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
-    """The map that a convolution makes of a map, one number an axis each."""
+    """Return the map that a convolution makes of a map, one number an axis each."""
     spans = zip(map_size, taps, stride, padding, dilation, strict=True)
     return tuple((extent + 2 * p - d * (k - 1) - 1) // s + 1 for extent, k, s, p, d in spans)
 

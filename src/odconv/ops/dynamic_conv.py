@@ -212,7 +212,7 @@ def add_bias(y: Tensor, bias: Tensor | None, kernel: Tensor | None) -> Tensor:
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype to convolve in: autocast's where it is on, else the one that x and weight share."""
+    """Return the dtype to convolve in: autocast's where it is on, else the one that x and weight share."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

@@ -125,7 +125,7 @@ def grouped(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placeme
 
 
 def dense(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:
-    """A matrix product for all taps, then lay them down; the batch is never a number of groups."""
+    """Return a matrix product for all taps, then lay them down; the batch is never a number of groups."""
     kernel, spatial, channel, filter = attentions
     taps, groups = tuple(weight.shape[3:]), geometry[3]
     x = x if channel is None else x * over_map(channel, x)

@@ -105,7 +105,7 @@ def conv_backward(
     groups: int,
     needed: list[bool],
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, weight and the attentions; empty where not needed."""
+    """Return the gradients of x, weight and the attentions; empty where not needed."""
     from odconv.ops.triton import launch
 
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)

@@ -19,7 +19,7 @@ MAPS = ("in_h", "in_w", "out_h", "out_w", "groups")
 def weight_tile(
     group, filters, channels, groups, tap, filter_block, channel_block, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """The filters and input channels of one block, where it lies in a kernel, and which of it exists."""
+    """Return the filters and input channels of one block, where it lies in a kernel, and which of it exists."""
     o = filter_block * BLOCK_O + tl.arange(0, BLOCK_O)
     c = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
     at = ((tap * groups + group) * filters + o)[:, None] * channels + c[None, :]
@@ -183,7 +183,7 @@ def conv_gradient_kernel(
     DH: tl.constexpr, DW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each sample's kernel: for each tap, (filters, positions) times (positions, channels)."""
+    """Compute the gradient of each sample's kernel: for each tap, (filters, positions) times (positions, channels)."""
     pid = tl.program_id(0)
     blocks_m, blocks_n = tl.cdiv(filters, BLOCK_M), tl.cdiv(channels, BLOCK_N)
     o, pid = pid % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M), pid // blocks_m
@@ -242,7 +242,7 @@ def depthwise_gradient_kernel(
     DH: tl.constexpr, DW: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each sample's depth-wise kernel; TAPS is a power of two of at least the number of taps."""
+    """Compute the gradient of each sample's depth-wise kernel; TAPS is a power of two, at least the taps."""
     pid = tl.program_id(0)
     blocks_c = tl.cdiv(channels, BLOCK_C)
     c, sample = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C), (pid // blocks_c).to(tl.int64)

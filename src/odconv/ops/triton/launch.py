@@ -16,7 +16,7 @@ HELD = 4096  # numbers of W, over its n kernels, that one program of mixing hold
 
 
 def forward(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry, y: Tensor, workspace: int) -> None:
-    """The convolution into y, with at most `workspace` bytes of mixed kernels, or one sample's."""
+    """Convolve into y, with at most `workspace` bytes of mixed kernels, or one sample's."""
     x, (laid, groups) = x.contiguous(memory_format=torch.channels_last), lay(weight, geometry.groups)
     size = samples_at_once(len(x), weight, workspace)
     memory = x.new_empty(size, *laid.shape[1:])
@@ -37,7 +37,7 @@ def backward(
     gradients: tuple[Tensor, ...],
     workspace: int,
 ) -> None:
-    """The gradients of x, weight and the four attentions into `gradients`; one without elements is not needed."""
+    """Write the gradients of x, weight and attentions into `gradients`; one without elements is not needed."""
     d_x, d_weight, *d_attentions = gradients
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     (laid, groups), taps = lay(weight, geometry.groups), tuple(weight.shape[3:])
@@ -63,7 +63,7 @@ def backward(
 
 
 def samples_at_once(batch: int, weight: Tensor, workspace: int) -> int:
-    """How many samples to mix at once: equal parts of the batch whose mixed kernels fit in the workspace."""
+    """Return how many samples to mix at once: equal parts of the batch whose mixed kernels fit in the workspace."""
     most = max(1, workspace // (weight[0].numel() * weight.element_size()))
     return max(1, triton.cdiv(batch, max(1, triton.cdiv(batch, most))))
 
@@ -77,7 +77,7 @@ def lay(weight: Tensor, groups: int) -> tuple[Tensor, int]:
 
 
 def some(attentions: Attentions, part: slice) -> Attentions:
-    """The attentions of a part of the batch."""
+    """Return the attentions of a part of the batch."""
     return Attentions(*(None if a is None else a[part].contiguous() for a in attentions))
 
 
@@ -142,7 +142,7 @@ def convolve(
 def convolve_gradient(
     grad: Tensor, x: Tensor, d_mixed: Tensor, kernel_size: tuple[int, ...], geometry: Geometry
 ) -> None:
-    """The gradient of each sample's mixed kernel into d_mixed, (B, k, O, C/g), given that of the output."""
+    """Write the gradient of each sample's mixed kernel into d_mixed, (B, k, O, C/g), given that of the output."""
     maps, constants = (*x.shape[2:], *grad.shape[2:]), kernel_constants(kernel_size, geometry)
     (batch, filters), channels, positions = grad.shape[:2], x.shape[1], math.prod(grad.shape[2:])
     if is_depthwise(channels, filters, geometry.groups):
@@ -165,7 +165,7 @@ def split_batch(weight: Tensor, groups: int, batch: int) -> int:
 
 
 def mixing_blocks(weight: Tensor, groups: int) -> dict[str, int]:
-    """The block of W, (n, k, O, C/g), that one program mixes."""
+    """Return the block of W, (n, k, O, C/g), that one program mixes."""
     n, _, filters, channels = weight.shape
     held = triton.next_power_of_2(n)
     block_c = min(64, triton.next_power_of_2(channels))
@@ -181,7 +181,7 @@ def mixing_grid(weight: Tensor, groups: int) -> tuple[int, int, int]:
 
 
 def is_depthwise(channels: int, filters: int, groups: int) -> bool:
-    """Whether each group is one channel and one filter."""
+    """Return whether each group is one channel and one filter."""
     return channels == filters == groups
 
 
@@ -212,10 +212,10 @@ def kernel_constants(kernel_size: tuple[int, ...], geometry: Geometry) -> dict[s
 
 
 def sum_dtype(like: Tensor) -> torch.dtype:
-    """The dtype to sum in."""
+    """Return the dtype to sum in."""
     return torch.promote_types(like.dtype, torch.float32)
 
 
 def sum_type(like: Tensor) -> tl.dtype:
-    """The same as a type of Triton's."""
+    """Return the same as a type of Triton's."""
     return tl.float64 if like.dtype == torch.float64 else tl.float32

@@ -48,7 +48,7 @@ def numbers(run: Run) -> dict[str, str]:
 
 
 def throughput(run: Run) -> list[tuple[str, str, str, str, str]]:
-    """What was measured of the run's speed: its name, and the first epoch, the median one, the last one, and all."""
+    """Return measures of the run's speed: name, first epoch, median one, last one, and all."""
     measures = {
         "train_seconds": ("training", duration, True),
         "val_seconds": ("evaluation", duration, True),
@@ -85,7 +85,7 @@ def faults(run: Run) -> list[tuple[int, int, int]] | None:
 
 
 def options(run: Run) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """The options that differ from their defaults, each with its value and default, and the values of the others."""
+    """Return the options that differ from their defaults, with value and default, and the values of the others."""
     values = {name: words(value) for name, value in run.config.items()}
     usual = {name: words(value) for name, value in run.defaults.items()}
     changed = {name: (value, usual.get(name, "")) for name, value in values.items() if value != usual.get(name)}

@@ -47,7 +47,7 @@ def draw_curves(run: Run) -> Iterator[Drawing]:
 
 
 def draw_lines(axes: "Axes", run: Run, curve: Curve) -> None:
-    """A line for each column."""
+    """Draw a line for each column."""
     for index, (column, label) in enumerate(curve.columns.items()):
         values = [curve.factor * row.get(column, nan) for row in run.epochs]
         marker = "o" if len(values) <= 30 else ""
@@ -95,7 +95,7 @@ def draw_map(title: str, cells: dict[tuple[str, float], float], scale: "Normaliz
 
 
 def draw_cells(axes: "Axes", layers: Sequence[str], cells: dict[tuple[str, float], float], scale: "Normalize") -> None:
-    """The cells, the names of layers on the left, of so many that they can be read, and the scale on the right."""
+    """Draw the cells, names of as many layers on the left as can be read, and the scale on the right."""
     from matplotlib.ticker import MaxNLocator
 
     epochs = sorted({epoch for _, epoch in cells})
