@@ -60,7 +60,7 @@ def mix_gradient_kernel(
     batch, samples, n, taps, groups, filters, channels,
     N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of mix_kernel for `grad`, that of the mixed kernels.
+    """Compute the gradients of mix_kernel for `grad`, that of the mixed kernels.
 
     Adds to d_weight, (splits, n, k, O, C/g), and writes partial sums, to be summed over the second axis: d_kernel
     (B, blocks, n), d_spatial (B, blocks / k, k), d_channel (B, k * blocks of filters, C), d_filter (B, k * blocks of
@@ -137,7 +137,7 @@ def conv_kernel(
     DH: tl.constexpr, DW: tl.constexpr, TRANSPOSED: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A convolution with one kernel per sample; transposed, the gradient of its input.
+    """Convolve with one kernel per sample; transposed, compute the gradient of the input.
 
     In each sample and group, (positions, k * depth) times (k * depth, width): depth counts channels and width filters,
     transposed the other way round. A program writes rows STEP_H apart (columns STEP_W): transposed, all of
