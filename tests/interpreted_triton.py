@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import ATTENTIONS, arguments, outcome
 
 from odconv.functional import dynamic_conv, per_sample_conv
 from odconv.ops import BACKENDS, triton
 
-ATTENTIONS = ("kernel", "spatial", "channel", "filter")
 pytestmark = pytest.mark.skipif(not (triton.INTERPRETED and triton.INSTALLED), reason="Triton's interpreter is off")
 
 
@@ -26,27 +26,11 @@ def _form(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def arguments(batch, channels, filters, n, taps, size, groups=1, present=ATTENTIONS, dtype=torch.float64):
-    """Random tensors for dynamic_conv that need gradients."""
-    shapes = {"kernel": (batch, n), "spatial": (batch, *taps), "channel": (batch, channels), "filter": (batch, filters)}
-    tensors = {
-        "x": torch.randn(batch, channels, *size, dtype=dtype),
-        "weight": torch.randn(n, filters, channels // groups, *taps, dtype=dtype),
-        **{name: torch.rand(shapes[name], dtype=dtype) for name in present},
-    }
-    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-
-
-def outcome(tensors, **options):
-    """The output and the gradient of every tensor under a fixed upstream gradient."""
-    y = dynamic_conv(**tensors, **options)
-    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-    return [y, *torch.autograd.grad(y, list(tensors.values()), upstream)]
-
-
 def assert_is_the_reference(tensors, **geometry):
     pairs = zip(
-        outcome(tensors, **geometry, backend="triton"), outcome(tensors, **geometry, backend="reference"), strict=True
+        outcome(dynamic_conv, tensors, **geometry, backend="triton"),
+        outcome(dynamic_conv, tensors, **geometry, backend="reference"),
+        strict=True,
     )
     for value, wanted in pairs:
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10)
@@ -127,11 +111,13 @@ def test_low_precision_stays_near_float64(dtype, groups):
         name: tensor.detach().to(dtype).requires_grad_()
         for name, tensor in arguments(2, 8, 8, 4, (3, 3), (5, 5), groups).items()
     }
-    exact = outcome(
+    exact = outcome(dynamic_conv,
         {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()},
         padding=1, groups=groups, backend="reference",
     )  # fmt: skip
-    for value, wanted in zip(outcome(tensors, padding=1, groups=groups, backend="triton"), exact, strict=True):
+    for value, wanted in zip(
+        outcome(dynamic_conv, tensors, padding=1, groups=groups, backend="triton"), exact, strict=True
+    ):
         assert value.dtype == dtype
         assert (value.double() - wanted).norm() / wanted.norm() < 3 * torch.finfo(dtype).eps
 
@@ -141,10 +127,10 @@ def test_low_precision_stays_near_float64(dtype, groups):
 def test_how_the_batch_is_cut_changes_only_the_rounding_of_the_sum_over_it(groups, samples, programs, monkeypatch):
     torch.manual_seed(0)
     tensors = arguments(5, 6, 6, 2, (1, 2), (3, 3), groups)
-    whole = outcome(tensors, groups=groups, backend="triton")
+    whole = outcome(dynamic_conv, tensors, groups=groups, backend="triton")
     monkeypatch.setattr(triton, "WORKSPACE", samples * tensors["weight"][0].numel() * 8)
     monkeypatch.setattr("odconv.ops.triton.launch.PROGRAMS", programs)
-    cut = outcome(tensors, groups=groups, backend="triton")
+    cut = outcome(dynamic_conv, tensors, groups=groups, backend="triton")
     for name, value, wanted in zip(("y", *tensors), cut, whole, strict=True):
         if name == "weight":
             torch.testing.assert_close(value, wanted, rtol=1e-13, atol=1e-13)
@@ -155,7 +141,9 @@ def test_how_the_batch_is_cut_changes_only_the_rounding_of_the_sum_over_it(group
 def test_two_runs_give_the_same_bits():
     torch.manual_seed(0)
     tensors = arguments(3, 6, 5, 2, (2, 2), (4, 4), dtype=torch.float16)
-    for value, wanted in zip(outcome(tensors, backend="triton"), outcome(tensors, backend="triton"), strict=True):
+    for value, wanted in zip(
+        outcome(dynamic_conv, tensors, backend="triton"), outcome(dynamic_conv, tensors, backend="triton"), strict=True
+    ):
         assert value.equal(wanted)
 
 

@@ -6,38 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import ATTENTIONS, arguments, outcome
 from torch import nn
 from torch.nn import functional as F
 
 from odconv.functional import dynamic_conv
 from odconv.ops import BACKENDS, cpu
 
-ATTENTIONS = ("kernel", "spatial", "channel", "filter")
 # Triton's form has tests of its own; without a compiler there is no "cpu".
 FORMS = [
     "auto",
     *(name for name in BACKENDS if name not in {"reference", "triton"} and (name != "cpu" or cpu.available())),
 ]
-
-
-def arguments(batch, channels, filters, n, taps, size, groups=1, present=ATTENTIONS, bias=None, dtype=torch.float64):
-    """Random tensors for dynamic_conv; the kernel attention is there whenever n needs it."""
-    shapes = {"kernel": (batch, n), "spatial": (batch, *taps), "channel": (batch, channels), "filter": (batch, filters)}
-    tensors = {
-        "x": torch.randn(batch, channels, *size, dtype=dtype),
-        "weight": torch.randn(n, filters, channels // groups, *taps, dtype=dtype),
-        **{name: torch.rand(shapes[name], dtype=dtype) for name in present},
-    }
-    if bias is not None:
-        tensors["bias"] = torch.randn((filters,) if bias == "static" else (n, filters), dtype=dtype)
-    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-
-
-def outcome(tensors, **options):
-    """The output and the gradient of every tensor under a fixed upstream gradient."""
-    y = dynamic_conv(**tensors, **options)
-    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-    return [y, *torch.autograd.grad(y, list(tensors.values()), upstream)]
 
 
 @st.composite
@@ -63,11 +43,11 @@ def test_every_form_is_the_reference(problem, seed):
     torch.manual_seed(seed)
     shape, geometry = problem
     tensors = arguments(*shape)
-    expected = outcome(tensors, **geometry, backend="reference")
+    expected = outcome(dynamic_conv, tensors, **geometry, backend="reference")
     for form in FORMS:
         if form == "single" and shape[0] != 1:
             continue
-        for value, wanted in zip(outcome(tensors, **geometry, backend=form), expected, strict=True):
+        for value, wanted in zip(outcome(dynamic_conv, tensors, **geometry, backend=form), expected, strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10, msg=lambda m, form=form: f"{form}: {m}")
 
 

@@ -5,10 +5,12 @@ import itertools
 
 import numpy as np
 import onnxruntime
+import operands
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import outcome
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,28 +38,14 @@ def loop(x, weight, *, channel=None, filter=None, spatial=None, bias=None, **geo
     return torch.cat(outputs)
 
 
-def arguments(batch, channels, filters, taps, size, groups=1, present=ATTENTIONS, bias=None, dtype=torch.float64):
-    shapes = {"spatial": (batch, *taps), "channel": (batch, channels), "filter": (batch, filters)}
-    tensors = {
-        "x": torch.randn(batch, channels, *size, dtype=dtype),
-        "weight": torch.randn(batch, filters, channels // groups, *taps, dtype=dtype),
-        **{name: torch.rand(shapes[name], dtype=dtype) for name in present},
-    }
-    if bias is not None:
-        tensors["bias"] = torch.randn((filters,) if bias == "static" else (batch, filters), dtype=dtype)
-    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-
-
-def outcome(operator, tensors, **options):
-    """The output and the gradient of every tensor under a fixed upstream gradient."""
-    y = operator(**tensors, **options)
-    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-    return [y, *torch.autograd.grad(y, list(tensors.values()), upstream)]
-
-
 def assert_same(found, wanted, tolerance=1e-10):
     for value, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+
+
+def arguments(batch, channels, filters, *others, **options):
+    """Random tensors with one kernel per sample."""
+    return operands.arguments(batch, channels, filters, None, *others, **options)
 
 
 @st.composite

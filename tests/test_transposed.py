@@ -4,11 +4,14 @@ import copy
 import inspect
 import itertools
 import pickle
+from functools import partial
 
+import operands
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import ATTENTIONS, outcome
 from torch import nn
 from torch.export import Dim, export
 
@@ -17,30 +20,10 @@ from odconv.conversion.convert import options_of
 from odconv.functional import dynamic_conv_transpose
 from odconv.layers import DynamicConvTranspose
 
-ATTENTIONS = ("kernel", "spatial", "channel", "filter")
+arguments = partial(operands.arguments, transposed=True)
 FORMS = ["auto", "grouped", "dense"]
 LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if "Transpose" in name}
 CHANNELS = {"in_channels": 8, "out_channels": 12}
-
-
-def arguments(batch, channels, filters, n, taps, size, groups=1, present=ATTENTIONS, bias=None, dtype=torch.float64):
-    """Random tensors for dynamic_conv_transpose; the kernel attention is there whenever n needs it."""
-    shapes = {"kernel": (batch, n), "spatial": (batch, *taps), "channel": (batch, channels), "filter": (batch, filters)}
-    tensors = {
-        "x": torch.randn(batch, channels, *size, dtype=dtype),
-        "weight": torch.randn(n, channels, filters // groups, *taps, dtype=dtype),
-        **{name: torch.rand(shapes[name], dtype=dtype) for name in present},
-    }
-    if bias is not None:
-        tensors["bias"] = torch.randn((filters,) if bias == "static" else (n, filters), dtype=dtype)
-    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-
-
-def outcome(tensors, **options):
-    """The output and the gradient of every tensor under a fixed upstream gradient."""
-    y = dynamic_conv_transpose(**tensors, **options)
-    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-    return [y, *torch.autograd.grad(y, list(tensors.values()), upstream)]
 
 
 @st.composite
@@ -69,9 +52,11 @@ def test_every_form_is_the_reference(problem, seed):
     torch.manual_seed(seed)
     shape, geometry = problem
     tensors = arguments(*shape)
-    expected = outcome(tensors, **geometry, backend="reference")
+    expected = outcome(dynamic_conv_transpose, tensors, **geometry, backend="reference")
     for form in FORMS:
-        for value, wanted in zip(outcome(tensors, **geometry, backend=form), expected, strict=True):
+        for value, wanted in zip(
+            outcome(dynamic_conv_transpose, tensors, **geometry, backend=form), expected, strict=True
+        ):
             torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10, msg=lambda m, form=form: f"{form}: {m}")
 
 
