@@ -111,8 +111,10 @@ def convert(
         TypeError: an argument of another type, or an option that the layers do not have.
     """
     if to == "kernelwarehouse":
-        from odconv.conversion.warehouse import convert_to_warehouse  # which is built on what follows
+        from odconv.conversion.warehouse import OPTIONS, convert_to_warehouse  # which is built on what follows
 
+        if unknown := [option for option in layer_options if option not in OPTIONS]:
+            raise TypeError(f"{unknown[0]!r} is no option of {to}; it has {', '.join(OPTIONS)}")
         return convert_to_warehouse(model, include=include, exclude=exclude, warm_start=warm_start, **layer_options)
     if not warm_start and isinstance(to, str) and layer_options.get("init") != "published":
         layer_options = SETTLED.get(to, {}) | layer_options

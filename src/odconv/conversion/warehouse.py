@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,8 +17,11 @@ METHOD = "kernelwarehouse"
 NAME = "warehouse_manager"
 """The warehouse's name in a network, as published: its first module."""
 
-MOST = 512
-"""Pieces that layers which share cells may have together: the attention has a logit for each cell in each piece."""
+OPTIONS = ("budget", "stages", "reduction", "norm")
+
+MOST = 0.5
+"""How many numbers the attentions of layers that share cells may have, for each number of these cells. An attention has
+a logit for each cell in each piece of its kernel, which is many where widths have little in common."""
 
 
 def convert_to_warehouse(
@@ -41,7 +43,8 @@ def convert_to_warehouse(
         warm_start: cut the cells from the trained kernels, and set the blend to 1.
         budget: cells for each piece of a kernel; see :func:`ratios`.
         stages: globs of names; the layers that one matches share cells. Default: a stage ends where the map gets
-            smaller. In either, layers with groups share none with those without, and no more than `MOST` pieces.
+            smaller. In either, layers with groups share none with those without, and a stage is parted where its
+            widths have so little in common that attentions would be large.
         reduction: width of the attentions' hidden layer as a share of C.
         norm: its norm, "batch" or "layer".
 
@@ -75,7 +78,7 @@ def convert_to_warehouse(
     parted = {
         f"{pool}_{part}" if part else pool: names
         for pool, own in pools.items()
-        for part, names in enumerate(parts_of(own, chosen, budget))
+        for part, names in enumerate(parts_of(own, chosen, budget, reduction))
     }
     stock(model, parted, warm_start=warm_start, reduction=reduction, norm=norm, **ratios(budget))
     return model
@@ -113,7 +116,7 @@ def stock(model: nn.Module, pools: Mapping[str, Sequence[str]], *, warm_start: b
     """
     if warm_start and isinstance(ratio := options.get("cell_num_ratio", 1.0), float) and ratio < 1:
         raise ValueError(
-            f"warm_start must be False with a budget of {Fraction(ratio)}: less than one cell for each piece of a "
+            f"warm_start must be False with a budget of {ratio:.4g}: less than one cell for each piece of a "
             "kernel cannot hold the trained kernels"
         )
     old: dict[str, Any] = {name: model.get_submodule(name) for names in pools.values() for name in names}
@@ -235,21 +238,27 @@ def stages_by_glob(layers: Mapping[str, nn.Module], stages: Sequence[str]) -> di
     return found
 
 
-def parts_of(names: Sequence[str], layers: Mapping[str, Any], budget: float) -> list[list[str]]:
-    """Part the layers of a stage so that those that share cells have at most `MOST` pieces together."""
-    plane = ratios(budget)["cell_inplane_ratio"]
+def parts_of(names: Sequence[str], layers: Mapping[str, Any], budget: float, reduction: float) -> list[list[str]]:
+    """Part the layers of a stage, in their order, so that the attentions of those that share cells stay small."""
     parts: list[dict[str, KWConv]] = [{}]
     for name in names:
         layer: Any = warehouse_like(name, layers[name])
         together = {**parts[-1], name: layer}
-        if parts[-1] and pieces_together(together, plane) > MOST:
+        if parts[-1] and attention_share(together, budget, reduction) > MOST:
             parts.append({name: layer})
         else:
             parts[-1] = together
     return [[*part] for part in parts]
 
 
-def pieces_together(layers: Mapping[str, KWConv], plane: float) -> int:
-    """Return into how many pieces the kernels of layers are cut if they share cells."""
-    cell = cell_shape(layers, plane, plane, spatial_partition=True)
-    return sum(pieces_of(layer, cell) for layer in layers.values())
+def attention_share(layers: Mapping[str, KWConv], budget: float, reduction: float) -> float:
+    """Return how many numbers the attentions of layers that share cells have for each number of the cells."""
+    options = ratios(budget)
+    cell = cell_shape(layers, options["cell_inplane_ratio"], options["cell_outplane_ratio"], spatial_partition=True)
+    pieces = {name: pieces_of(layer, cell) for name, layer in layers.items()}
+    cells = budget * sum(pieces.values())
+    numbers = sum(
+        max(layer.in_channels * reduction, 16) * (layer.in_channels + pieces[name] * (cells + 1))
+        for name, layer in layers.items()
+    )
+    return numbers / (cells * math.prod(cell))

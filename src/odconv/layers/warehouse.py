@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -205,8 +204,8 @@ def check_ratio(pool: Pool) -> None:
     if odd := [f"{name} ({count} pieces)" for name, count in counts.items() if count % period]:
         fitting = [f"1/{r}" for r in range(2, math.gcd(*counts.values()) + 1) if math.gcd(*counts.values()) % r == 0]
         raise ValueError(
-            f"cell_num_ratio {Fraction(pool.ratio)} needs kernels of a multiple of {period} pieces, got "
-            f"{', '.join(odd)}; {', '.join([*fitting, 'every whole number'])} would do"
+            f"cell_num_ratio 1/{period} needs kernels of a multiple of {period} pieces, got {', '.join(odd)}; "
+            f"{', '.join([*fitting, 'every whole number'])} would do"
         )
 
 
