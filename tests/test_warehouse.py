@@ -427,3 +427,11 @@ def test_export_serves_every_batch(tmp_path):
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_in_parts_is_computed_as_a_whole(monkeypatch):
+    model = small(warm_start=False).eval()
+    expected = model(X).detach()
+    monkeypatch.setattr("odconv.ops.mixing.PART", 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
