@@ -4,7 +4,8 @@
     python -m benchmarks.warehouse --budget 4 --batch 1    other ones
 
 Every round is a row of its own, for on a busy machine a ratio is to be looked at twice. `load` is the system's load
-average. A training step is a forward and a backward pass. Rows go to results/warehouse.csv.
+average. A training step is a forward and a backward pass; `saved_mb` is what autograd keeps between them. Rows go to
+results/warehouse.csv.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from functools import partial
 import torch
 from benchmarks.common import RESULTS, Sheet, alternate, origin, percentiles
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 import odconv
@@ -58,6 +60,23 @@ def run(model: nn.Module, x: Tensor, train: bool, form: str) -> None:
         if train:
             model.zero_grad()
             y.square().mean().backward()
+
+
+def saved_mb(model: nn.Module, x: Tensor, form: str) -> float:
+    """MB that autograd keeps for the backward pass, every storage once, without parameters and buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), published_form() if form == "published" else nullcontext():
+        y = model(x)  # which keeps the storages, so that no address is used twice
+    assert y.requires_grad
+    return round(sum(saved.values()) / 1e6, 1)
 
 
 def check(model: nn.Module, x: Tensor) -> None:
@@ -104,16 +123,11 @@ def main() -> None:
                 | times
                 | {"ratio_to_static": round(times["median_ms"] / base, 3), "load": load}
                 | where
+                | ({"saved_mb": saved_mb(models[form], x, form)} if train else {})
                 for form, times in measured.items()
             ]
             sheet.add(rows)
-            print(
-                mode,
-                number,
-                {row["form"]: (row["median_ms"], row["ratio_to_static"]) for row in rows},
-                load,
-                flush=True,
-            )
+            print(mode, number, load, {row["form"]: row["ratio_to_static"] for row in rows}, flush=True)
 
 
 if __name__ == "__main__":
