@@ -469,7 +469,7 @@ def fails(name, conv):
         (Network, {"include": fails}, RuntimeError, "my own"),
         (Network, {"kernels": 4}, TypeError, "'kernels' is no option of .*ODConv1d; it has kernel_num, reduction"),
         (Network, {"to": "condconv", "reduction": 0.5}, TypeError, "'reduction' is no option of .*CondConv1d"),
-        (Network, {"to": "kernelwarehouse"}, ValueError, r"to must be one of \['condconv', 'dyconv', 'odconv'\]"),
+        (Network, {"to": "fdconv"}, ValueError, r"to must be one of \['condconv', 'dyconv', 'kernelw"),
         (Network, {"to": nn.Conv2d}, ValueError, "to must be one of"),
         (Network, {"to": ["odconv"]}, ValueError, "to must be one of"),
         (lambda: Standardised(3, 3, 3), {}, ValueError, "is replaced; it: Standardised has a forward of its own"),

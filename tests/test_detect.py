@@ -22,6 +22,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 from torchvision.transforms.functional import to_tensor
 
+from odconv.layers.warehouse_conv import KWConv
 from odconv.models.detectors import conventions, mmdetection_keys
 
 SMALL = {"min_size": 64, "max_size": 96}
@@ -90,10 +91,11 @@ def test_retinanet_has_the_parameters_of_torchvisions():
 def test_every_network_of_the_zoo_is_a_backbone(backbone):
     name = ["faster_rcnn", "mask_rcnn", "retinanet"][odconv.list_models().index(backbone) % 3]
     pyramid = meta(name, backbone).backbone
-    static = re.sub("^(odl?|dy|cond)_", "", backbone)
+    static = re.sub("^(odl?|dy|cond|kw)_", "", backbone)
     channels = [block[0].in_channels for block in pyramid.fpn.inner_blocks]
     assert channels == CHANNELS[static][-len(channels) :]
-    assert any(isinstance(module, odconv.DynamicConv) for module in pyramid.body.modules()) == (static != backbone)
+    dynamic = odconv.DynamicConv | KWConv
+    assert any(isinstance(module, dynamic) for module in pyramid.body.modules()) == (static != backbone)
 
 
 def test_levels_of_the_pyramid():

@@ -19,7 +19,8 @@ def test_tests_that_are_named_exist():
 
 
 @pytest.mark.parametrize(
-    "page", ["convert.md", "detect.md", "export.md", "predict.md", "report.md", "visualize.md", "weights.md"]
+    "page",
+    ["convert.md", "detect.md", "export.md", "predict.md", "report.md", "visualize.md", "warehouse.md", "weights.md"],
 )
 def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     for package in ("torchvision", "safetensors", "huggingface_hub"):

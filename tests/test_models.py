@@ -17,7 +17,7 @@ def dynamic(model):
 
 
 def test_names():
-    assert len(odconv.list_models()) == 40
+    assert len(odconv.list_models()) == 48
     assert odconv.list_models("od_mobile*") == ["od_mobilenetv2_050", "od_mobilenetv2_075", "od_mobilenetv2_100"]
     assert odconv.list_models("nothing") == []
 

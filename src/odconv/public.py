@@ -30,6 +30,10 @@ from odconv.layers import (
     set_temperature,
 )
 from odconv.layers.parameter_groups import parameter_groups
+from odconv.layers.progress import set_progress
+from odconv.layers.warehouse import Warehouse
+from odconv.layers.warehouse_attention import set_blend
+from odconv.layers.warehouse_conv import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from odconv.models.build import create_model
 from odconv.models.detectors.builder import create_detector
 from odconv.models.zoo import list_models
@@ -49,12 +53,17 @@ __all__ = [
     "DyConvTranspose2d",
     "DyConvTranspose3d",
     "DynamicConv",
+    "KWConv1d",
+    "KWConv2d",
+    "KWConv3d",
+    "KWLinear",
     "ODConv1d",
     "ODConv2d",
     "ODConv3d",
     "ODConvTranspose1d",
     "ODConvTranspose2d",
     "ODConvTranspose3d",
+    "Warehouse",
     "accelerate",
     "conversion_report",
     "convert",
@@ -69,6 +78,8 @@ __all__ = [
     "parameter_groups",
     "profile",
     "restore_forward",
+    "set_blend",
+    "set_progress",
     "set_temperature",
     "to_static",
 ]

@@ -16,6 +16,12 @@ TEMPERATURE = "attention.temperature"
 FACTORS = "attention.factors"
 """What the keys end with that hold an attention's factors, where they are not the published ones."""
 
+BLEND, ASSIGNMENT = "attention.blend", "attention.assignment"
+"""What the keys end with that KernelWarehouse's published files lack: its blend, and where its kernels lie."""
+
+OPTIONAL = ("num_batches_tracked", BLEND, ASSIGNMENT)
+"""What the keys end with that a file need not hold."""
+
 
 def bare_names(keys: Iterable[str]) -> dict[str, str]:
     """Map each key to itself without what wraps nearly all (nine of ten) of them, and without torch.compile's mark."""
@@ -49,4 +55,6 @@ def dynamic_layers(keys: Iterable[str]) -> set[str]:
 def method_of(keys: Iterable[str]) -> str:
     """Tell the method of dynamic layers from the parts of their attentions."""
     parts = {f".{key}".partition(".attention.")[2].partition(".")[0] for key in keys}
+    if "fc1" in parts:
+        return "KernelWarehouse"
     return "ODConv" if "channel_fc" in parts else "DyConv" if "fc" in parts else "CondConv"

@@ -2,12 +2,14 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from odconv.checkpoints.keys import FACTORS, attention_of, bare_names
-from odconv.checkpoints.mismatch import Mismatch, explain
+from odconv.checkpoints.keys import ASSIGNMENT, BLEND, FACTORS, OPTIONAL, attention_of, bare_names
+from odconv.checkpoints.mismatch import Mismatch, check_whole, explain
 from odconv.checkpoints.reading import Weights, read_checkpoint
 from odconv.system.text import first_few
 
@@ -59,11 +61,7 @@ def load_checkpoint(model: nn.Module, path: Weights, strict: bool = True) -> Mis
     }
     fits |= {key: f"{attention}.factors" if attention else "factors" for key, attention in new.items()}
     mismatch = Mismatch(
-        missing=[
-            key
-            for key in own
-            if key not in state and not (key.endswith("num_batches_tracked") or names[key] in tempered)
-        ],
+        missing=[key for key in own if key not in state and not (key.endswith(OPTIONAL) or names[key] in tempered)],
         unexpected=[key for key in state if key not in own and key not in new],
         mismatched=[
             (key, tuple(tensor.shape), tuple(own[key].shape))
@@ -75,6 +73,8 @@ def load_checkpoint(model: nn.Module, path: Weights, strict: bool = True) -> Mis
         raise ValueError(explain(mismatch, state, own, type(model).__name__, path))
     if complex_ones := [key for key in fits if state[key].is_complex() and not (key in own and own[key].is_complex())]:
         raise ValueError(f"{path} holds complex numbers, and the model real ones: {first_few(complex_ones)}")
+    check_whole(model)
+    check_warehouse(model, state, {key: own[key] for key in fits if key in own}, path)
     if temperature is not None:
         for attention in tempered.values():
             attention.set_temperature(temperature)
@@ -84,6 +84,26 @@ def load_checkpoint(model: nn.Module, path: Weights, strict: bool = True) -> Mis
     if changed := [f"{name}: {after[name]}, were {before[name]}" for name in after if after[name] != before[name]]:
         logger.warning("factors of gates and shares were taken from %s: %s", path, first_few(changed, "; "))
     return mismatch
+
+
+def check_warehouse(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+    """Raise a ValueError where kernels lie elsewhere in a file's warehouse than in the model's.
+
+    Args:
+        model: the network.
+        state: the file's tensors.
+        own: the model's, under the same keys, where they have the same shape.
+        path: the file.
+    """
+    for key, tensor in own.items():
+        if key.endswith(ASSIGNMENT) and not state[key].equal(tensor.to(state[key])):
+            raise ValueError(
+                f"the checkpoint {path} does not fit the {type(model).__name__}: {key.removesuffix('.assignment')} "
+                "takes its kernel from other cells there. The warehouse of that network was filled in another order, "
+                "which makes another network with the same keys and shapes"
+            )
+        if key.endswith(BLEND) and not 0 <= float(state[key]) <= 1:
+            raise ValueError(f"{path} records a blend that is not from 0 to 1: {key} is {float(state[key])}")
 
 
 def _factors(model: nn.Module) -> dict[str, tuple[float, float]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from odconv.checkpoints.keys import FACTORS, dynamic_layers, method_of
 from odconv.system.text import first_few
@@ -59,7 +59,12 @@ def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, T
     shared = len(own.keys() & state.keys())
     if shared < 0.75 * max(len(own), len(state)):
         return [f"another architecture: of the model's {len(own)} keys, {shared} are among the file's {len(state)}"]
-    causes: dict[str, str] = {}
+    budgets = [
+        f"another budget: {key} is {there} in the file, {here} in the model"
+        for key, there, here in mismatch.mismatched
+        if "warehouse_manager.weights." in key
+    ]
+    causes = {"budget": budgets[0]} if budgets else {}
     for key, there, here in mismatch.mismatched:
         layer, _, name = key.rpartition(".")
         if name != "weight" or len(there) != len(here):
@@ -80,3 +85,14 @@ def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, T
         elif differ:
             causes.setdefault("stem", f"another kernel size (stem?): {key} is {there} in the file, {here} in the model")
     return list(causes.values()) or ["other options of the layers or the network"]
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise a ValueError where layers of a model take their kernels from a warehouse that is no part of it."""
+    parts = {*model.modules()}
+    for name, part in model.named_modules():
+        if (warehouse := getattr(part, "warehouse", None)) is not None and warehouse not in parts:
+            raise ValueError(
+                f"{name or 'the model'} is a {type(part).__name__} whose cells are in a warehouse that is no part of "
+                f"the {type(model).__name__}: take the whole network, or put its warehouse into this one too"
+            )

@@ -4,6 +4,7 @@ No code in a file is ever run: everything is read with ``weights_only=True``. No
 some times its own size.
 """
 
+import argparse
 import json
 import re
 import zipfile
@@ -27,6 +28,10 @@ GAINS = "odconv.gains"
 EXPANSION = 8
 """How many times as large as its file what is in it may be, besides a MiB: tensors may share memory, and members of a
 zip file be compressed."""
+
+HARMLESS: list[Any] = [argparse.Namespace]
+"""Classes besides PyTorch's that a file may hold: the options of a command, of which making one runs nothing. Many
+training scripts note them, those of KernelWarehouse for example."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,8 @@ def _unpickle(path: Path) -> Any:
             plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if size <= size_limit(path):
             # mmap: what lies beside the weights, such as an optimizer's state, is never read from the disk
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
+            with torch.serialization.safe_globals(HARMLESS):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=plain)
     except Exception as error:  # on damaged files torch.load raises about everything
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from odconv.checkpoints.keys import FACTORS, NOTED_TEMPERATURE, is_temperature
+from odconv.checkpoints.keys import ASSIGNMENT, BLEND, FACTORS, NOTED_TEMPERATURE, is_temperature
+from odconv.checkpoints.mismatch import check_whole
 from odconv.system.files import check_writable, replacing
 from odconv.system.text import first_few
 
@@ -31,14 +32,20 @@ def save_safetensors(
     Raises:
         OSError: the file cannot be written.
         ValueError: `published`, and the layers have different temperatures, or factors of gates and shares, which no
-            published file has.
+            published file has, or a blend other than 0, which it lacks; or layers of a model take their kernels from a
+            warehouse that is no part of it.
     """
     from safetensors.torch import save
 
     path = Path(path)
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     record: dict[str, str] = {}
+    if isinstance(weights, nn.Module):
+        check_whole(weights)
     if published:
+        if blends := {float(value) for key, value in state.items() if key.endswith(BLEND)} - {0.0}:
+            raise ValueError(f"published must be False unless each blend is 0, got {first_few(sorted(blends))}")
+        state = {key: value for key, value in state.items() if not key.endswith((BLEND, ASSIGNMENT))}
         if factors := [key for key in state if key.endswith(FACTORS)]:
             raise ValueError(f"published must be False for layers with a gain or kernel_gain, got {first_few(factors)}")
         temperatures = {key: value for key, value in state.items() if is_temperature(key, state)}

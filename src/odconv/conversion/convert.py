@@ -4,7 +4,7 @@ import fnmatch
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 import odconv.layers
 from odconv.layers import DynamicConv
 from odconv.layers.starts import SETTLED
+from odconv.layers.warehouse_conv import KWConv, KWConv1d, KWConv2d, KWConv3d
 from odconv.system.text import first_few, suggest
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -27,6 +28,7 @@ FAMILIES: dict[str, list[type[DynamicConv]]] = {
     ]
     for method in ("ODConv", "CondConv", "DyConv")
 }
+WAREHOUSE: list[type[KWConv]] = [KWConv1d, KWConv2d, KWConv3d]
 SHORTCUTS = {"downsample", "shortcut", "skip", "proj"}
 """Parts of the names that torchvision, timm and others give to the projections on their shortcuts."""
 
@@ -50,7 +52,7 @@ class Decision(NamedTuple):
 
     names: list[str]
     module: Any
-    layer: type[DynamicConv] | None
+    layer: Any
     reason: str
 
 
@@ -81,10 +83,15 @@ def convert(
     is their mixture. The gain is part of the layers' configuration and travels beside the weights, in PyTorch's state
     dicts and in what :mod:`odconv.checkpoints` writes; load others into a network that was converted in the same way.
 
+    With "kernelwarehouse" the layers share the cells of a warehouse, which becomes the network's first module,
+    `warehouse_manager`; the options are those of
+    :func:`~odconv.conversion.warehouse.convert_to_warehouse`: `budget`, `stages`, `reduction` and `norm`. With
+    `warm_start` the blend is 1, and the network computes exactly what it did; see :func:`odconv.set_blend`.
+
     Args:
         model: any network.
         to: "odconv", "condconv" or "dyconv", which have a layer for every convolution; or a dynamic layer's class,
-            which replaces those of its own dimension.
+            which replaces those of its own dimension; or "kernelwarehouse", see below.
         include: which convolutions to replace, by name: a glob such as "layer4.*", several of them, or a function of
             name and module. Default: all but stem and shortcuts.
         exclude: which of these to leave, likewise. Default none.
@@ -103,6 +110,12 @@ def convert(
             wrapped for distributed training; an option is out of range. The network is left as it was.
         TypeError: an argument of another type, or an option that the layers do not have.
     """
+    if to == "kernelwarehouse":
+        from odconv.conversion.warehouse import OPTIONS, convert_to_warehouse  # which is built on what follows
+
+        if unknown := [option for option in layer_options if option not in OPTIONS]:
+            raise TypeError(f"{unknown[0]!r} is no option of {to}; it has {', '.join(OPTIONS)}")
+        return convert_to_warehouse(model, include=include, exclude=exclude, warm_start=warm_start, **layer_options)
     if not warm_start and isinstance(to, str) and layer_options.get("init") != "published":
         layer_options = SETTLED.get(to, {}) | layer_options
     decisions = decide(model, to, include, exclude, layer_options)
@@ -161,16 +174,20 @@ def decide(
     return decisions
 
 
-def find_family(to: str | type[DynamicConv]) -> list[type[DynamicConv]]:
+def find_family(to: str | type[DynamicConv]) -> Sequence[type[Any]]:
     """Return the layers that `to` stands for."""
+    if to == "kernelwarehouse":
+        return WAREHOUSE
     if isinstance(to, type) and issubclass(to, DynamicConv) and hasattr(to, "dims"):
         return [to]
     if not isinstance(to, str) or to not in FAMILIES:
-        raise ValueError(f"to must be one of {sorted(FAMILIES)} or a dynamic layer's class, got {to!r}")
+        raise ValueError(
+            f"to must be one of {sorted([*FAMILIES, 'kernelwarehouse'])} or a dynamic layer's class, got {to!r}"
+        )
     return FAMILIES[to]
 
 
-def check_options(layer: type[DynamicConv], options: dict[str, Any]) -> None:
+def check_options(layer: type[nn.Module], options: dict[str, Any]) -> None:
     """Raise a TypeError for an option that a layer does not have."""
     known = options_of(layer)
     for option in options:
@@ -178,7 +195,7 @@ def check_options(layer: type[DynamicConv], options: dict[str, Any]) -> None:
             raise TypeError(f"{option!r} is no option of a {layer.__name__}; it has {', '.join(known)}")
 
 
-def options_of(layer: type[DynamicConv]) -> list[str]:
+def options_of(layer: type[nn.Module]) -> list[str]:
     """Return the keyword arguments of a layer that a convolution does not have."""
     parameters = inspect.signature(layer).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("device", "dtype")]
@@ -330,7 +347,7 @@ def replace_parts(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None
                 setattr(parent, name, made[child])
 
 
-def hand_over(conv: nn.Module, layer: DynamicConv) -> None:
+def hand_over(conv: nn.Module, layer: nn.Module) -> None:
     """Give a layer the hooks of the convolution that it replaces, and whatever else was attached to it."""
     for key in HOOKS:
         vars(layer)[key] = vars(conv)[key]  # the same dictionaries, so that handles still remove their hooks

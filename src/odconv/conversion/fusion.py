@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from odconv.layers import DynamicConv
+from odconv.layers.warehouse_conv import KWConv, KWLinear
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 STATIC = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -19,7 +20,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """Say whether a module is not looked into."""
-        return isinstance(module, DynamicConv | BatchNorm) or super().is_leaf_module(module, name)
+        return isinstance(module, DynamicConv | KWConv | KWLinear | BatchNorm) or super().is_leaf_module(module, name)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -28,7 +29,8 @@ def fuse(model: nn.Module) -> nn.Module:
     The network then computes what it did in evaluation mode, up to rounding, for every input. A batch norm is folded
     where it alone takes what the convolution gives, and each of the two is called once; others stay. An identity takes
     its place, or the activation that timm's batch norm holds, so that all other layers keep their names. Batch norm
-    within attentions stays: it is on vectors.
+    within attentions stays: it is on vectors. So does what follows KernelWarehouse's layers, whose kernels are made of
+    cells that other layers use too.
 
     What comes before what is found by `torch.fx`; where it cannot trace a network, a detector for example, it looks at
     its parts one by one.
@@ -120,6 +122,8 @@ def fold_batch_norm(layer: DynamicConv, bn: BatchNorm) -> DynamicConv:
         TypeError: layer is not dynamic, or bn is not a batch norm.
         ValueError: bn has another number of channels, or no running statistics.
     """
+    if isinstance(layer, KWConv):
+        raise TypeError(f"a {type(layer).__name__} has no filters of its own to scale: other layers use its cells too")
     if not isinstance(layer, DynamicConv):
         raise TypeError(f"layer must be a dynamic layer, got {type(layer).__name__}")
     if not isinstance(bn, BatchNorm):

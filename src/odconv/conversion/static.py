@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from odconv.conversion.convert import replace_parts
 from odconv.layers import Attentions, DynamicConv
+from odconv.layers.warehouse import Warehouse
+from odconv.layers.warehouse_conv import KWConv, assemble
 from odconv.ops.eager import mixed_kernels
 
 CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {
@@ -82,11 +84,11 @@ def to_static(model: nn.Module, loader: Iterable[Any], *, by_layer: bool = False
         ValueError: there are no dynamic layers, or no inputs; or a layer takes a context, or is never called.
         TypeError: the network's output is no tensor of logits.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv | KWConv)}
     if not layers:
         raise ValueError(f"model must have dynamic layers, got a {type(model).__name__} without")
     for name, layer in layers.items():
-        if layer.context_channels is not None:
+        if isinstance(layer, DynamicConv) and layer.context_channels is not None:
             raise ValueError(f"{name} takes a context, which an ordinary convolution cannot")
     model = copy.deepcopy(model).eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
@@ -113,8 +115,8 @@ def _recording(model: nn.Module) -> Iterator[dict[str, Attentions]]:
     counts: dict[str, int] = {}
     means: dict[str, Attentions] = {}
 
-    def record(name: str, attention: Any, found: tuple[Tensor, ...]) -> None:
-        attentions = attention.named(found)
+    def record(name: str, attention: Any, found: Any) -> None:
+        attentions = Attentions(found) if isinstance(found, Tensor) else attention.named(found)
         totals = [None if a is None else a.sum(0, keepdim=True, dtype=torch.float64) for a in attentions]
         before = sums.get(name, [0.0] * len(totals))
         sums[name] = [None if total is None else total + old for total, old in zip(totals, before, strict=True)]
@@ -123,7 +125,7 @@ def _recording(model: nn.Module) -> Iterator[dict[str, Attentions]]:
     hooks = [
         module.attention.register_forward_hook(lambda attention, _, found, name=name: record(name, attention, found))
         for name, module in model.named_modules()
-        if isinstance(module, DynamicConv)
+        if isinstance(module, DynamicConv | KWConv) and module.attention is not None
     ]
     try:
         yield means
@@ -160,10 +162,19 @@ def _replace(model: nn.Module, means: Mapping[str, Attentions]) -> None:
     """Put convolutions in the place of layers, wherever they are."""
     layers = {name: model.get_submodule(name) for name in means}
     replace_parts(model, {layers[name]: _static_like(layers[name], mean) for name, mean in means.items()})
+    used = {module.warehouse for module in model.modules() if isinstance(module, KWConv)}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, Warehouse) and child not in used:
+                delattr(parent, name)
 
 
 def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
     """Return the convolution that a layer is at certain attentions, (1, ...)."""
+    if isinstance(layer, KWConv):
+        assert attentions.kernel is not None
+        shares = attentions.kernel.to(layer.cells.device)
+        return convolution_like(layer, assemble(layer.cells.double(), shares, layer.kernel_shape)[0])
     transposed = {"output_padding": layer.output_padding} if layer.transposed else {}
     conv: Any = CONVOLUTIONS[layer.dims, layer.transposed](
         layer.in_channels,
@@ -190,6 +201,26 @@ def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
         bias = bias + mixed
     if conv.bias is not None:
         conv.bias.copy_(bias)
+    return conv.eval()
+
+
+def convolution_like(layer: KWConv, weight: Tensor) -> nn.Module:
+    """Return the convolution that a layer of KernelWarehouse is with one kernel, (O, C/groups, *k), for all samples."""
+    conv: Any = CONVOLUTIONS[layer.dims, False](
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        bias=layer.bias is not None,
+        device=layer.cells.device,
+        dtype=layer.cells.dtype,
+    )
+    conv.weight.copy_(weight)
+    if layer.bias is not None:
+        conv.bias.copy_(layer.bias)
     return conv.eval()
 
 

@@ -10,7 +10,8 @@ from odconv.checkpoints import Weights, find_checkpoint, load_checkpoint, size_l
 from odconv.conversion.convert import check_options, convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 from odconv.layers.starts import SETTLED
-from odconv.models.zoo import BACKBONES, NAMES, Backbone
+from odconv.models.warehouse import OPTIONS, make_warehouse
+from odconv.models.zoo import BACKBONES, NAMES, WAREHOUSE, Backbone
 from odconv.system.packages import needed_by
 from odconv.system.text import suggest
 
@@ -48,10 +49,10 @@ def create_model(
     Args:
         name: one of :func:`odconv.list_models`: a ResNet or MobileNetV2, static or with a method's prefix: od_, dy_ and
             cond_ as published; odl_ for ODConv with layer norm in the attention, gates of 1 and shares times sqrt(n),
-            which learns best from nothing.
+            which learns best from nothing; kw_ for KernelWarehouse, as published.
         kernel_num: number of kernels n of a dynamic network. Default 1 for od_ and odl_, 4 for dy_, 8 for cond_.
         reduction: width of the attention's hidden layer as a share of the channels. Default 1/16 for od_ and odl_, 1/4
-            for dy_.
+            for dy_, 1/16 for kw_ (1/32 for MobileNetV2 at budgets below 1).
         num_classes: outputs of the classifier, at least 1. Default 1000.
         dropout: share dropped before the classifier, at least 0 and below 1. Default 0.
         weights: a checkpoint to load: a path, or owner/name or hf://owner/name/file for the Hugging Face Hub, or what
@@ -59,7 +60,9 @@ def create_model(
         stem: "standard", or "small" for images of about 32 pixels: a stem that keeps their size.
         warm_start: `weights` are those of the static network of the same name; the dynamic one starts from them, see
             :func:`odconv.convert`.
-        **layer_options: further options of the dynamic layers: `init`, `norm`, `gain`, `kernel_gain` and so on.
+        **layer_options: further options of the dynamic layers: `init`, `norm`, `gain`, `kernel_gain` and so on; of kw_
+            `budget`, the numbers in the warehouse for each one of the static kernels, 1 by default; published are 1/4,
+            1/2, 1, 2 and 4.
 
     Returns:
         The network, in training mode; the state dict of od_ has the keys and shapes of the published checkpoints.
@@ -124,7 +127,12 @@ def make_dynamic(
     """Replace the convolutions of a static network of the zoo, in place, to make that of a name; see create_model."""
     method_name, backbone = split_name(name)
     static = BACKBONES[backbone]
-    if method_name is not None:
+    if method_name == WAREHOUSE:
+        if kernel_num is not None:
+            raise ValueError(f"kernel_num must be None for {name}, whose cells `budget` counts, got {kernel_num}")
+        check_layer_options(name, layer_options)
+        make_warehouse(model, static, reduction=reduction, warm_start=warm_start, **layer_options)
+    elif method_name is not None:
         method = METHODS[method_name]
         given = {"kernel_num": kernel_num, "reduction": reduction}
         options = method.options | {option: value for option, value in given.items() if value is not None}
@@ -149,14 +157,17 @@ def check_layer_options(name: str, options: dict[str, Any]) -> None:
     method, _ = split_name(name)
     if method is None and options:
         raise TypeError(f"{name} is static and has no options of dynamic layers: {', '.join(options)}")
-    if method is not None:
+    if method == WAREHOUSE:
+        if unknown := [option for option in options if option not in OPTIONS]:
+            raise TypeError(f"{unknown[0]!r} is no option of {name}; it has {', '.join(OPTIONS)}")
+    elif method is not None:
         check_options(METHODS[method].layer, options)
 
 
 def split_name(name: str) -> tuple[str | None, str]:
     """Return the method and the static network in a model's name: "od_resnet18" -> ("od", "resnet18")."""
     method, _, backbone = name.partition("_")
-    return (method, backbone) if method in METHODS else (None, name)
+    return (method, backbone) if method in METHODS or method == WAREHOUSE else (None, name)
 
 
 def build_static(backbone: Backbone, num_classes: int, dropout: float) -> Any:

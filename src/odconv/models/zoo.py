@@ -21,8 +21,10 @@ BACKBONES = {
 }
 METHODS = ("od", "odl", "dy", "cond")
 """Prefixes of the dynamic networks; :data:`odconv.models.build.METHODS` says what they mean."""
+WAREHOUSE = "kw"
+"""Prefix of the networks of KernelWarehouse, whose layers share their kernels."""
 
-NAMES = [*BACKBONES, *(f"{method}_{backbone}" for method in METHODS for backbone in BACKBONES)]
+NAMES = [*BACKBONES, *(f"{method}_{backbone}" for method in (*METHODS, WAREHOUSE) for backbone in BACKBONES)]
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -3,13 +3,18 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from odconv.ops import cpu, eager
-from odconv.ops.contract import Attentions, Geometry, check_shapes
+from odconv.ops.contract import Attentions, Geometry, check_shapes, is_exporting, is_traced
 from odconv.ops.dynamic_conv import add_bias, checked_geometry, compute, compute_dtype
 from odconv.ops.policy import is_differentiated
-from odconv.ops.recompute import Step, apply, grouped_backward
+from odconv.ops.recompute import Backend, Step, apply, grouped_backward
+
+PART = 24 * 2**20
+"""Bytes of kernels that are mixed at a time on the CPU without gradients: the C library gets blocks of 32 MiB and more
+from the system anew each time, page by page, which takes longer than mixing. Rows: warehouse.csv."""
 
 
 def mixed_conv(
@@ -66,8 +71,19 @@ def mixed_conv(
         step = Step(run, geometry, math.prod(kernel_shape), False, mix, backward)
         y = apply(step, x, parts, given)
     else:
-        y = run(x, parts, given, geometry)
+        y = in_parts(run, x, parts, given, geometry, math.prod(kernel_shape))
     return add_bias(y, bias, None)
+
+
+def in_parts(run: Backend, x: Tensor, parts: Tensor, attentions: Attentions, geometry: Geometry, kernel: int) -> Tensor:
+    """Compute a batch, on the CPU a few samples at a time; `kernel` counts the numbers of one sample's kernel."""
+    count = max(1, PART // (kernel * x.element_size()))
+    whole = x.device.type != "cpu" or torch.compiler.is_compiling() or is_exporting() or is_traced()
+    if whole or x.shape[0] <= count:
+        return run(x, parts, attentions, geometry)
+    of_each = [[None] * -(-x.shape[0] // count) if a is None else a.split(count) for a in attentions]
+    samples = zip(x.split(count), *of_each, strict=True)
+    return torch.cat([run(own, parts, Attentions(*given), geometry) for own, *given in samples])
 
 
 def backward(

@@ -1,5 +1,6 @@
 """Parameters and multiply-adds, layer by layer."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from odconv.layers import DynamicConv
+from odconv.layers.warehouse_conv import KWConv
 from odconv.profiling.table import Table
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WHOLE = (DynamicConv, KWConv)
+"""Layers that are counted as one with their attention."""
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -94,8 +98,9 @@ def profile(model: nn.Module, input_size: Sequence[int]) -> Profile:
 
     Multiply-adds are those of convolutions, transposed convolutions and linear layers. A dynamic layer counts its
     convolution, the layers of its attention, the scaling of the maps by channel and filter attention, one multiply-add
-    for every weight of its n kernels to mix them (n > 1), and one more for the spatial attention. Everything else
-    (biases, norms, activations, products that a network computes without such a layer) counts as none.
+    for every weight of its n kernels to mix them (n > 1), and one more for the spatial attention; one of
+    KernelWarehouse counts its n cells for every piece of its kernel. Everything else (biases, norms, activations,
+    products that a network computes without such a layer) counts as none.
 
     The network runs once in evaluation mode on zeros, on its own device and in its dtype, and is left as it was.
 
@@ -115,7 +120,7 @@ def profile(model: nn.Module, input_size: Sequence[int]) -> Profile:
     seen: set[nn.Parameter] = set()
     rows = []
     for name, module in layers(model):
-        own = {p for p in module.parameters(recurse=isinstance(module, DynamicConv)) if p not in seen}
+        own = {p for p in module.parameters(recurse=isinstance(module, WHOLE)) if p not in seen}
         seen |= own
         made = calls.get(module, [])
         madds = sum(count_madds(module, call) for call in made) // x.shape[0]
@@ -129,7 +134,7 @@ def layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Yield all modules of a network by name, a dynamic layer as one with its attention."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, DynamicConv):
+        if isinstance(module, WHOLE) and module.attention is not None:
             inside.update(module.attention.modules())
         if module not in inside:
             yield name, module
@@ -140,7 +145,7 @@ def zeros_for(model: nn.Module, input_size: Sequence[int]) -> Tensor:
     size = tuple(input_size) if isinstance(input_size, Sequence) else ()
     if not size or not all(isinstance(length, int) and length > 0 for length in size):
         raise ValueError(f"input_size must be positive ints, (B, C, *map) or (C, *map), got {input_size!r}")
-    convolutions = (*CONVOLUTIONS, *TRANSPOSED, DynamicConv)
+    convolutions = (*CONVOLUTIONS, *TRANSPOSED, *WHOLE)
     first = next((module for module in model.modules() if isinstance(module, convolutions)), None)
     if len(size) == (1 if first is None else 1 + len(first.kernel_size)):
         size = (1, *size)
@@ -177,6 +182,8 @@ def count_madds(module: nn.Module, call: Call) -> int:
     if isinstance(module, DynamicConv):
         places = call.x if module.transposed else call.y
         return places.numel() * module.weight[0, 0].numel() + count_attention(module, call)
+    if isinstance(module, KWConv):
+        return call.y.numel() * math.prod(module.kernel_shape[1:]) + call.x[0] * count_mixing(module)
     if isinstance(module, CONVOLUTIONS):
         return call.y.numel() * module.weight[0].numel()
     if isinstance(module, TRANSPOSED):
@@ -184,6 +191,15 @@ def count_madds(module: nn.Module, call: Call) -> int:
     if isinstance(module, nn.Linear):
         return call.y.numel() * module.in_features
     return 0
+
+
+def count_mixing(layer: KWConv) -> int:
+    """Return what a layer of KernelWarehouse computes for a sample besides its convolution."""
+    assert layer.attention is not None
+    pieces = len(layer.attention.place.pieces)
+    linear = [module for module in layer.attention.modules() if isinstance(module, nn.Linear)]
+    repeated = {layer.attention.fc3: pieces}  # which mixes the logits of each piece
+    return pieces * layer.cells.numel() + sum(module.weight.numel() * repeated.get(module, 1) for module in linear)
 
 
 def count_attention(layer: DynamicConv, call: Call) -> int:

@@ -13,7 +13,7 @@ def resolve_layers(arch: str, kernel_num: int | None, reduction: float | None) -
     """Return the options of a network's dynamic layers by name, with what is None filled in by the defaults."""
     given = {"kernel_num": kernel_num, "reduction": reduction}
     method_name, _ = split_name(arch)
-    if method_name is None:
+    if method_name not in METHODS:  # static, or KernelWarehouse, whose settings fill themselves in
         return given
     method = METHODS[method_name]
     defaults = {name: parameter.default for name, parameter in inspect.signature(method.layer).parameters.items()}
@@ -24,7 +24,7 @@ def layer_options(config: RunConfig) -> dict[str, Any]:
     """Return the further options of the dynamic layers of a run: `init` and others; none for a static network."""
     given = config.layer_options or {}
     check_layer_options(config.arch, given)
-    return {"init": config.init, **given} if split_name(config.arch)[0] else {}
+    return {"init": config.init, **given} if split_name(config.arch)[0] in METHODS else given
 
 
 def count_parameters(model: nn.Module) -> int:
