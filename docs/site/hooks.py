@@ -1,4 +1,4 @@
-"""What the site has besides docs/: rows and pages from elsewhere in the tree, links to them, and nothing from outside."""
+"""What the site has besides docs/: rows and pages from elsewhere in the tree, and links to them."""
 
 import posixpath
 import re
