@@ -4,14 +4,14 @@
     python -m benchmarks.tables --check    says which pages differ from their rows
 
 A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. Words behind the name, such as `epochs=10`,
-choose some of the rows.
+choose some of the rows. A figure in a sentence is a link to its CSV whose title names row and column,
+`[86.0](../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025 epoch=3: top1")`; it keeps its number of digits.
 """
 
 import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import ROUND_HALF_UP, Decimal
-from functools import partial
 from pathlib import Path
 
 from benchmarks.accuracy.networks import METHODS
@@ -30,6 +30,7 @@ from benchmarks.common import RESULTS, read_rows
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- rows: (\w+)([^\n]*) -->\n)(.*?)(<!-- end of rows -->)", flags=re.S)
+FIGURE = re.compile(r"\[(-?[\d.]+)\](\([^()\s]*results/(\w+)\.csv \"([^\"]*): (\w+)\"\))")
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenetv2_100": "MobileNetV2 1.0"}
 DETECTORS = {"faster_rcnn": "Faster R-CNN", "mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 DATASETS = {"imagenette": "Imagenette", "cifar10": "CIFAR-10"}
@@ -364,18 +365,27 @@ TABLES: dict[str, Callable[..., str]] = {
 
 
 def written(page: str) -> str:
-    """The page with its tables as the rows have them."""
+    """The page with its tables and figures as the rows have them."""
 
     def write(found: re.Match[str]) -> str:
         begin, name, words, _, end = found.groups()
-        make = partial(TABLES[name], **dict(word.split("=") for word in words.split()))
-        return f"{begin}\n{make()}\n\n{end}"
+        return f"{begin}\n{TABLES[name](**values(words))}\n\n{end}"
 
-    return MARKED.sub(write, page)
+    def look_up(found: re.Match[str]) -> str:
+        figure, link, name, words, column = found.groups()
+        digits = len(figure.partition(".")[2])
+        return f"[{fixed(row(name, **values(words))[column], digits)}]{link}"
+
+    return FIGURE.sub(look_up, MARKED.sub(write, page))
+
+
+def values(words: str) -> Row:
+    """The values by their columns, of words such as `epochs=10 seed=0`."""
+    return dict(word.split("=") for word in words.split())
 
 
 def differing() -> list[Path]:
-    """The pages whose tables differ from the rows."""
+    """The pages that differ from the rows."""
     return [page for page in PAGES if written(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
 
 

@@ -38,6 +38,13 @@ def test_another_row_is_another_table(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tables.differing() == [page]
 
 
+def test_a_figure_in_a_sentence_is_that_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = '(../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025 epoch=1: top1")'
+    assert tables.written(f"It is [1.0]{link}, or [1]{link}.") == f"It is [80.3]{link}, or [80]{link}."
+    with pytest.raises(ValueError, match="has 3 rows"):
+        tables.written('[1](../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025: top1")')
+
+
 def test_halves_are_rounded_up() -> None:
     assert [tables.fixed(value, 1) for value in ("80.25", "28.45", "0.05")] == ["80.3", "28.5", "0.1"]
     assert tables.fixed("147753984", 3, "1e9") == "0.148"

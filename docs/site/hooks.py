@@ -29,7 +29,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     home = next((source for source, place in PAGES.items() if place == page.file.src_uri), f"docs/{page.file.src_uri}")
 
     def follow(link: re.Match[str]) -> str:
-        words, target = link.groups()
+        words, target, title = link.groups()
         path, hash, anchor = target.partition("#")
         if not path or "://" in path:
             return link[0]
@@ -37,9 +37,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         place = find_place(source)
         if place is None:
             return words[1:-1]
-        return f"{words}({posixpath.relpath(place, posixpath.dirname(page.file.src_uri) or '.')}{hash}{anchor})"
+        return f"{words}({posixpath.relpath(place, posixpath.dirname(page.file.src_uri) or '.')}{hash}{anchor}{title})"
 
-    return re.sub(r"(\[[^\[\]]*\])\(([^()\s]+)\)", follow, markdown)
+    return re.sub(r"(\[[^\[\]]*\])\(([^()\s]+)((?: \"[^\"]*\")?)\)", follow, markdown)
 
 
 def find_place(source: str) -> str | None:
