@@ -13,12 +13,14 @@ ROOT = Path(__file__).parents[2]
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md", "LICENSE": "LICENSE"}
 """Files that stand at the root of the tree, and their places on the site."""
 RESULTS = "benchmarks/results"
+EXAMPLES = "examples"
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Add the pages of the root, and the measured rows."""
+    """Add the pages of the root, the measured rows and the examples."""
     rows = {path.relative_to(ROOT).as_posix(): f"results/{path.name}" for path in (ROOT / RESULTS).iterdir()}
-    for source, place in (PAGES | rows).items():
+    scripts = {f"{EXAMPLES}/{path.name}": f"{EXAMPLES}/{path.name}" for path in (ROOT / EXAMPLES).glob("*.py")}
+    for source, place in (PAGES | rows | scripts).items():
         if not (place.startswith("results/") and place.endswith(".md")):  # a page that the navigation would lack
             files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
     return files
@@ -50,6 +52,8 @@ def find_place(source: str) -> str | None:
         return "index.md"
     if source.startswith("docs/"):
         return source.removeprefix("docs/")
+    if source.startswith(f"{EXAMPLES}/") and source.endswith(".py"):
+        return source
     if source.startswith(f"{RESULTS}/") and not source.endswith(".md"):
         return f"results/{posixpath.basename(source)}"
     return None
