@@ -1,6 +1,8 @@
-"""The snippets of the documentation run."""
+"""The snippets of the documentation run, its links lead somewhere, and the site has every page and public name."""
 
 import re
+from functools import reduce
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import torch
 
 import odconv
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(DOCS.rglob("*.md"))
 
 
 def test_tests_that_are_named_exist():
@@ -18,10 +22,62 @@ def test_tests_that_are_named_exist():
     assert named - {*re.findall(r"^def (test_\w+)", text, flags=re.M)} == {"test_batch"}  # which is an option
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\[[^\[\]]*\]\(([^()\s]+)(?: \"[^\"]*\")?\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" not in path:
+            found = (page.parent / path).resolve() if path else page
+            assert found.exists(), target
+            assert not anchor or anchor in anchors(found), target
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_site_has_every_page():
+    yaml = pytest.importorskip("yaml")
+
+    def leaves(part):
+        inner = part.values() if isinstance(part, dict) else part
+        return {part} if isinstance(part, str) else {leaf for entry in inner for leaf in leaves(entry)}
+
+    nav = leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert nav - {"contributing.md", "changes.md"} == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+
+
+def test_the_reference_has_every_public_name():
+    pages = [page.read_text() for page in (DOCS / "reference").glob("*.md")]
+    shown = [name for page in pages for name in re.findall(r"^::: (\S+)", page, flags=re.M)]
+    assert len(shown) == len(set(shown))
+    told = {*shown, *(name for page in pages for name in re.findall(r"`(odconv\.\w+)`", page))}
+    assert {f"odconv.{name}" for name in odconv.__all__} <= told
+    for name in told:
+        if not name.startswith(("odconv.timm", "odconv.mmcv")):  # which need these
+            module = re.match(r"odconv(\.[a-z]\w*)*(?=\.\w+$)", name)[0]
+            assert reduce(getattr, name.removeprefix(module)[1:].split("."), import_module(module)), name
+
+
+def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    torch.save(odconv.create_model("odl_resnet18", kernel_num=4, num_classes=10).state_dict(), "best.ckpt")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["y"].shape == (2, 6, 5)
+
+
 @pytest.mark.parametrize(
     "page",
-    ["convert.md", "detect.md", "export.md", "predict.md", "report.md", "visualize.md", "warehouse.md", "weights.md"],
-)
+    [
+        "index.md", "convert.md", "detect.md", "dimensions.md", "export.md", "networks.md", "predict.md", "report.md",
+        "visualize.md", "warehouse.md", "weights.md",
+    ],
+)  # fmt: skip
 def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     for package in ("torchvision", "safetensors", "huggingface_hub"):
         pytest.importorskip(package)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from test_detect_training import make_coco
 
 from odconv import __version__
@@ -167,3 +168,36 @@ print(odconv.profile(model, (3, 32, 32)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_networks_come_by_torch_hub(tmp_path: Path) -> None:
+    code = f"""
+import sys, torch
+model = torch.hub.load({str(ROOT)!r}, "od_mobilenetv2_050", source="local", kernel_num=2, num_classes=5).eval()
+assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+sys.path.append({str(ROOT)!r})
+import hubconf, odconv
+entries = {{name: entry for name, entry in vars(hubconf).items() if callable(entry) and name[0] != "_"}}  # as hub.list
+assert entries.keys() == {{"convert", *odconv.list_models()}}
+assert "kernel_num:" in entries["od_resnet18"].__doc__
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_ci_calls_is_there() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    goals = re.findall(r"^\.PHONY:(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()
+    runs = [step["run"].split() for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert {program for program, *_ in runs} == {"make"}
+    called = [goal for _, goal, *_ in runs]
+    assert called == ["test", "test-oldest", "docs"]
+    assert {*called} <= {*goals}
+    forms = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")}
+    assert forms.keys() == {"bug.yml", "wish.yml", "config.yml"}
+    for name in ("bug.yml", "wish.yml"):
+        assert forms[name].keys() == {"name", "description", "body"}
+        assert all(part["attributes"]["label"] for part in forms[name]["body"])

@@ -85,8 +85,8 @@ class _ODConvTranspose(DynamicConvTranspose, _ODConv):
             ``torch.nn.ConvTranspose2d``, with its order and defaults.
         bias: add a static bias. Default False.
         padding_mode: only "zeros".
-        kernel_num, reduction, min_channels, attentions, norm, temperature, gain, kernel_gain,
-            init, context_channels, device, dtype: as in :class:`ODConv2d`.
+        kernel_num, reduction, min_channels, attentions, norm, temperature: as in :class:`ODConv2d`.
+        gain, kernel_gain, init, context_channels, device, dtype: as in :class:`ODConv2d`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -137,8 +137,8 @@ class _DyConvTranspose(DynamicConvTranspose, _DyConv):
             ``torch.nn.ConvTranspose2d``, with its order and defaults.
         bias: add a mixed bias. Default False.
         padding_mode: only "zeros".
-        kernel_num, reduction, min_channels, temperature, kernel_gain, init, context_channels,
-            device, dtype: as in :class:`DyConv2d`.
+        kernel_num, reduction, min_channels, temperature, kernel_gain: as in :class:`DyConv2d`.
+        init, context_channels, device, dtype: as in :class:`DyConv2d`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.

@@ -1,0 +1,405 @@
+"""The tables of README and docs that come from measured rows.
+
+    python -m benchmarks.tables            writes each of them between its markers
+    python -m benchmarks.tables --check    says which pages differ from their rows
+
+A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. Words behind the name, such as `epochs=10`,
+choose some of the rows. A figure in a sentence is a link to its CSV whose title names row and column,
+`[86.0](../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025 epoch=3: top1")`; it keeps its number of digits.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+
+from benchmarks.accuracy.networks import METHODS
+from benchmarks.accuracy.report import (
+    MAIN_SETTINGS,
+    TITLES,
+    ablation_tables,
+    cost_key,
+    groups,
+    main_tables,
+    spread,
+    top1,
+)
+from benchmarks.common import RESULTS, read_rows
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+MARKED = re.compile(r"(<!-- rows: (\w+)([^\n]*) -->\n)(.*?)(<!-- end of rows -->)", flags=re.S)
+FIGURE = re.compile(r"\[(-?[\d.]+)\](\([^()\s]*results/(\w+)\.csv \"([^\"]*): (\w+)\"\))")
+NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenetv2_100": "MobileNetV2 1.0"}
+DETECTORS = {"faster_rcnn": "Faster R-CNN", "mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
+DATASETS = {"imagenette": "Imagenette", "cifar10": "CIFAR-10"}
+ARCHITECTURES = {"mobilenetv2_050": "MobileNetV2 0.5", "resnet18": "ResNet-18"}
+Row = dict[str, str]
+
+
+def rows(name: str, **wanted: str) -> list[Row]:
+    """The rows of a CSV in benchmarks/results that have these values.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [
+        row for row in read_rows(RESULTS / f"{name}.csv") if all(row[key] == value for key, value in wanted.items())
+    ]
+    if not found:
+        raise ValueError(f"{name}.csv has no rows with {wanted}")
+    return found
+
+
+def row(name: str, **wanted: str) -> Row:
+    """The one row that has these values.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    found = rows(name, **wanted)
+    if len(found) > 1:
+        raise ValueError(f"{name}.csv has {len(found)} rows with {wanted}, not one")
+    return found[0]
+
+
+def fixed(value: str, digits: int, unit: str = "1") -> str:
+    """A number of a row in some unit, rounded as one does by hand: halves go up."""
+    return str((Decimal(value) / Decimal(unit)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines))
+
+
+# --- speed and memory
+
+
+def speed() -> str:
+    """Ours and, in brackets, the published form, as ratios to the static network in eager mode."""
+    columns = {("inference", "1"): "inference, batch 1", ("inference", "8"): "batch 8", ("inference", "32"): "batch 32"}
+    columns |= {("training", "16"): "training step, batch 16", ("memory", "16"): "peak training memory, batch 16"}
+
+    def cell(network: str, n: str, mode: str, batch: str) -> str:
+        same = {"model": f"od_{network}", "kernel_num": n, "mode": mode, "batch": batch, "compiled": "no"}
+        ours, published = (row("networks", form=form, **same)["ratio_to_static"] for form in ("ours", "published"))
+        return f"**{fixed(ours, 2)}** ({fixed(published, 1)})"
+
+    return table(
+        ["network", *columns.values()],
+        (
+            [f"{title}, ODConv {n}x", *(cell(network, n, *column) for column in columns)]
+            for network, title in NETWORKS.items()
+            for n in "14"
+        ),
+    )
+
+
+def detectors() -> str:
+    def cells(detector: str, network: str) -> Iterator[str]:
+        for mode in ("training", "inference"):
+            same = {"detector": detector, "backbone": f"od_{network}", "kernel_num": "4", "mode": mode}
+            static, ours = (row("detectors", form=form, **same) for form in ("static", "ours"))
+            yield fixed(static["median_ms"], 0)
+            yield f"{fixed(ours['median_ms'], 0)} (**{fixed(ours['ratio_to_static'], 2)}**)"
+            yield fixed(ours["memory_ratio"], 2)
+
+    columns = ["detector", "backbone", "training: static", "ODConv 4x", "memory"]
+    return table(
+        [*columns, "inference: static", "ODConv 4x", "memory"],
+        (
+            [DETECTORS[detector], NETWORKS[network], *cells(detector, network)]
+            for detector in DETECTORS
+            for network in ("resnet50", "mobilenetv2_100")
+        ),
+    )
+
+
+def accelerating() -> str:
+    networks = {
+        "resnet18 of copied ODConv2d": "ResNet-18 of copied `ODConv2d`",
+        "tf_efficientnet_cc_b0_4e": "`tf_efficientnet_cc_b0_4e`, depth-wise for the most part",
+    }
+
+    def cell(network: str, mode: str, batch: str) -> str:
+        found = rows("accelerating", network=network, mode=mode, batch=batch, form="accelerated")
+        return ", ".join(fixed(one["times_as_fast"], 1 if "copied" in network else 2) for one in found)
+
+    return table(
+        ["", "batch of 1", "batch of 8", "training, 8"],
+        (
+            [title, *(cell(network, *what) for what in (("inference", "1"), ("inference", "8"), ("training", "8")))]
+            for network, title in networks.items()
+        ),
+    )
+
+
+def export() -> str:
+    def line(threads: str, model: str) -> list[str]:
+        found = {form: row("export", form=form, model=model, batch="1", threads=threads) for form in forms}
+        times = [f"{fixed(one['median_ms'], 1)} ({fixed(one['ratio_to_static'], 2)})" for one in found.values()]
+        static, read = fixed(found["static"]["median_ms"], 1), fixed(found["loop"]["read_ms"], 1)
+        return [f"`{model}`", threads, static, *times[1:], read]
+
+    forms = ("static", "loop", "one", "product")
+    columns = ["network", "threads", "static", "`loop`", "`--batch_one`", "`product`", "reading the kernels"]
+    return table(columns, (line(threads, f"od_{network}") for threads in "12" for network in NETWORKS))
+
+
+def quantising() -> str:
+    def line(model: str) -> list[str]:
+        float32, int8 = (
+            row("quantising", measured="latency", model=model, precision=precision) for precision in ("float32", "int8")
+        )
+        size, time = fixed(int8["megabytes"], 1), fixed(int8["median_ms"], 1)
+        smaller = fixed(int8["megabytes"], 2, unit=float32["megabytes"])
+        ratios = (fixed(int8[f"ratio_to_{other}"], 2) for other in ("float32", "static"))
+        return [f"`{model}`", size, smaller, f"{time} ms", *ratios]
+
+    columns = [
+        "network, ODConv 4x",
+        "file, MB",
+        "of float32",
+        "time of one image",
+        "of float32",
+        "of the static network",
+    ]
+    return table(columns, (line(f"od_{network}") for network in NETWORKS))
+
+
+def serving() -> str:
+    def line(one: Row) -> list[str]:
+        form = {"static": "", "int8": ", int8"}.get(one["form"], f", `{one['form']}`")
+        together = "1" if one["max_batch"] == "1" else f"up to {one['max_batch']}"
+        times = ", ".join(fixed(one[key], 2, unit="1000") for key in ("p50_ms", "p90_ms", "p99_ms"))
+        figures = fixed(one["mean_batch"], 1), fixed(one["requests_per_s"], 1), fixed(one["ratio_to_static"], 2)
+        return [f"`{one['model']}`{form}", together, *figures, times]
+
+    columns = ["network", "images together", "formed, mean", "requests a second", "of static", "p50, p90, p99, s"]
+    return table(columns, map(line, rows("serving")))
+
+
+# --- accuracy
+
+
+def accuracy(**wanted: str) -> str:
+    """The methods on one data set, in one of the settings of benchmarks.accuracy."""
+    costs = {cost_key(one): one for one in read_rows(RESULTS / "accuracy_costs.csv")}
+    chosen = [one for one in rows("accuracy", **wanted) if one["study"] in ("main", "longer")]
+    (found,) = "\n".join(main_tables(chosen, costs)).split("## ")[1:]
+    return found.partition("\n\n")[2].strip()
+
+
+def ablations() -> str:
+    (found,) = "\n".join(ablation_tables(read_rows(RESULTS / "accuracy.csv"))).split("## ")[1:]
+    return found.partition("\n\n")[2].strip()
+
+
+def top1_by_method(**wanted: str) -> str:
+    """A line for each setting of benchmarks.accuracy, a column for each method."""
+    chosen = [one for one in rows("accuracy", **wanted) if one["study"] in ("main", "longer")]
+    lines = []
+    for setting, own in groups(chosen, MAIN_SETTINGS).items():
+        s = dict(zip(MAIN_SETTINGS, setting, strict=True))
+        by_method = groups(own, ["method"])
+        scores = [spread([*top1(by_method[(name,)]).values()]) if (name,) in by_method else "" for name in METHODS]
+        lines.append([f"{ARCHITECTURES[s['network']]}, {DATASETS[s['dataset']]}, {s['epochs']} epochs", *scores])
+    return table(["", *(TITLES[name] for name in METHODS)], lines)
+
+
+def starts() -> str:
+    methods = {"static": "static", "condconv_8x": "CondConv 8x", "dyconv_4x": "DyConv 4x"}
+    methods |= {"odconv_1x": "ODConv 1x", "odconv_4x": "ODConv 4x"}
+    titles = {
+        "settled": "settled: `odconv.convert(warm_start=False)`, `odl_` networks",
+        "calm": "calm: the layers as they are, `od_`, `dy_` and `cond_` networks",
+        "published": "published",
+    }
+
+    def cell(start: str, method: str) -> str:
+        found = {
+            one["start"]: one["top1"] for one in rows("starts", method=method, optimizer="sgd", lr="0.1", steps="60")
+        }
+        # the static network has no start, and CondConv no settled options: those of the layers are all it has
+        return fixed(found.get("") or found.get(start) or found["calm"], 1)
+
+    return table(
+        ["start", *methods.values()],
+        ([title, *(cell(start, method) for method in methods)] for start, title in titles.items()),
+    )
+
+
+def gradients() -> str:
+    """How new networks begin: MobileNetV2 0.5 in full, of ResNet-18 what it amplifies."""
+
+    def shown(value: str, form: str) -> str:
+        if not value:
+            return ""
+        number = float(value)
+        if number >= 1e5:
+            return f"{number:.1e}".replace("e+0", "e")
+        return f"{number:,.0f}" if number >= 1000 else f"{number:{form}}"
+
+    def line(one: Row) -> list[str]:
+        same = {key: one[key] for key in ("method", "start", "temperature")}
+        other = row("gradients", network="resnet18", **same)
+        temperature = "" if one["method"] in ("static", "CondConv") else one["temperature"]
+        return [
+            *(one["method"], one["start"], temperature),
+            *(shown(one["logit_std"], ".2g"), one["entropy"], shown(one["common"], ".2g")),
+            *(shown(one["gradient_norm"], ".3g"), shown(one["amplification"], ".3g")),
+            *(shown(other["common"], ".2g"), shown(other["amplification"], ".1f")),
+        ]
+
+    columns = ["MobileNetV2 0.5", "start", "temperature", "logits", "entropy", "common energy", "gradient"]
+    columns += ["amplification", "ResNet-18: common energy", "amplification"]
+    return table(columns, map(line, rows("gradients", network="mobilenetv2_050")))
+
+
+def finetune() -> str:
+    titles = {"static": "static", "warm_1x": "ODConv 1x, warm", "warm_4x": "ODConv 4x, warm"}
+    titles |= {"cold_1x": "ODConv 1x, cold", "cold_4x": "ODConv 4x, cold"}
+    runs = groups(rows("finetune"), ["lr", "temp_init", "start"])
+    order = sorted(runs, key=lambda run: (float(run[0]), -float(run[1]), list(titles).index(run[2])))
+    warm_first = sorted(order, key=lambda run: run[2].startswith("cold"))
+
+    def line(run: tuple[str, ...]) -> list[str]:
+        lr, temperature, start = run
+        falls = "" if start == "static" else "1" if float(temperature) == 1 else f"{float(temperature):g} to 1"
+        return [titles[start], lr, falls, *(fixed(epoch["top1"], 1) for epoch in runs[run])]
+
+    return table(["start", "learning rate", "temperature", "epoch 1", "2", "3"], map(line, warm_first))
+
+
+# --- counters
+
+
+def counters() -> str:
+    """What other people's counters say of an ODConv 4x ResNet-18, by themselves and with a line of ours."""
+    prefix = "odconv.profiling.counters"
+    lines = (  # counter, how it is written, what it says by itself, the line, what it says then
+        ("FlopCounterMode", "torch {version} `FlopCounterMode`", "{madds} G (twice that, in FLOPs)", "", ""),
+        (
+            "Lightning",
+            "Lightning {version} summary, with `example_input_array`",
+            "{madds} G (twice that, in FLOPs), {parameters} M",
+            "",
+            "",
+        ),
+        (
+            "thop",
+            "thop {version}",
+            "{madds} G, {parameters} M",
+            f"`thop.profile(model, (x,), custom_ops={prefix}.thop_ops())`",
+            "{madds} G, {parameters} M; batch norm counts two an element",
+        ),
+        (None, "ultralytics-thop 2.2.3", "see above", "the same; `odconv.yolo` does it for ultralytics", ""),
+        (
+            "ptflops pytorch",
+            'ptflops {version}, "pytorch"',
+            "{madds} G, {parameters} M",
+            f"`custom_modules_hooks={prefix}.ptflops_hooks()`",
+            "{madds} G, with batch norm, activations and biases",
+        ),
+        ("ptflops aten", 'ptflops {version}, "aten"', "{madds} G, {parameters} M", "the same", "{madds} G"),
+        (
+            "calflops",
+            "calflops {version}",
+            "{madds} GMACs, {parameters} M",
+            f"`calflops.pytorch_ops.MODULE_HOOK_MAPPING.update({prefix}.calflops_hooks())` before",
+            "{madds} GMACs",
+        ),
+        (
+            "torchinfo",
+            "torchinfo {version}",
+            "{madds} G, {parameters} M, {megabytes} MB",
+            f"`print({prefix}.torchinfo_statistics(summary(model, (1, 3, 224, 224), verbose=0)))`",
+            "{madds} G, {parameters} M, {megabytes} MB",
+        ),
+        (
+            "torchsummary",
+            "torchsummary {version}",
+            "{parameters} M; it counts no multiply-adds",
+            "",
+            "it lists weights and biases alone: the mixed bias of DyConv and CondConv, `kernel_bias`, is missing",
+        ),
+        (
+            "fvcore",
+            "fvcore {version}, mmengine {mmengine}",
+            "{madds} G",
+            "",
+            "they trace the network, which then unfolds the maps by a convolution, and count no products with gates; "
+            "the fewer filters a layer has, the more this adds (k*k / O)",
+        ),
+    )
+
+    def figures(one: Row) -> dict[str, str]:
+        units = {"madds": ("1e9", 3), "parameters": ("1e6", 2), "parameter_bytes": ("1e6", 1)}
+        shown = {key: fixed(one[key], digits, unit) for key, (unit, digits) in units.items() if one[key]}
+        shown["megabytes"] = shown.pop("parameter_bytes", "")
+        return shown | {"version": version(one), "mmengine": version(row("counters", counter="mmengine"))}
+
+    def version(one: Row) -> str:
+        (found,) = re.findall(r"^\d+\.\d+\.\d+", one["version"])
+        return found
+
+    def cells(counter: str | None, name: str, itself: str, line: str, then: str) -> list[str]:
+        if counter is None:
+            return [name, itself, line, then]
+        alone, *more = sorted(rows("counters", counter=counter), key=lambda one: one["line"])
+        by_itself, with_line = figures(alone), figures(more[0] if more else alone)
+        return [name.format(**by_itself), itself.format(**by_itself), line, then.format(**with_line)]
+
+    return table(["counter", "by itself", "with", "then it says"], (cells(*line) for line in lines))
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    make.__name__: make
+    for make in (
+        speed, detectors, accelerating, export, quantising, serving, accuracy, ablations, top1_by_method, starts,
+        gradients, finetune, counters,
+    )
+}  # fmt: skip
+
+
+def written(page: str) -> str:
+    """The page with its tables and figures as the rows have them."""
+
+    def write(found: re.Match[str]) -> str:
+        begin, name, words, _, end = found.groups()
+        return f"{begin}\n{TABLES[name](**values(words))}\n\n{end}"
+
+    def look_up(found: re.Match[str]) -> str:
+        figure, link, name, words, column = found.groups()
+        digits = len(figure.partition(".")[2])
+        return f"[{fixed(row(name, **values(words))[column], digits)}]{link}"
+
+    return FIGURE.sub(look_up, MARKED.sub(write, page))
+
+
+def values(words: str) -> Row:
+    """The values by their columns, of words such as `epochs=10 seed=0`."""
+    return dict(word.split("=") for word in words.split())
+
+
+def differing() -> list[Path]:
+    """The pages that differ from the rows."""
+    return [page for page in PAGES if written(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
+    args = parser.parse_args()
+    for page in (pages := differing()):
+        print(f"{page.relative_to(ROOT)} {'differs from its rows' if args.check else 'written'}")
+        if not args.check:
+            page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
+    if args.check and pages:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

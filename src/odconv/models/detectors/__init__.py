@@ -1,0 +1,1 @@
+"""Detectors: torchvision's, on the backbones of the zoo."""

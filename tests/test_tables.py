@@ -1,0 +1,57 @@
+"""The tables of README and docs say what the rows in benchmarks/results do."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("torchvision")
+
+from benchmarks import tables
+
+
+def test_every_page_says_what_its_rows_do() -> None:
+    pages = [page.name for page in tables.differing()]
+    assert not pages, f"python -m benchmarks.tables writes {pages}"
+
+
+def test_every_table_stands_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in tables.PAGES)
+    assert {name for _, name, *_ in tables.MARKED.findall(text)} == tables.TABLES.keys()
+    assert text.count("<!-- rows: ") == text.count("<!-- end of rows -->") == len(tables.MARKED.findall(text))
+
+
+def test_another_row_is_another_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n\n<!-- rows: serving -->\n\n<!-- end of rows -->\n\nafter\n")
+    monkeypatch.setattr(tables, "PAGES", [page])
+    assert tables.differing() == [page]
+    page.write_text(tables.written(page.read_text()))
+    assert tables.differing() == []
+    assert page.read_text().startswith("before\n\n<!-- rows: serving -->\n\n| network |")
+    assert page.read_text().endswith("|\n\n<!-- end of rows -->\n\nafter\n")
+    with (tables.RESULTS / "serving.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[0]["requests_per_s"] = "48.0"
+    monkeypatch.setattr(tables, "read_rows", lambda path: rows)
+    assert tables.differing() == [page]
+
+
+def test_a_figure_in_a_sentence_is_that_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = '(../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025 epoch=1: top1")'
+    assert tables.written(f"It is [1.0]{link}, or [1]{link}.") == f"It is [80.3]{link}, or [80]{link}."
+    with pytest.raises(ValueError, match="has 3 rows"):
+        tables.written('[1](../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025: top1")')
+
+
+def test_halves_are_rounded_up() -> None:
+    assert [tables.fixed(value, 1) for value in ("80.25", "28.45", "0.05")] == ["80.3", "28.5", "0.1"]
+    assert tables.fixed("147753984", 3, "1e9") == "0.148"
+
+
+def test_rows_that_are_missing_or_several_are_named() -> None:
+    with pytest.raises(ValueError, match=r"starts.csv has no rows with \{'method': 'none'\}"):
+        tables.rows("starts", method="none")
+    with pytest.raises(ValueError, match=r"starts.csv has 2 rows with \{'method': 'static'\}, not one"):
+        tables.row("starts", method="static")
