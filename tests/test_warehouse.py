@@ -286,6 +286,17 @@ def test_a_warm_start_computes_what_the_static_network_did(options):
     assert not torch.allclose(model(X), static(X), rtol=1e-3)
 
 
+def test_a_network_of_the_zoo_starts_from_its_static_one(tmp_path):
+    pytest.importorskip("torchvision")
+    static = odconv.create_model("mobilenetv2_050", num_classes=10)
+    torch.save(static.state_dict(), tmp_path / "static.pth")
+    options = {"num_classes": 10, "weights": tmp_path / "static.pth", "warm_start": True}
+    model = odconv.create_model("kw_mobilenetv2_050", **options)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), static.eval()(x), rtol=1e-4, atol=1e-5)
+
+
 def test_stages_are_found_by_resolution_and_kind():
     def found(width=128, **options):
         return [*odconv.convert(Small(width), "kernelwarehouse", **options).warehouse_manager.names.values()]
@@ -429,6 +440,7 @@ def test_bad_input(tmp_path):
     for options, error, message in (
         ({"budget": 0.3}, ValueError, "budget must be a whole number such as 1, 2 or 4, or 1 by one"),
         ({"budget": 1.5}, ValueError, "budget must be a whole number"),
+        ({"budget": "2x"}, ValueError, "budget must be a whole number such as 1, 2 or 4, or 1 by one .* got '2x'"),
         ({"budget": 0.5}, ValueError, r"warm_start must be False with a budget of 0\.5"),
         ({"budget": 1 / 3, "warm_start": False}, ValueError, r"got block\.conv3 \(4 pieces\); 1/2, 1/4, every"),
         ({"stages": ["block.*"]}, ValueError, r"stages: stage1\.0 is in none of"),
@@ -441,6 +453,12 @@ def test_bad_input(tmp_path):
         Warehouse({"all": {"odd": KWConv2d(4, 5, 3)}}, cell_outplane_ratio=0.5)
     with pytest.raises(ValueError, match="cell_num_ratio must be a positive number, or one for each of 1 parameters"):
         Warehouse({"all": {"one": KWConv2d(4, 4, 3)}}, cell_num_ratio=(1, 2))
+    layer = KWConv2d(4, 4, 3)
+    with pytest.raises(ValueError, match=r"layers must hold each layer once, got a \(all\), b \(all\)"):
+        Warehouse({"all": {"a": layer, "b": layer}})
+    torch.save(odconv.create_model("mobilenetv2_050").state_dict(), tmp_path / "static.pth")
+    with pytest.raises(ValueError, match=r"warm_start must be False with a budget of 0\.5"):
+        odconv.create_model("kw_mobilenetv2_050", budget=0.5, weights=tmp_path / "static.pth", warm_start=True)
     with pytest.raises(ValueError, match="kernel_num must be None for kw_resnet18"):
         odconv.create_model("kw_resnet18", kernel_num=4)
     with pytest.raises(TypeError, match="'gain' is no option of kw_resnet18; it has budget, reduction"):

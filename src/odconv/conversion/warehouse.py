@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from odconv.conversion.convert import WAREHOUSE, Chosen, decide, hand_over, matcher, replace_parts
-from odconv.layers.warehouse import Warehouse, cell_shape, pieces_of
+from odconv.layers.warehouse import Ratio, Warehouse, cell_shape, pieces_of
 from odconv.layers.warehouse_attention import set_blend
 from odconv.layers.warehouse_conv import KWConv, KWLinear, cut
 from odconv.system.text import first_few
@@ -92,8 +92,9 @@ def ratios(budget: float) -> dict[str, float]:
     Raises:
         ValueError: budget is neither a whole number nor 1 by one.
     """
-    whole = budget if budget >= 1 else 1 / budget if budget > 0 else math.nan
-    if whole != whole or abs(whole - round(whole)) > 1e-9:  # noqa: PLR0124
+    number = isinstance(budget, int | float) and 0 < budget < math.inf
+    whole = max(budget, 1 / budget) if number else math.nan
+    if not number or abs(whole - round(whole)) > 1e-9:
         raise ValueError(f"budget must be a whole number such as 1, 2 or 4, or 1 by one such as 1/2, got {budget!r}")
     plane = 1.0 if budget >= 1 else 0.5
     exact = float(round(whole)) if budget >= 1 else 1 / round(whole)
@@ -114,9 +115,11 @@ def stock(model: nn.Module, pools: Mapping[str, Sequence[str]], *, warm_start: b
     Raises:
         ValueError: as the warehouse; or a start from trained kernels needs a cell for every piece of them.
     """
-    if warm_start and isinstance(ratio := options.get("cell_num_ratio", 1.0), float) and ratio < 1:
+    given: Ratio = options.get("cell_num_ratio", 1.0)
+    least = min([given] if isinstance(given, int | float) else given)
+    if warm_start and least < 1:
         raise ValueError(
-            f"warm_start must be False with a budget of {ratio:.4g}: less than one cell for each piece of a "
+            f"warm_start must be False with a budget of {least:.4g}: less than one cell for each piece of a "
             "kernel cannot hold the trained kernels"
         )
     old: dict[str, Any] = {name: model.get_submodule(name) for names in pools.values() for name in names}

@@ -78,6 +78,8 @@ class Warehouse(nn.Module):
         every = {f"{name} ({pool})": layer for pool, own in layers.items() for name, layer in own.items()}
         if not every:
             raise ValueError("layers must hold at least one layer, got none")
+        if len({*every.values()}) < len(every):
+            raise ValueError(f"layers must hold each layer once, got {', '.join(every)}")
         if taken := [name for name, layer in every.items() if layer.warehouse is not None]:
             raise ValueError(f"layers must be in no warehouse yet, got {', '.join(taken)}")
         options = zip(
