@@ -81,7 +81,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 .venv-docs/installed: Makefile
-	@echo "$(@D): fetching MkDocs, 60 MB. Once; it takes half a minute."
+	@echo "$(@D): fetching MkDocs, about 40 MB, 190 MB on the disk. Once; it takes half a minute."
 	$(PYTHON) -m venv $(@D)
 	$(@D)/$(PROGRAMS)/python -m pip install --quiet --upgrade pip
 	$(@D)/$(PROGRAMS)/python -m pip install $(SITE)

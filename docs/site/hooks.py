@@ -10,7 +10,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md", "LICENSE": "LICENSE"}
+PAGES = {"CONTRIBUTING.md": "contributing.md", "CODE_OF_CONDUCT.md": "conduct.md", "CHANGELOG.md": "changes.md"}
+PAGES |= {"LICENSE": "LICENSE"}
 """Files that stand at the root of the tree, and their places on the site."""
 RESULTS = "benchmarks/results"
 EXAMPLES = "examples"
