@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch.optim.swa_utils import update_bn
 import odconv
 from odconv.layers import Attention, DynamicConv
 
-LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if name.endswith("d") and "Conv" in name}
+LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if re.fullmatch(r"(OD|Dy|Cond)Conv.*d", name)}
 LAYERS = {name: layer for name, layer in LAYERS.items() if not layer.transposed}
 CHANNELS = {"in_channels": 8, "out_channels": 12}
 

@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ from odconv import convert
 from odconv.layers import Attention, DynamicConv
 from odconv.layers.starts import LOGIT, OPEN
 
-LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if name[-1] == "d" and "Conv" in name}
+LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if re.fullmatch(r"(OD|Dy|Cond)Conv.*d", name)}
 WITH_NORM = [name for name in LAYERS if name.startswith("ODConv")]
 WIDE = {"norm": "layer", "gain": 2.0, "kernel_gain": "sqrt"}
 """The options with which a mixture of new kernels is as large as one of them."""
