@@ -46,7 +46,7 @@ def test_a_network_for_volumes_finds_balls() -> None:
 
 @pytest.mark.slow
 def test_pretrained_weights_are_fine_tuned(shared_data: Path) -> None:
-    assert finetune.train(str(shared_data / "weights/mobilenet_v2_1.0_imagenet_fp16.pth"), steps=60) > 80
+    assert finetune.train(str(shared_data / "weights/mobilenet_v2_1.0_imagenet_fp16.pth")) > 70
 
 
 @pytest.mark.slow
