@@ -168,6 +168,8 @@ def test_what_fuse_refuses():
     model = Branching()
     with pytest.raises(ValueError, match="model must be in evaluation mode, got batch norm in training mode: conv"):
         odconv.fuse(model)
-    with pytest.raises(ValueError, match=r"the Branching cannot be traced \(.*\); odconv\.conversion\.fusion\.fold_batch_norm"):
+    with pytest.raises(
+        ValueError, match=r"the Branching cannot be traced \(.*\); odconv\.conversion\.fusion\.fold_batch_norm"
+    ):
         odconv.fuse(model.eval())
     assert batch_norms(model) == ["bn"]
