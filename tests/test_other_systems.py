@@ -12,6 +12,7 @@ LACKING = """
 import os, signal, sys, types
 
 import filelock  # it and Lightning have their own ways for Windows
+import platformdirs  # likewise: it takes the module of the system that it is on
 from lightning.pytorch.trainer.connectors import signal_connector
 
 signal_connector.signal = types.SimpleNamespace(**vars(signal))
