@@ -224,6 +224,23 @@ def test_a_masked_pool_sees_no_padding():
     assert all(module.extent is None for module in model.modules() if isinstance(module, odconv.layers.Attention))
 
 
+def test_a_warehouse_sees_no_padding_either():
+    torch.manual_seed(0)
+    model = odconv.create_detector("faster_rcnn", "kw_mobilenetv2_050", **SIZES).eval()
+    images, batches = [torch.rand(3, 60, 64), torch.rand(3, 40, 200)], []
+    model.backbone.register_forward_hook(lambda _, args, y: batches.append(len(args[0])))
+    with torch.no_grad():
+        model(images)
+        model.masked_pool = True
+        model(images)
+    assert batches == [1, 1, 2]
+    attention = next(part for part in model.modules() if isinstance(part, odconv.layers.PoolingAttention))
+    x = torch.rand(2, attention.fc1.in_features, 4, 4)
+    other = torch.cat([x[:, :, :, :2], torch.rand(2, attention.fc1.in_features, 4, 2)], 3)
+    with torch.no_grad(), odconv.layers.pool_inside(model, torch.tensor([[1.0, 0.5]] * 2)):
+        torch.testing.assert_close(attention(x), attention(other), rtol=0, atol=0)
+
+
 def test_extents_that_cannot_be_are_refused():
     layer = odconv.ODConv2d(4, 4, 3)
     for extent in (torch.ones(2, 3), torch.zeros(2, 2), torch.full((2, 2), 1.5), torch.ones(2)):

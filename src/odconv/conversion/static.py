@@ -171,10 +171,25 @@ def _replace(model: nn.Module, means: Mapping[str, Attentions]) -> None:
 
 def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
     """Return the convolution that a layer is at certain attentions, (1, ...)."""
+    place = (layer.cells if isinstance(layer, KWConv) else layer.weight).device
+    attentions = Attentions(*(None if a is None else a.to(place) for a in attentions))
     if isinstance(layer, KWConv):
         assert attentions.kernel is not None
-        shares = attentions.kernel.to(layer.cells.device)
-        return convolution_like(layer, assemble(layer.cells.double(), shares, layer.kernel_shape)[0])
+        kernel = assemble(layer.cells.double(), attentions.kernel, layer.kernel_shape)[0]
+        return convolution_like(layer, kernel, layer.bias, layer.cells)
+    kernels = attentions
+    if layer.transposed:  # whose weight has the channels first
+        kernels = attentions._replace(channel=attentions.filter, filter=attentions.channel)
+    kernel = mixed_kernels(layer.weight.double(), kernels, layer.groups)[0]
+    bias = None if layer.bias is None else layer.bias.double()
+    if layer.kernel_bias is not None:
+        mixed = layer.kernel_bias[0] if attentions.kernel is None else attentions.kernel[0] @ layer.kernel_bias.double()
+        bias = mixed if bias is None else bias + mixed
+    return convolution_like(layer, kernel, bias, layer.weight)
+
+
+def convolution_like(layer: Any, kernel: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:
+    """Return the static convolution of a layer's geometry with a kernel and a bias, placed and typed as `like`."""
     transposed = {"output_padding": layer.output_padding} if layer.transposed else {}
     conv: Any = CONVOLUTIONS[layer.dims, layer.transposed](
         layer.in_channels,
@@ -184,43 +199,15 @@ def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
         padding=layer.padding,
         dilation=layer.dilation,
         groups=layer.groups,
-        bias=layer.bias is not None or layer.kernel_bias is not None,
-        padding_mode=layer.padding_mode,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
+        bias=bias is not None,
+        padding_mode=getattr(layer, "padding_mode", "zeros"),  # KernelWarehouse's layers know no other
+        device=like.device,
+        dtype=like.dtype,
         **transposed,
     )
-    attentions = Attentions(*(None if a is None else a.to(layer.weight.device) for a in attentions))
-    kernels = attentions
-    if layer.transposed:  # whose weight has the channels first
-        kernels = attentions._replace(channel=attentions.filter, filter=attentions.channel)
-    conv.weight.copy_(mixed_kernels(layer.weight.double(), kernels, layer.groups)[0])
-    bias = 0.0 if layer.bias is None else layer.bias.double()
-    if layer.kernel_bias is not None:
-        mixed = layer.kernel_bias[0] if attentions.kernel is None else attentions.kernel[0] @ layer.kernel_bias.double()
-        bias = bias + mixed
-    if conv.bias is not None:
+    conv.weight.copy_(kernel)
+    if bias is not None:
         conv.bias.copy_(bias)
-    return conv.eval()
-
-
-def convolution_like(layer: KWConv, weight: Tensor) -> nn.Module:
-    """Return the convolution that a layer of KernelWarehouse is with one kernel, (O, C/groups, *k), for all samples."""
-    conv: Any = CONVOLUTIONS[layer.dims, False](
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        groups=layer.groups,
-        bias=layer.bias is not None,
-        device=layer.cells.device,
-        dtype=layer.cells.dtype,
-    )
-    conv.weight.copy_(weight)
-    if layer.bias is not None:
-        conv.bias.copy_(layer.bias)
     return conv.eval()
 
 

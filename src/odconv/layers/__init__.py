@@ -1,6 +1,6 @@
 """The layers: ODConv, DyConv and CondConv in one, two and three dimensions, transposed ones too."""
 
-from odconv.layers.attention import Attention, pool_inside, set_temperature, try_temperature
+from odconv.layers.attention import Attention, PoolingAttention, pool_inside, set_temperature, try_temperature
 from odconv.layers.conv import (
     CondConv1d,
     CondConv2d,
@@ -50,6 +50,7 @@ __all__ = [
     "ODConvTranspose1d",
     "ODConvTranspose2d",
     "ODConvTranspose3d",
+    "PoolingAttention",
     "pool_inside",
     "set_temperature",
     "try_temperature",

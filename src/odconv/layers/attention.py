@@ -27,7 +27,14 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 GLOBAL_HOOKS = [f"_global{hooks}" for hooks in HOOKS]
 
 
-class Attention(nn.Module):
+class PoolingAttention(nn.Module):
+    """The base of the attentions that look at the mean of each map, or of the part that :func:`pool_inside` says."""
+
+    dims: int
+    extent: Tensor | None = None
+
+
+class Attention(PoolingAttention):
     """Global average pool, a hidden layer, and one head for each attention.
 
     Args:
@@ -46,9 +53,6 @@ class Attention(nn.Module):
 
     The `fc` and the heads are 1x1 convolutions only to keep the keys and shapes of published checkpoints.
     """
-
-    extent: Tensor | None = None
-    """The part of its maps that the attention pools over; see :func:`pool_inside`."""
 
     def __init__(
         self,
@@ -277,7 +281,7 @@ def pool_inside(model: nn.Module, extent: Tensor) -> Iterator[None]:
     """
     if extent.dim() != 2 or not bool(((extent > 0) & (extent <= 1)).all()):
         raise ValueError(f"extent must be shares (B, dims) above 0 and at most 1, got {extent.tolist()}")
-    attentions = [part for part in model.modules() if isinstance(part, Attention)]
+    attentions = [part for part in model.modules() if isinstance(part, PoolingAttention)]
     if any(attention.dims != extent.shape[1] for attention in attentions):
         raise ValueError(f"extent must have a share for each axis of the layers' maps, got shape {tuple(extent.shape)}")
     try:

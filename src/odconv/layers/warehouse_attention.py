@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odconv.layers.attention import call_in_dtype, normalise_one
+from odconv.layers.attention import PoolingAttention, call_in_dtype, normalise_one, pool
 from odconv.ops.contract import is_traced
 
 NORMS = ("batch", "layer")
@@ -33,7 +33,7 @@ class Assignment(NamedTuple):
     local: int
 
 
-class WarehouseAttention(nn.Module):
+class WarehouseAttention(PoolingAttention):
     """The contrasting-driven attention: a row of n signed shares for each of the m pieces of a kernel.
 
     Logits are divided by the sum of their sizes, so that the sizes of a row's shares sum to 1, with one logit more than
@@ -125,8 +125,7 @@ class WarehouseAttention(nn.Module):
         device = x.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             dtype = torch.promote_types(x.dtype, torch.float32)
-            axes = tuple(range(2, x.dim()))
-            pooled = x.mean(axes) if x.dtype == dtype else x.mean(axes, dtype=dtype)  # some exporters know the first
+            pooled = pool(x, self.extent, dtype)
             logits = self._logits(self._normalise(call_in_dtype(self.fc1, pooled)).relu())
             size = logits.abs().sum(-1, keepdim=True) + EPSILON
             kept = logits.requires_grad and not is_traced()  # for the backward pass, before which another may be set

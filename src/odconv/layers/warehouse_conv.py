@@ -114,6 +114,7 @@ class KWConv(nn.Module):
         """Take kernels from a parameter of a warehouse, which stays the network's own part and none of the layer's."""
         vars(self)["warehouse"] = warehouse  # past nn.Module, so that the network holds the cells once, under one name
         self.pool, self.attention = pool, attention
+        attention.dims = self.dims
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from their defaults, as nn.Conv2d prints them."""

@@ -69,8 +69,8 @@ def write_beginning(config: RunConfig, resumed: Resumed, processes: int) -> None
     """Write what is known before the first step, and bring the best checkpoint so far along."""
     out = Path(config.out)
     if not is_finished(config, resumed):
-        _write(out / CONFIG, _as_yaml(asdict(config)))
-        _write(out / DEFAULTS, _as_yaml(defaults(type(config))))
+        _write(out / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+        _write(out / DEFAULTS, yaml.safe_dump(defaults(type(config)), sort_keys=False))
         write_machine(out, processes)
     if resumed.path and not (out / BEST).exists() and (best := resumed.path.with_name(BEST)).exists():
         with replacing(out / BEST) as partial:
@@ -86,8 +86,3 @@ def write_result(config: RunConfig, resumed: Resumed, result: Mapping[str, Any])
 def _write(path: Path, text: str) -> None:
     with replacing(path) as partial:
         partial.write_text(text)
-
-
-def _as_yaml(options: Mapping[str, Any]) -> str:
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-    return yaml.safe_dump(plain, sort_keys=False)
