@@ -1,11 +1,15 @@
 """Shared fixtures."""
 
+import os
 from pathlib import Path
 
 import pytest
 from small_runs import OPTIONS, RANDOM, make_folder
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+TESTS = Path(__file__).resolve().parent
+# for processes that start with `python -m tiny`
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+SHARED = TESTS.parents[1] / "shared"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
+import tiny
 import torch
 from PIL import Image
 from torch import nn
@@ -23,13 +24,13 @@ from odconv.app.engine.trainer import make_trainer
 COMMAND = [
     sys.executable,
     "-c",
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "import signal, sys, tiny; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from odconv.app.cli import main; sys.exit(main(sys.argv[1:]))",
 ]
 """Starts odconv listening to Ctrl-C even where the tests run as a background job, which ignores it."""
 
 OPTIONS = {
-    "arch": "od_mobilenetv2_050",
+    "arch": tiny.DYNAMIC,
     "stem": "small",
     "image_size": 16,
     "resize_size": 16,
@@ -85,7 +86,7 @@ def same_weights(one: Path, other: Path) -> bool:
 def start(options: dict, launcher: tuple[str, ...] = (), command: tuple[str, ...] = ("train",)) -> subprocess.Popen:
     """Train in a process of its own, or in those of a launcher; or run another command."""
     flags = [f"--{name}={value}" for name, value in options.items()]
-    words = [sys.executable, *(("-m", *launcher) if launcher else ()), "-m", "odconv", *command, *flags]
+    words = [sys.executable, *(("-m", *launcher) if launcher else ()), "-m", "tiny", *command, *flags]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 

@@ -27,7 +27,7 @@ from odconv.models.detectors import conventions
 
 OPTIONS = {
     "detector": "mask_rcnn",
-    "arch": "od_mobilenetv2_050",
+    "arch": "od_tiny",
     "kernel_num": 2,
     "min_size": [32],
     "max_size": 48,
@@ -223,7 +223,7 @@ def test_a_run_that_is_ended_in_mid_epoch_ends_with_the_same_weights(
     assert rows(out)[0]["train_loss"] == pytest.approx(rows(run)[0]["train_loss"], rel=1e-6)
 
 
-STATIC = {"detector": "retinanet", "arch": "mobilenetv2_050", "kernel_num": None, "options": None, "augment": "none"}
+STATIC = {"detector": "retinanet", "arch": "tiny", "kernel_num": None, "options": None, "augment": "none"}
 """A detector without randomness, whose losses are means over images: parts of a batch add up to the whole."""
 
 
@@ -393,7 +393,7 @@ def test_a_new_predictor(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_warm_start(coco: Path, tmp_path: Path) -> None:
-    static = odconv.create_model("mobilenetv2_050", num_classes=3)
+    static = odconv.create_model("tiny", num_classes=3)
     torch.save(static.state_dict(), tmp_path / "static.pth")
     options = OPTIONS | {"weights_backbone": str(tmp_path / "static.pth"), "data": str(coco), "lr": 1e-9}
     with pytest.raises(ValueError, match="does not fit"):
@@ -476,7 +476,7 @@ def test_a_plain_file_needs_a_description(run: Path, coco: Path, tmp_path: Path)
     assert named["classes"] == known["classes"]
     assert (tmp_path / "plain/bbox.json").read_text() == (tmp_path / "known/bbox.json").read_text()
     with pytest.raises(ValueError, match="does not fit"):
-        evaluate(**plain, **described | {"arch": "mobilenetv2_050", "kernel_num": None})
+        evaluate(**plain, **described | {"arch": "tiny", "kernel_num": None})
 
 
 @pytest.mark.parametrize(
@@ -515,7 +515,7 @@ def test_help(capsys) -> None:
 
 
 def test_other_files_are_refused(run: Path, trained: Path, coco: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no checkpoint of a detector, but of the classifier od_mobilenetv2_050"):
+    with pytest.raises(ValueError, match="is no checkpoint of a detector, but of the classifier od_tiny"):
         evaluate(weights=str(trained / "best.ckpt"), data=str(coco), workers=0)
     with pytest.raises(ValueError, match="it is of another kind of run"):
         train(**OPTIONS, data=str(coco), out=str(tmp_path / "run"), resume=str(trained / "last.ckpt"))

@@ -250,7 +250,7 @@ def test_a_rendezvous_that_cannot_be_reached(folder: Path, out: Path) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     environment = os.environ | place | {"LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
     flags = [f"--{name}={value}" for name, value in OPTIONS.items()]
-    command = [sys.executable, "-m", "odconv", "train", *flags, f"--data={folder}", f"--out={out}", "--timeout=3"]
+    command = [sys.executable, "-m", "tiny", "train", *flags, f"--data={folder}", f"--out={out}", "--timeout=3"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
     assert "odconv: error in process 1: the other processes cannot be reached" in done.stderr

@@ -121,6 +121,8 @@ class TwoProcesses(Alone):
 class TwoNodes(TwoProcesses):
     """Two torchruns as on two machines, each with one process; one machine is lost and comes back."""
 
+    given_up = 0
+
     def __init__(self, words: list[str], random: Random) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             place = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
@@ -129,6 +131,18 @@ class TwoNodes(TwoProcesses):
         conf = "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=5,is_host"
         self.commands = tuple((*common, f"{conf}={host}") for host in ("true", "false"))
         super().__init__(words, random)
+
+    def running(self) -> bool:
+        """Start a torchrun again that has given up, as a scheduler does, but not for ever.
+
+        It gives up where the other machine is lost after both have met and before each knows who the other is.
+        """
+        for node, process in enumerate(self.processes):
+            if not process.is_alive():
+                process.join()
+                self.given_up += 1
+                self.processes[node] = self.bring_up(self.commands[node])
+        return self.given_up < KILLS
 
     def kill_and_bring_back(self) -> None:
         before = self.trainers()

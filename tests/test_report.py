@@ -42,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "train" / "dot" / "broken.png").write_bytes(b"no image")
     folders = {name: tmp_path_factory.mktemp("runs") / name for name in ("dynamic", "static")}
     train(**OPTIONS | {"kernel_num": 2, "epochs": 2}, data=str(root), out=str(folders["dynamic"]))
-    train(**OPTIONS | {"arch": "mobilenetv2_050", "temp_epoch": 1}, data=str(root), out=str(folders["static"]))
+    train(**OPTIONS | {"arch": "tiny", "temp_epoch": 1}, data=str(root), out=str(folders["static"]))
     return folders
 
 
@@ -257,7 +257,7 @@ def test_a_finished_run_has_a_report(runs: dict[str, Path]) -> None:
     page = read_page(runs["dynamic"])
     with (runs["dynamic"] / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert page.shows("od_mobilenetv2_050, 2 kernels")
+    assert page.shows("od_tiny, 2 kernels")
     assert page.shows(f"{float(rows[-1]['top1']):.2f} % top-1 accuracy in validation after epoch 2 of 2 on ")
     assert page.shows(f"{float(rows[-1]['val_loss']):.4f}")
     assert page.shows(f"{json.loads((runs['dynamic'] / 'result.json').read_text())['parameters']:,}")
@@ -267,8 +267,8 @@ def test_a_finished_run_has_a_report(runs: dict[str, Path]) -> None:
     for title in (*curves, *speed, *maps, "Distance of the kernels", "Entropy of the mixture"):
         assert page.shows(title)
     assert page.tags.count("svg") == page.tags.count("figure") == 12
-    assert page.shows("features.17.conv.2")
-    assert page.shows("The kernels differ in 51 of 51 layers")
+    assert page.shows("features.5.conv.2")
+    assert page.shows("The kernels differ in 15 of 15 layers")
     assert page.shows(torch.__version__.split("+")[0])
     faults = page.texts.index("unreadable in training")
     assert page.texts[faults + 2 : faults + 8] == ["1", "1", "0", "2", "1", "0"]
@@ -369,7 +369,7 @@ def test_compare(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFi
     assert list(found) == ["dynamic", "static", "started", "[red]"]
     lines = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in capsys.readouterr().out.splitlines()}
     assert lines["state"] == ["finished", "finished", "unfinished", "finished"]
-    assert lines["network"][:2] == ["od_mobilenetv2_050", "mobilenetv2_050"]
+    assert lines["network"][:2] == ["od_tiny", "tiny"]
     assert lines["kernels"] == ["2", "-", "2", "2"]
     assert lines["epochs"] == ["2 of 2", "1 of 1", "0 of 2", "2 of 2"]
     last = read_run(runs["dynamic"]).epochs[-1]

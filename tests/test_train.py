@@ -101,16 +101,15 @@ def test_a_finished_run_is_not_changed_by_resuming(copy: Path, folder: Path) -> 
 
 def test_a_moved_run_keeps_its_best(copy: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, best = CheckpointFiles().load_checkpoint(copy / "last.ckpt"), (copy / "best.ckpt").read_bytes()
-    for state in checkpoint["callbacks"].values():  # as if the second epoch had been very good
+    for state in checkpoint["callbacks"].values():  # as if the second epoch had been better than any can be
         if "clocks" in state:
-            state["rows"][1]["top1"] = 90.0
+            state["rows"][1]["top1"] = 101.0
         elif state.get("monitor"):
-            score = torch.tensor(90.0)
+            score = torch.tensor(101.0)
             state |= {"best_model_score": score, "kth_value": score, "best_k_models": {state["best_model_path"]: score}}
     torch.save(checkpoint, copy / "last.ckpt")
     result = train(**AGAIN | {"epochs": 4, "lr": 0.05}, data=str(folder), out=str(copy), resume="auto")
-    assert result["top1"] < 90
-    assert (result["best_top1"], result["best_epoch"]) == (90, 2)
+    assert (result["best_top1"], result["best_epoch"]) == (101, 2)
     assert (copy / "best.ckpt").read_bytes() == best
     assert "lr 0.003 -> 0.05" in capsys.readouterr().out
 
@@ -147,7 +146,7 @@ def test_two_runs_cannot_share_a_folder(copy: Path, folder: Path, monkeypatch: p
 def test_a_full_disk(copy: Path, folder: Path) -> None:
     before = {name: (copy / name).read_bytes() for name in ("best.ckpt", "last.ckpt")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"\.ckpt cannot be written"):
             train(**AGAIN | {"epochs": 4}, data=str(folder), out=str(copy), resume="auto")
@@ -201,7 +200,7 @@ def test_the_end_of_the_temperature_is_told(folder: Path, tmp_path: Path, capsys
     options = OPTIONS | {"temp_epoch": 10, "temp_init": 31.0, "data": str(folder)}
     train(**options, out=str(tmp_path / "od"))
     assert "the temperature will end at 28\n" in capsys.readouterr().out
-    train(**options | {"arch": "mobilenetv2_050"}, out=str(tmp_path / "static"))
+    train(**options | {"arch": "tiny"}, out=str(tmp_path / "static"))
     assert "temperature" not in capsys.readouterr().out
 
 
@@ -326,7 +325,7 @@ def test_evaluation_by_class_names(trained: Path, folder: Path, tmp_path: Path) 
 def test_weights_of_others_need_a_description(trained: Path, folder: Path, tmp_path: Path) -> None:
     path = str(tmp_path / "plain.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in weights(trained / "last.ckpt").items()}}, path)
-    known = {"arch": "od_mobilenetv2_050", "stem": "small", "image_size": 16, "resize_size": 16}
+    known = {"arch": "od_tiny", "stem": "small", "image_size": 16, "resize_size": 16}
     ours = evaluate(weights=str(trained / "last.ckpt"), data=str(folder), workers=0)
     assert evaluate(weights=path, data=str(folder), workers=0, **known)["loss"] == pytest.approx(ours["loss"])
     with pytest.raises(ValueError, match="arch must be given"):

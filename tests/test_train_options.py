@@ -210,7 +210,7 @@ def test_layout_and_compilation_change_nothing_else(option: str) -> None:
 
 
 def test_channels_last_reaches_the_weights(folder: Path, tmp_path: Path) -> None:
-    train(**OPTIONS | {"arch": "mobilenetv2_050", "channels_last": True}, data=str(folder), out=str(tmp_path))
+    train(**OPTIONS | {"arch": "tiny", "channels_last": True}, data=str(folder), out=str(tmp_path))
     weight = checkpoint(tmp_path / "last.ckpt")["state_dict"]["model.features.0.0.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
@@ -287,7 +287,7 @@ if __name__ == "__main__":
 
 
 def test_a_warm_start(folder: Path, tmp_path: Path) -> None:
-    static = create_model("mobilenetv2_050", num_classes=3, stem="small")
+    static = create_model("tiny", num_classes=3, stem="small")
     torch.save(static.state_dict(), tmp_path / "static.pth")
     options = OPTIONS | {"weights": str(tmp_path / "static.pth"), "data": str(folder), "lr": 1e-9, "kernel_num": 2}
     train(**options, warm_start=True, out=str(tmp_path / "run"))

@@ -1,5 +1,6 @@
 """A network of the zoo as the backbone of a detector: four stages, a feature pyramid, what is frozen."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ def split(network: nn.Module) -> tuple[Any, list[list[str]], list[int]]:
         return network, stages, [network.inplanes // share for share in (8, 4, 2, 1)]
     if isinstance(network, MobileNetV2):
         features: Any = network.features
-        stages = [[str(block) for block in range(*ends)] for ends in ((0, 4), (4, 7), (7, 14), (14, 19))]
+        halving = [block for block, module in enumerate(features) if getattr(module, "stride", 1) == 2]
+        ends = [0, *halving[1:], len(features)]  # the first stage has the stem's stride and another one
+        stages = [[str(block) for block in range(*pair)] for pair in pairwise(ends)]
         return features, stages, [features[int(stage[-1])].out_channels for stage in stages]
     raise ValueError(f"backbone must be a ResNet or a MobileNetV2 of torchvision, got a {type(network).__name__}")

@@ -1,0 +1,18 @@
+"""Adds a network of 16 convolutions to the zoo, for trainings of seconds; `python -m tiny` is `odconv` with it."""
+
+import sys
+
+from odconv.models import zoo
+
+STATIC, DYNAMIC = "tiny", "od_tiny"
+SETTING = [[1, 8, 1, 1], [4, 8, 1, 2], [4, 12, 1, 2], [4, 16, 1, 2], [4, 24, 1, 2]]
+
+zoo.BACKBONES[STATIC] = zoo.Backbone(
+    "mobilenet_v2", {"width_mult": 1.0, "inverted_residual_setting": SETTING}, "features.0.0"
+)
+zoo.NAMES.extend([STATIC, *(f"{method}_{STATIC}" for method in (*zoo.METHODS, zoo.WAREHOUSE))])
+
+if __name__ == "__main__":
+    from odconv.app.cli import main
+
+    sys.exit(main())
