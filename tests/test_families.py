@@ -162,9 +162,7 @@ def test_a_converted_network_of_timm_compiles(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name for name in odconv.list_models() if not name.startswith(("od_", "dy_", "cond_"))]
-)
+@pytest.mark.parametrize("name", [name for name in tiny.LISTED if not name.startswith(("od_", "dy_", "cond_"))])
 @pytest.mark.parametrize("to", ["odconv", "condconv", "dyconv"])
 def test_the_networks_of_the_zoo_compute_what_they_did(name, to):
     pytest.importorskip("torchvision")

@@ -43,7 +43,8 @@ def test_training_where_the_system_lacks_much(folder: Path, tmp_path: Path) -> N
         ["evaluate", "--data", str(folder), "--weights", str(tmp_path / "run/best.ckpt"), "--workers", "0"],
     ]
     code = (
-        LACKING + f"from odconv.app.cli import main\nfor command in {commands}:\n    assert main(command) == 0, command"
+        LACKING
+        + f"import tiny\nfrom odconv.app.cli import main\nfor command in {commands}:\n    assert main(command) == 0, command"
     )
     environment = os.environ | {"ODCONV_CPU_KERNEL": "0", "OMP_NUM_THREADS": "1"}  # it is for Linux
     done = subprocess.run(

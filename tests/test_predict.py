@@ -19,6 +19,7 @@ from struct import pack
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hostile_images import postscript, progressive
 from PIL import Image
@@ -38,7 +39,7 @@ from odconv.checkpoints import save_safetensors
 from odconv.export import export_onnx, export_torch
 
 CPU = torch.device("cpu")
-NAME = "od_mobilenetv2_050"
+NAME = tiny.DYNAMIC
 NOTES = {
     "arch": "tiny",
     "classes": ["one", "two"],

@@ -10,7 +10,8 @@ SETTING = [[1, 8, 1, 1], [4, 8, 1, 2], [4, 12, 1, 2], [4, 16, 1, 2], [4, 24, 1, 
 zoo.BACKBONES[STATIC] = zoo.Backbone(
     "mobilenet_v2", {"width_mult": 1.0, "inverted_residual_setting": SETTING}, "features.0.0"
 )
-zoo.NAMES.extend([STATIC, *(f"{method}_{STATIC}" for method in (*zoo.METHODS, zoo.WAREHOUSE))])
+LISTED = list(zoo.NAMES)
+zoo.NAMES.extend([STATIC, *(f"{method}_{STATIC}" for method in zoo.METHODS)])
 
 if __name__ == "__main__":
     from odconv.app.cli import main

@@ -27,6 +27,7 @@ with needed_by("odconv.timm", "timm"):
         build_model_with_cfg,
         generate_default_cfgs,
         get_pretrained_cfg_value,
+        is_model,
         model_entrypoint,
         register_model,
         resolve_pretrained_cfg,
@@ -161,7 +162,7 @@ def run_script() -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-NAMES = [f"{method}_{backbone}" for method in METHODS for backbone in BACKBONES]
+NAMES = [f"{method}_{backbone}" for method in METHODS for backbone in BACKBONES if is_model(backbone)]
 default_cfgs = generate_default_cfgs({  # timm looks here
     name: {
         "num_classes": 1000,
