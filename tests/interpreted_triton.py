@@ -98,6 +98,7 @@ def test_every_subset_of_the_attentions(groups, present):
     assert_is_the_reference(arguments(2, 4, 4, n, (1, 2), (2, 3), groups, present), groups=groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     (
         "dtype",
@@ -122,6 +123,7 @@ def test_low_precision_stays_near_float64(dtype, groups):
         assert (value.double() - wanted).norm() / wanted.norm() < 3 * torch.finfo(dtype).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depth-wise"])
 @pytest.mark.parametrize(("samples", "programs"), [(2, 1), (4, 1024)])
 def test_how_the_batch_is_cut_changes_only_the_rounding_of_the_sum_over_it(groups, samples, programs, monkeypatch):
@@ -138,6 +140,7 @@ def test_how_the_batch_is_cut_changes_only_the_rounding_of_the_sum_over_it(group
             assert value.equal(wanted), name
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits():
     torch.manual_seed(0)
     tensors = arguments(3, 6, 5, 2, (2, 2), (4, 4), dtype=torch.float16)
@@ -187,6 +190,7 @@ def operands(batch, groups, requires_grad):
     return (*(tensors.get(name) for name in ("x", "weight", *ATTENTIONS)), [2, 1], [1, 0], [1, 1], groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "groups"), [(2, 1), (1, 4)], ids=["dense", "depth-wise of one sample"])
 def test_the_operators_keep_their_promises_to_the_compiler(batch, groups):
     torch.manual_seed(0)
@@ -199,6 +203,7 @@ def test_the_operators_keep_their_promises_to_the_compiler(batch, groups):
     torch.library.opcheck(triton.conv_backward, (grad, *inputs, [False, True, False, True, False, False]))
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_the_whole_operator():
     torch.manual_seed(0)
     tensors = arguments(2, 4, 6, 2, (2, 2), (3, 3))

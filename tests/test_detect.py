@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from zoo_names import ZOO
 
 import odconv
 
@@ -88,7 +89,7 @@ def test_retinanet_has_the_parameters_of_torchvisions():
     assert count(meta("retinanet", "resnet50", num_classes=91)) == documented + norms
 
 
-@pytest.mark.parametrize("backbone", tiny.LISTED)
+@pytest.mark.parametrize("backbone", ZOO)
 def test_every_network_of_the_zoo_is_a_backbone(backbone):
     name = ["faster_rcnn", "mask_rcnn", "retinanet"][tiny.LISTED.index(backbone) % 3]
     pyramid = meta(name, backbone).backbone

@@ -202,6 +202,7 @@ def test_two_processes_score_the_same(run: Path, coco: Path, tmp_path: Path) -> 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_that_is_ended_in_mid_epoch_ends_with_the_same_weights(
     run: Path, coco: Path, tmp_path: Path, number: int

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
@@ -137,6 +138,7 @@ def test_a_family_converts_computes_the_same_and_trains(library, name, size):
     assert sum(layer.weight.grad is not None for layer in layers) >= 0.8 * len(layers)  # some heads serve only training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

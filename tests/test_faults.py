@@ -51,8 +51,15 @@ def freeze_in_mid_epoch(out: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [
+        (signal.SIGKILL, 2),
+        (signal.SIGTERM, 0),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_ended_in_mid_epoch_ends_with_the_same_weights(
     folder: Path, trained: Path, out: Path, workers: int, number: signal.Signals
 ) -> None:
@@ -78,8 +85,8 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
     ("number", "environment", "launcher"),
     [
         (signal.SIGTERM, {}, ()),
-        (signal.SIGTERM, {}, TORCHRUN),
-        (signal.SIGTERM, CLUSTER | {"SLURM_LOCALID": "0"}, ()),
+        pytest.param(signal.SIGTERM, {}, TORCHRUN, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, CLUSTER | {"SLURM_LOCALID": "0"}, (), marks=pytest.mark.slow),
         (signal.SIGUSR1, CLUSTER | {"SLURM_LOCALID": "0"}, ()),
     ],
     ids=["alone", "torchrun", "SLURM", "SLURM with SIGUSR1"],

@@ -1,6 +1,7 @@
 """Dynamic layers at their mean attentions: exact where the attentions do not vary, measured where they do."""
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -65,7 +66,7 @@ def test_folded_batch_norm_beside_a_mixed_bias():
 
 def test_what_is_lost_is_measured():
     torch.manual_seed(0)
-    model = odconv.create_model("od_mobilenetv2_050", kernel_num=2, num_classes=4)
+    model = odconv.create_model(tiny.DYNAMIC, kernel_num=2, num_classes=4)
     for part in model.modules():  # attentions that depend on the input
         if isinstance(part, DynamicConv):
             for name in part.attention.heads:

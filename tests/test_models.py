@@ -5,6 +5,7 @@ import tiny
 import torch
 from torch import nn
 from torch.export import Dim, export
+from zoo_names import ZOO
 
 import odconv
 from odconv.checkpoints import save_safetensors
@@ -24,7 +25,7 @@ def test_names():
     assert odconv.list_models("nothing") == []
 
 
-@pytest.mark.parametrize("name", tiny.LISTED)
+@pytest.mark.parametrize("name", ZOO)
 def test_every_network_is_built_with_its_defaults(name):
     with torch.device("meta"):
         model = odconv.create_model(name, num_classes=10)
@@ -84,6 +85,7 @@ def test_a_training_step_reaches_every_parameter(name):
     assert not [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
+@pytest.mark.slow
 def test_whole_networks_compile_without_a_break_and_export_with_a_dynamic_batch():
     torch._dynamo.reset()
     model = odconv.create_model("od_mobilenetv2_050", kernel_num=4).eval()

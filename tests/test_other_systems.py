@@ -44,7 +44,7 @@ def test_training_where_the_system_lacks_much(folder: Path, tmp_path: Path) -> N
     ]
     code = (
         LACKING
-        + f"import tiny\nfrom odconv.app.cli import main\nfor command in {commands}:\n    assert main(command) == 0, command"
+        + f"import tiny\nfrom odconv.app.cli import main\nfor words in {commands}:\n    assert main(words) == 0, words"
     )
     environment = os.environ | {"ODCONV_CPU_KERNEL": "0", "OMP_NUM_THREADS": "1"}  # it is for Linux
     done = subprocess.run(

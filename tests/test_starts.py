@@ -152,7 +152,7 @@ def test_factors_are_positive_numbers(value: object) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["od_", "dy_", "cond_"])
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_new_network_of_fifty_layers_amplifies_as_a_static_one(prefix: str, n: int) -> None:
     pytest.importorskip("torchvision")
     x = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -204,9 +204,14 @@ def two_sides(n: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     ("to", "n"), [("odconv", 4), ("odconv", 1), (odconv.ODConv2d, 4), ("dyconv", 4), ("condconv", 8)]
 )
 @pytest.mark.parametrize(
-    "optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.AdamW, lr=0.004)]
+    ("optimizer", "warm_start"),
+    [
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), False),
+        (partial(torch.optim.AdamW, lr=0.004), True),
+        pytest.param(partial(torch.optim.SGD, lr=0.1, momentum=0.9), True, marks=pytest.mark.slow),
+        pytest.param(partial(torch.optim.AdamW, lr=0.004), False, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("warm_start", [False, True])
 def test_a_calm_layer_becomes_dynamic(to: str, n: int, optimizer: Callable, warm_start: bool) -> None:
     torch.manual_seed(0)
     layer = convert(nn.Conv2d(8, 8, 3, padding=1), to, kernel_num=n, warm_start=warm_start)

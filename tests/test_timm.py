@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from stirring import stirred
 from torch import nn

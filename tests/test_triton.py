@@ -18,10 +18,23 @@ GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 1)
 
 
 @NEEDS_TRITON
-def test_under_the_interpreter():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_under_the_interpreter(which):
     """In a process of its own, where Triton is imported for the interpreter."""
     tests = Path(__file__).with_name("interpreted_triton.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        which,
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(tests),
+    ]
     run = subprocess.run(
         command,
         check=False,
