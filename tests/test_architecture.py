@@ -42,6 +42,7 @@ BELOW |= {  # the application: all may use the library, which uses none of it
     }.items()
 }
 BELOW |= {"app.__init__": set(), "app.cli": {"system", "app.commands"}}
+BELOW |= {"app.completion": LIBRARY | {"app.cli", "app.commands", "app.engine"}}
 
 
 def room_of(module: tuple[str, ...]) -> str:
