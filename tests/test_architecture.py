@@ -38,7 +38,7 @@ BELOW |= {  # the application: all may use the library, which uses none of it
         "detect": "data engine pages",
         "predict": "data engine classify",
         "demo": "data pages predict",
-        "commands": "data pages classify detect predict",
+        "commands": "data engine pages classify detect predict",
     }.items()
 }
 BELOW |= {"app.__init__": set(), "app.cli": {"system", "app.commands"}}

@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": Command("odconv.app.pages.reports:compare", "compare runs: a table and their curves"),
     "visualize": Command("odconv.app.commands.visualize:visualize", "show what is dynamic in a network"),
     "export": Command("odconv.app.commands.export:export", "export a network: ONNX, torch.export or AOTInductor"),
+    "release": Command("odconv.app.commands.release:release", "turn a run into a small folder of weights, for others"),
     "profile": Command("odconv.app.commands.profile:profile_networks", "count multiply-adds and measure latency"),
     "detect train": Command("odconv.app.detect:train", "train a detector on data in COCO's format"),
     "detect evaluate": Command("odconv.app.detect:evaluate", "measure the average precision of a detector"),
