@@ -381,8 +381,8 @@ def counters() -> str:
 TABLES: dict[str, Callable[..., str]] = {
     make.__name__: make
     for make in (
-        speed, targets, half, detectors, accelerating, export, quantising, serving, accuracy, ablations, top1_by_method, starts,
-        gradients, finetune, counters,
+        speed, targets, half, detectors, accelerating, export, quantising, serving, accuracy, ablations, top1_by_method,
+        starts, gradients, finetune, counters,
     )
 }  # fmt: skip
 
