@@ -31,7 +31,7 @@ def trial(config: Config) -> Iterator[Config]:
 
 def place(config: RunConfig) -> str:
     """Say where the results will be."""
-    return "which fast_dev_run forgets" if config.fast_dev_run else f"results in {config.out}"
+    return "of which fast_dev_run keeps nothing" if config.fast_dev_run else f"results in {config.out}"
 
 
 def conclusion(config: RunConfig, scores: str) -> str:
