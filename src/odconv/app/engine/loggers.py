@@ -32,7 +32,7 @@ class Wandb(WandbLogger):
     """
 
     def __init__(self, out: Path) -> None:
-        super().__init__(out.name, out, project=os.environ.get("WANDB_PROJECT", "odconv"))
+        super().__init__(out.resolve().name, out, project=os.environ.get("WANDB_PROJECT", "odconv"))
 
     def finalize(self, status: str) -> None:
         """End the run."""
@@ -59,7 +59,7 @@ def _mlflow(out: Path) -> Logger:
     with needed_by("logger mlflow", "mlflow"):
         mlflow = import_module("mlflow")
     # Lightning's own default is a folder, which MLflow 3 refuses
-    return MLFlowLogger("odconv", run_name=out.name, tracking_uri=mlflow.get_tracking_uri())
+    return MLFlowLogger("odconv", run_name=out.resolve().name, tracking_uri=mlflow.get_tracking_uri())
 
 
 LOGGERS: dict[str, Callable[[Path], Logger]] = {
