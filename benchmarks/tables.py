@@ -11,7 +11,6 @@ choose some of the rows. A figure in a sentence is a link to its CSV whose title
 import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 from benchmarks.accuracy.networks import METHODS
@@ -26,7 +25,7 @@ from benchmarks.accuracy.report import (
     top1,
 )
 from benchmarks.common import MODELS, RESULTS, read_rows
-from benchmarks.targets import table_of_targets
+from benchmarks.targets import fixed, table_of_targets
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -63,11 +62,6 @@ def row(name: str, **wanted: str) -> Row:
     if len(found) > 1:
         raise ValueError(f"{name}.csv has {len(found)} rows with {wanted}, not one")
     return found[0]
-
-
-def fixed(value: str, digits: int, unit: str = "1") -> str:
-    """A number of a row in some unit, rounded as one does by hand: halves go up."""
-    return str((Decimal(value) / Decimal(unit)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
 
 
 def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

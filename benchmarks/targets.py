@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from decimal import ROUND_HALF_UP, Decimal
 
 TITLES = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenetv2_100": "MobileNetV2 1.0"}
 Row = dict[str, str]
@@ -25,6 +26,11 @@ GPU_TARGETS = (
 def title(model: str) -> str:
     """The network's usual name."""
     return TITLES.get(model.partition("_")[2], model)
+
+
+def fixed(value: str, digits: int, unit: str = "1") -> str:
+    """A number of a row in some unit, rounded as one does by hand: halves go up."""
+    return str((Decimal(value) / Decimal(unit)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
 
 
 def table_of_targets(models: Sequence[str], cpu: list[Row], gpu: list[Row]) -> str:
@@ -73,9 +79,9 @@ def measured(found: Found, target: float) -> tuple[str, str]:
         return "not yet measured", ""
     shown = []
     for place, (ratio, way, values) in enumerate(ours):
-        number = f"**{ratio:.2f}**" if place == 0 and ratio <= target else f"{ratio:.2f}"
+        number = f"**{fixed(str(ratio), 2)}**" if place == 0 and ratio <= target else fixed(str(ratio), 2)
         shown.append(f"{number} {way} ({values})" if way else f"{number} ({values})")
-    return ", ".join(shown), "" if published is None else f"{published:.1f}"
+    return ", ".join(shown), "" if published is None else fixed(str(published), 1)
 
 
 def on_cpu(rows: list[Row], mode: str, batch: int) -> Found:
