@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def completed(scripts: Path, tmp_path: Path):
     """Return what bash makes of words, the last of which is begun, where nothing but sed can be started."""
     bash = shutil.which("bash")
-    if bash is None:
+    if bash is None or sys.platform == "win32":  # where a link needs a right of its own
         pytest.skip("no bash")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/sed").symlink_to(shutil.which("sed"))
