@@ -2,7 +2,6 @@
 
     python benchmarks/networks.py              inference, training steps and training memory of the default networks
     python benchmarks/networks.py --compile    with static and ours under torch.compile besides
-    python benchmarks/networks.py --table      print the table of targets with what was measured; runs nothing
 
 A training step is zero_grad, forward, loss and backward. Rows go to results/networks.csv as they come, a row that is
 measured again takes the old one's place, and the picture is drawn beside it.
@@ -36,7 +35,7 @@ from common import (
     published_form,
     resident_mb,
 )
-from plot import draw_networks, table_of_targets
+from plot import draw_networks
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -146,11 +145,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="static and ours under torch.compile besides")
     parser.add_argument("--seconds", type=float, default=8, help="time for each comparison, after warming up")
     parser.add_argument("--out", type=Path, default=RESULTS / "networks.csv", help="CSV to write")
-    parser.add_argument("--table", action="store_true", help="print the table of targets out of the CSVs")
     args = parser.parse_args()
-    if args.table:
-        print(table_of_targets(args.out.parent))
-        return
     if "memory" in args.modes and not (PROCESS / "clear_refs").exists():
         parser.error("memory is measured on Linux only; leave it out of --modes")
     sheet, origin_of_rows = Sheet(args.out, KEYS), origin()

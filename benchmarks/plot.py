@@ -1,38 +1,17 @@
-"""What the rows of layers.py and networks.py say: pictures, and the table of targets.
+"""What the rows of layers.py and networks.py say, in pictures.
 
 python benchmarks/plot.py    draws the pictures again from the CSVs in benchmarks/results
 """
 
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common import MODELS, RESULTS, read_rows
+from targets import CPU_TARGETS, title
 
-TITLES = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenetv2_100": "MobileNetV2 1.0"}
 Row = dict[str, str]
-
-# mode, batch, what it is, and the targets for n = 1 and n = 4 (MobileNetV2's own where it has some)
-CPU_TARGETS = (
-    ("inference", 1, "CPU, inference, batch 1", (1.25, 1.5), (1.4, 1.6)),
-    ("inference", 8, "CPU, inference, batch 8", (1.3, 1.6), (1.3, 1.6)),
-    ("inference", 32, "CPU, inference, batch 32", (1.3, 1.6), (1.3, 1.6)),
-    ("training", 16, "CPU, training step, batch 16", (1.5, 1.8), (1.5, 1.8)),
-    ("memory", 16, "CPU, peak training memory, batch 16", (1.15, 1.3), (1.15, 1.3)),
-)
-GPU_TARGETS = (
-    ("training", 128, "GPU, bfloat16, training step, batch 128", (1.25, 1.5), (1.25, 1.5)),
-    ("inference", 1, "GPU, inference, batch 1, CUDA graphs", (1.2, 1.4), (1.4, 1.6)),
-    ("inference", 128, "GPU, inference, batch 128", (1.2, 1.4), (1.2, 1.4)),
-    ("memory", 128, "GPU, peak training memory, batch 128", (1.15, 1.3), (1.15, 1.3)),
-)
-
-
-def title(model: str) -> str:
-    """The network's usual name."""
-    return TITLES.get(model.partition("_")[2], model)
 
 
 def pyplot() -> Any:
@@ -193,84 +172,6 @@ def where(rows: list[Row]) -> str:
 def save(figure: Any, path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=130)
     print(f"picture in {path.with_suffix('.png')}")
-
-
-def table_of_targets(folder: Path) -> str:
-    """The targets and what was measured, as a table in Markdown: ratios to the static network in the same mode."""
-    lines = [
-        "| | network | n = 1: target | measured | published form | n = 4: target | measured | published form |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    cpu, gpu = read_rows(folder / "networks.csv"), read_rows(folder / "gpu_networks.csv")
-    for targets, rows, look_up in ((CPU_TARGETS, cpu, on_cpu), (GPU_TARGETS, gpu, on_gpu)):
-        for mode, batch, what, usual, mobile in targets:
-            found = {
-                (model, n): look_up(
-                    [row for row in rows if (row["model"], row["kernel_num"]) == (model, n)], mode, batch
-                )
-                for model in MODELS
-                for n in ("1", "4")
-            }
-            if not any(found.values()):
-                own = [f" ({title(MODELS[-1])}: {m:g})" if m != u else "" for u, m in zip(usual, mobile, strict=True)]
-                cells = [f"{target:g}{other} | not yet measured | " for target, other in zip(usual, own, strict=True)]
-                lines.append(f"| {what} | all three | {'| '.join(cells)}|")
-                continue
-            for model in MODELS:
-                limits = mobile if "mobilenet" in model else usual
-                cells = []
-                for n, target in zip(("1", "4"), limits, strict=True):
-                    cells += [f"{target:g}", *measured(found[model, n], target)]
-                lines.append(f"| {what} | {title(model)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-Found = dict[tuple[str, str], tuple[float, str]]  # ratio and the two values it is made of, by form and way
-
-
-def measured(found: Found, target: float) -> tuple[str, str]:
-    """Ours in every way it was measured, the best first, bold where it reaches the target; and the published form."""
-    ours = sorted((ratio, way, values) for (form, way), (ratio, values) in found.items() if form == "ours")
-    published = min((ratio for (form, _), (ratio, _) in found.items() if form == "published"), default=None)
-    if not ours:
-        return "not yet measured", ""
-    shown = []
-    for place, (ratio, way, values) in enumerate(ours):
-        number = f"**{ratio:.2f}**" if place == 0 and ratio <= target else f"{ratio:.2f}"
-        shown.append(f"{number} {way} ({values})" if way else f"{number} ({values})")
-    return ", ".join(shown), "" if published is None else f"{published:.1f}"
-
-
-def on_cpu(rows: list[Row], mode: str, batch: int) -> Found:
-    """The rows of networks.py for this mode and batch."""
-    value, unit = ("peak_mb", "MB") if mode == "memory" else ("median_ms", "ms")
-    chosen = [row for row in rows if (row["mode"], row["batch"]) == (mode, str(batch))]
-    return pairs(
-        chosen, lambda row: "compiled" if row["compiled"] == "yes" else "eager", value, unit, "ratio_to_static"
-    )
-
-
-def on_gpu(rows: list[Row], mode: str, batch: int) -> Found:
-    """The rows of gpu.py for this mode and batch; memory stands in the rows of training."""
-    timed = "training" if mode == "memory" else mode
-    chosen = [row for row in rows if (row["mode"], row["batch"]) == (timed, str(batch))]
-    if mode == "memory":
-        return pairs(chosen, lambda row: row["way"], "peak_mb", "MB", "peak_ratio_to_static")
-    return pairs(chosen, lambda row: row["way"], "median_ms", "ms", "ratio_to_static")
-
-
-def pairs(rows: list[Row], way_of: Callable[[Row], str], value: str, unit: str, ratio: str) -> Found:
-    static = {way_of(row): row for row in rows if row["form"] == "static"}
-    found: Found = {}
-    for row in rows:
-        way = way_of(row)
-        form = "published" if row["form"] == "published" else "ours"
-        if row["form"] == "static" or way not in static or not row[ratio]:
-            continue
-        number, values = float(row[ratio]), f"{float(row[value]):.4g} / {float(static[way][value]):.4g} {unit}"
-        if not math.isnan(number):
-            found[form, way] = min(found.get((form, way), (math.inf, "")), (number, values))
-    return found
 
 
 if __name__ == "__main__":

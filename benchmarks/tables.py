@@ -11,7 +11,6 @@ choose some of the rows. A figure in a sentence is a link to its CSV whose title
 import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 from benchmarks.accuracy.networks import METHODS
@@ -25,7 +24,8 @@ from benchmarks.accuracy.report import (
     spread,
     top1,
 )
-from benchmarks.common import RESULTS, read_rows
+from benchmarks.common import MODELS, RESULTS, read_rows
+from benchmarks.targets import fixed, table_of_targets
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -64,11 +64,6 @@ def row(name: str, **wanted: str) -> Row:
     return found[0]
 
 
-def fixed(value: str, digits: int, unit: str = "1") -> str:
-    """A number of a row in some unit, rounded as one does by hand: halves go up."""
-    return str((Decimal(value) / Decimal(unit)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
-
-
 def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines))
@@ -94,6 +89,28 @@ def speed() -> str:
             for network, title in NETWORKS.items()
             for n in "14"
         ),
+    )
+
+
+def targets() -> str:
+    return table_of_targets(MODELS, rows("networks"), read_rows(RESULTS / "gpu_networks.csv"))
+
+
+def half() -> str:
+    """Ratios to the static network in the same dtype, and in brackets ours and the static network's milliseconds."""
+    dtypes = ("bfloat16", "float16", "float32")
+
+    def cells(model: str, dtype: str) -> Iterator[str]:
+        same = {"model": model, "batch": "4", "dtype": dtype}
+        static, *ours = (row("half", kernel_num=n, **same) for n in ("", "1", "4"))
+        for one, other in zip(ours, (f" / {float(static['median_ms']):.4g}", ""), strict=True):
+            yield f"{fixed(one['ratio_to_static'], 2)} ({float(one['median_ms']):.4g}{other} ms)"
+
+    columns = [name for dtype in dtypes for name in (f"{dtype}: n = 1", "n = 4")]
+    lines = {f"od_{network}": NETWORKS[network] for network in ("resnet18", "mobilenetv2_100")}
+    return table(
+        ["", *columns],
+        ([title, *(cell for dtype in dtypes for cell in cells(model, dtype))] for model, title in lines.items()),
     )
 
 
@@ -358,8 +375,8 @@ def counters() -> str:
 TABLES: dict[str, Callable[..., str]] = {
     make.__name__: make
     for make in (
-        speed, detectors, accelerating, export, quantising, serving, accuracy, ablations, top1_by_method, starts,
-        gradients, finetune, counters,
+        speed, targets, half, detectors, accelerating, export, quantising, serving, accuracy, ablations, top1_by_method,
+        starts, gradients, finetune, counters,
     )
 }  # fmt: skip
 

@@ -38,10 +38,11 @@ BELOW |= {  # the application: all may use the library, which uses none of it
         "detect": "data engine pages",
         "predict": "data engine classify",
         "demo": "data pages predict",
-        "commands": "data pages classify detect predict",
+        "commands": "data engine pages classify detect predict",
     }.items()
 }
 BELOW |= {"app.__init__": set(), "app.cli": {"system", "app.commands"}}
+BELOW |= {"app.completion": LIBRARY | {"app.cli", "app.commands", "app.engine"}}
 
 
 def room_of(module: tuple[str, ...]) -> str:

@@ -168,6 +168,16 @@ def test_what_a_run_leaves(run: Path, coco: Path) -> None:
     assert (notes["classes"], notes["categories"], notes["temperature"]) == (["red", "blue"], [4, 9], 1.0)
 
 
+def test_a_trial_leaves_nothing_behind(coco: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = train(**OPTIONS | {"test_batch": 2}, data=str(coco), out=str(tmp_path / "run"), fast_dev_run=2)
+    assert result["epochs"] == 1
+    assert not [*tmp_path.iterdir()]
+    said = capsys.readouterr().out
+    assert said.endswith("fast_dev_run=2: training and evaluation went well, and nothing of them is kept\n")
+    assert "corrupt" not in said
+
+
 def test_evaluation_is_that_of_the_run(run: Path, coco: Path, tmp_path: Path, capsys) -> None:
     result = evaluate(weights=str(run / "last.ckpt"), data=str(coco), workers=0, out=str(tmp_path))
     row = rows(run)[-1]

@@ -296,3 +296,24 @@ def test_a_warm_start(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(kernels, static.state_dict()["features.2.conv.0.0.weight"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="does not fit"):
         train(**options, out=str(tmp_path / "cold"))
+
+
+def test_a_trial_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    options = OPTIONS | {"data": str(folder), "fast_dev_run": 2, "accumulate": 2, "test_batch": 4}
+    result = train(**options, out=str(tmp_path / "run"), resume="auto", logger="csv")
+    assert result["epochs"] == 1
+    assert not [*tmp_path.iterdir()]
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "fast_dev_run=2: training and evaluation went well, and nothing of them is kept"
+    assert not [line for line in said if "corrupt" in line or str(tmp_path) in line]  # of 15 images, 8 are evaluated
+    with pytest.raises(ValueError, match="fast_dev_run begins anew; leave out resume, which is last"):
+        train(**options, out=str(tmp_path / "run"), resume="last.ckpt")
+    with pytest.raises(ValueError, match="fast_dev_run must be at least 1, got 0"):
+        train(**options | {"fast_dev_run": 0}, out=str(tmp_path / "run"))
+
+
+def test_a_trial_leaves_a_finished_run_alone(trained: Path, folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    train(**OPTIONS, data=str(folder), out=str(trained), fast_dev_run=1)
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before

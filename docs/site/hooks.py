@@ -20,8 +20,9 @@ EXAMPLES = "examples"
 def on_files(files: Files, config: Any, **_: Any) -> Files:
     """Add the pages of the root, the measured rows and the examples."""
     rows = {path.relative_to(ROOT).as_posix(): f"results/{path.name}" for path in (ROOT / RESULTS).iterdir()}
-    scripts = {f"{EXAMPLES}/{path.name}": f"{EXAMPLES}/{path.name}" for path in (ROOT / EXAMPLES).glob("*.py")}
-    for source, place in (PAGES | rows | scripts).items():
+    found = [path for name in ("*.py", "notebooks/*.ipynb") for path in (ROOT / EXAMPLES).glob(name)]
+    examples = {place: place for place in (path.relative_to(ROOT).as_posix() for path in found)}
+    for source, place in (PAGES | rows | examples).items():
         if not (place.startswith("results/") and place.endswith(".md")):  # a page that the navigation would lack
             files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
     return files
@@ -53,7 +54,7 @@ def find_place(source: str) -> str | None:
         return "index.md"
     if source.startswith("docs/"):
         return source.removeprefix("docs/")
-    if source.startswith(f"{EXAMPLES}/") and source.endswith(".py"):
+    if source.startswith(f"{EXAMPLES}/") and source.endswith((".py", ".ipynb")):
         return source
     if source.startswith(f"{RESULTS}/") and not source.endswith(".md"):
         return f"results/{posixpath.basename(source)}"

@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": Command("odconv.app.pages.reports:compare", "compare runs: a table and their curves"),
     "visualize": Command("odconv.app.commands.visualize:visualize", "show what is dynamic in a network"),
     "export": Command("odconv.app.commands.export:export", "export a network: ONNX, torch.export or AOTInductor"),
+    "release": Command("odconv.app.commands.release:release", "turn a run into a small folder of weights, for others"),
     "profile": Command("odconv.app.commands.profile:profile_networks", "count multiply-adds and measure latency"),
     "detect train": Command("odconv.app.detect:train", "train a detector on data in COCO's format"),
     "detect evaluate": Command("odconv.app.detect:evaluate", "measure the average precision of a detector"),
@@ -42,6 +43,7 @@ COMMANDS = {
     "sort-val": Command("odconv.app.data:sort_validation", "sort ImageNet's flat validation folder into classes"),
     "pack": Command("odconv.app.data.pack:pack", "pack a folder of images into shards"),
     "index": Command("odconv.app.data.index_shards:index_shards", "index shards that another tool packed"),
+    "completion": Command("odconv.app.completion:completion", "print a script that completes commands in a shell"),
 }
 
 USAGE = """usage: odconv COMMAND [options]
@@ -106,13 +108,18 @@ def _run(arguments: list[str]) -> None:
     elif name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}{suggest(name, COMMANDS)}; odconv --help lists all")
     else:
-        module, _, function = COMMANDS[name].target.partition(":")
-        command = getattr(importlib.import_module(module), function)
+        command = find_command(name)
         command(**parse_options(name, command, options))
 
 
-def parse_options(name: str, function: Callable[..., Any], arguments: list[str]) -> dict[str, Any]:
-    """Read the options of a command: the parameters of its function, those without a `*` before them as positional."""
+def find_command(name: str) -> Callable[..., Any]:
+    """Return the function of a command."""
+    module, _, function = COMMANDS[name].target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def make_parser(name: str, function: Callable[..., Any]) -> Any:
+    """Return a parser of a command's options: the parameters of its function, those before a `*` as positional."""
     import docstring_parser
     import jsonargparse
 
@@ -135,9 +142,18 @@ def parse_options(name: str, function: Callable[..., Any], arguments: list[str])
         parser.add_argument(parameter.name, help=help_texts[parameter.name], **many)
     if len(positional) < len(parameters):  # not in vain: it looks for the function in odconv too, which imports PyTorch
         parser.add_function_arguments(function, as_group=False, skip={parameter.name for parameter in positional})
+    for action in parser._actions:
+        if isinstance(action.default, bool):
+            action.nargs = "?"  # in the help; _arrange adds the value
+    return parser
+
+
+def parse_options(name: str, function: Callable[..., Any], arguments: list[str]) -> dict[str, Any]:
+    """Read the options of a command, see :func:`make_parser`."""
+    import jsonargparse
+
+    parser = make_parser(name, function)
     switches = [action for action in parser._actions if isinstance(action.default, bool)]
-    for action in switches:
-        action.nargs = "?"  # in the help; _arrange adds the value
     switch_names = {name for action in switches for name in action.option_strings}
     try:
         options = parser.parse_args(_arrange(arguments, switch_names, name in RECIPES)).as_dict()
@@ -199,7 +215,7 @@ def _clear(message: str, actions: Iterable[Any]) -> str:
     if found := re.search(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL):
         name, value = found.groups()
         hint = known[name]._typehint
-        return f"{name} must be {_allowed(hint)}, got {value}{suggest(value, _choices(hint))}"
+        return f"{name} must be {_allowed(hint)}, got {value}{suggest(value, choices(hint))}"
     return " ".join(message.split())
 
 
@@ -225,8 +241,9 @@ def _allowed(hint: Any) -> str:
     return " or ".join(_allowed(part) for part in parts if part is not NoneType)
 
 
-def _choices(hint: Any) -> Iterable[str]:
-    return get_args(hint) if get_origin(hint) is Literal else chain.from_iterable(map(_choices, get_args(hint)))
+def choices(hint: Any) -> Iterable[str]:
+    """Return the words that a type allows."""
+    return get_args(hint) if get_origin(hint) is Literal else chain.from_iterable(map(choices, get_args(hint)))
 
 
 def _explain(error: Exception) -> str:

@@ -12,8 +12,8 @@ def train(**options: Any) -> dict[str, Any]:
     """Train a network on images.
 
     Writes to the folder `out`: best.ckpt, last.ckpt and previous.ckpt, metrics.csv (one row per epoch), attentions.csv,
-    tensorboard/, config.yaml (the options, resolved; it is a recipe), defaults.yaml, machine.json, result.json and
-    report.html.
+    tensorboard/ or what `logger` says, config.yaml (the options, resolved; it is a recipe), defaults.yaml,
+    machine.json, result.json and report.html. With `fast_dev_run`, nothing.
 
     Args:
         **options: the fields of :class:`TrainConfig`.
@@ -28,5 +28,7 @@ def train(**options: Any) -> dict[str, Any]:
     """
     config = TrainConfig(**options)
     from odconv.app.classify.run import run
+    from odconv.app.engine.trial import trial
 
-    return run(config)
+    with trial(config) as resolved:
+        return run(resolved)

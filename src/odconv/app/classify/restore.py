@@ -1,12 +1,14 @@
 """A trained network: from a checkpoint of ours alone, from others' with a description of the network."""
 
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from odconv.app.classify.config import Stem
+from odconv.app.classify.released import Released, open_released
 from odconv.app.engine.config import check
 from odconv.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, malformed
 from odconv.layers import try_temperature
@@ -48,7 +50,8 @@ def restore(
     """Build the network of a checkpoint and load it.
 
     Args:
-        weights: A checkpoint of odconv train, which says all of the rest, or another file of weights.
+        weights: A checkpoint of odconv train, or a folder of odconv release, which say all of the rest, or another
+            file of weights.
         arch: Network of the checkpoint, such as od_resnet18; default: what the checkpoint says.
         kernel_num: Kernels of its dynamic layers; default: what the checkpoint says, else that of the network.
         reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
@@ -69,6 +72,11 @@ def restore(
     """
     numbers = {"kernel_num": kernel_num, "reduction": reduction, "image_size": image_size, "resize_size": resize_size}
     check({**numbers, "temperature": temperature})
+    if (folder := Path(weights)).is_dir():
+        network = {"arch": arch, "kernel_num": kernel_num, "reduction": reduction, "stem": stem}
+        if given := [name for name, value in network.items() if value is not None]:
+            raise ValueError(f"config.json of {weights} says what network it is; leave out {', '.join(given)}")
+        return _of_folder(open_released(folder), image_size, resize_size, temperature)
     checkpoint = find_checkpoint(weights)
     with malformed(checkpoint.path):
         return _restore(checkpoint, arch, stem, numbers, temperature)
@@ -110,8 +118,7 @@ def _restore(
         load_checkpoint(model, checkpoint)  # with the temperature that the file records
     except ValueError as error:
         raise ValueError(f"{error}{'' if recorded else _hint(state)}") from error
-    if temperature is not None and not try_temperature(model, temperature):
-        raise ValueError(f"temperature must not be given: no layer of {options['arch']} has one")
+    _set_temperature(model, options["arch"], temperature)
     return Restored(
         model.eval(),
         options["arch"],
@@ -119,6 +126,22 @@ def _restore(
         num_classes,
         *sizes,
     )
+
+
+def _of_folder(
+    released: Released, image_size: int | None, resize_size: int | None, temperature: float | None
+) -> Restored:
+    from odconv.app.data.transforms import evaluation_sizes
+
+    model, config, notes = released
+    _set_temperature(model, config["name"], temperature)
+    sizes = evaluation_sizes(image_size, resize_size, notes)
+    return Restored(model, config["name"], notes.get("classes"), config["num_classes"], *sizes)
+
+
+def _set_temperature(model: nn.Module, arch: str, temperature: float | None) -> None:
+    if temperature is not None and not try_temperature(model, temperature):
+        raise ValueError(f"temperature must not be given: no layer of {arch} has one")
 
 
 def _hint(state: dict[str, Tensor]) -> str:

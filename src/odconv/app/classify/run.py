@@ -18,7 +18,6 @@ from odconv.app.classify.module import ClassifierTraining
 from odconv.app.classify.schedule import temperature
 from odconv.app.data import open_data
 from odconv.app.data.transforms import evaluation_sizes
-from odconv.app.engine.checkpoint_io import BEST
 from odconv.app.engine.errors import explained
 from odconv.app.engine.history import Row
 from odconv.app.engine.layer_options import count_parameters, layer_options, resolve_layers
@@ -26,6 +25,7 @@ from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.app.engine.resume import describe_resumption, find_resumed
 from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
 from odconv.app.engine.trainer import make_training
+from odconv.app.engine.trial import conclusion, place
 from odconv.app.pages.reports import refresh_report
 from odconv.models.build import create_model, split_name
 
@@ -75,9 +75,9 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: AccuracyHistory) -
         introduction = _introduction(config, model, len(train_images), len(val_images))
         print(introduction, *describe_resumption(config, resumed), sep="\n")
         sys.stdout.flush()
-    place = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+    share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
     in_a_batch = config.batch_size // config.accumulate
-    train_loader = training_loader(train_images, in_a_batch, config.workers, seed=config.seed, **place)
+    train_loader = training_loader(train_images, in_a_batch, config.workers, seed=config.seed, **share)
     train_loader.go_to(resumed.epoch, resumed.batch)
     if resumed.batch and resumed.processes != trainer.world_size and hasattr(train_images.sources, "sizes"):
         logger.warning(
@@ -85,18 +85,16 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: AccuracyHistory) -
             resumed.processes,
             trainer.world_size,
         )
-    val_loader = evaluation_loader(val_images, config.test_batch, config.workers, **place)
+    val_loader = evaluation_loader(val_images, config.test_batch, config.workers, **share)
     with explained(trainer.world_size):
         trainer.fit(ClassifierTraining(model, config, splits.classes), train_loader, val_loader, ckpt_path=resumed.path)
     result = _result(config, model, history.rows)
     if trainer.is_global_zero:
         write_result(config, resumed, result)
-        refresh_report(config.out)
-        print(
-            f"top-1 {result['top1']:.2f} %, best {result['best_top1']:.2f} % after epoch {result['best_epoch']}: "
-            f"{Path(config.out) / BEST}",
-            flush=True,
-        )
+        if not config.fast_dev_run:
+            refresh_report(config.out)
+        scores = f"top-1 {result['top1']:.2f} %, best {result['best_top1']:.2f} % after epoch {result['best_epoch']}"
+        print(conclusion(config, scores), flush=True)
     return result
 
 
@@ -113,7 +111,7 @@ def _introduction(config: TrainConfig, model: nn.Module, train_images: int, val_
     last = temperature(config, config.epochs, 1)
     return (
         f"{config.arch}: {count_parameters(model) / 1e6:.2f}M parameters, {config.num_classes} classes, "
-        f"{train_images} images to train on and {val_images} to evaluate on, results in {config.out}"
+        f"{train_images} images to train on and {val_images} to evaluate on, {place(config)}"
         + (f"; the temperature will end at {last:.4g}" if last > 1 and split_name(config.arch)[0] else "")
     )
 

@@ -30,7 +30,8 @@ def export(
     """Write a trained network as a file for other programs.
 
     Args:
-        weights: A checkpoint of odconv train, which says what network it is, or another file of weights.
+        weights: A checkpoint of odconv train or a folder of odconv release, which say what network it is, or another
+            file of weights.
         out: File to write; one that is there is replaced.
         format: onnx, torch for a program of torch.export, or aoti for one compiled for this machine.
         form: Of ONNX: loop computes one image after the other, product a batch at once.

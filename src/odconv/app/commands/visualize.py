@@ -44,7 +44,8 @@ def visualize(
 
     Args:
         images: Files, folders, or patterns such as 'photos/*.jpg'. Subfolders of a folder are classes.
-        weights: A checkpoint of odconv train, which says what network it is, or another file of weights.
+        weights: A checkpoint of odconv train or a folder of odconv release, which say what network it is, or another
+            file of weights.
         out: Folder for attentions.html, attentions.csv and the pictures; files of the same names are replaced.
         max_images: Images to measure at most, evenly chosen from the classes.
         shown: Images to draw at most, evenly chosen from those.

@@ -13,8 +13,8 @@ def train(**options: Any) -> dict[str, Any]:
     """Train a detector on data in COCO's format.
 
     Writes to the folder `out`: best.ckpt (by the AP of boxes), last.ckpt and previous.ckpt, metrics.csv (one row per
-    epoch), tensorboard/, config.yaml (the options, resolved; it is a recipe), defaults.yaml, machine.json, result.json,
-    report.html.
+    epoch), tensorboard/ or what `logger` says, config.yaml (the options, resolved; it is a recipe), defaults.yaml,
+    machine.json, result.json, report.html. With `fast_dev_run`, nothing.
 
     Args:
         **options: the fields of :class:`DetectConfig`.
@@ -29,5 +29,7 @@ def train(**options: Any) -> dict[str, Any]:
     """
     config = DetectConfig(**options)
     from odconv.app.detect.run import run
+    from odconv.app.engine.trial import trial
 
-    return run(config)
+    with trial(config) as resolved:
+        return run(resolved)

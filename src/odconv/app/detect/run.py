@@ -15,12 +15,12 @@ from odconv.app.detect.history import DetectionHistory
 from odconv.app.detect.loaders import make_loaders
 from odconv.app.detect.module import DetectorTraining
 from odconv.app.detect.restore import build
-from odconv.app.engine.checkpoint_io import BEST
 from odconv.app.engine.errors import explained
 from odconv.app.engine.layer_options import count_parameters, resolve_layers
 from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
 from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
 from odconv.app.engine.trainer import make_training
+from odconv.app.engine.trial import conclusion, place
 from odconv.app.pages.reports import refresh_report
 from odconv.checkpoints import Checkpoint, find_checkpoint
 from odconv.models.detectors.builder import find_conventions
@@ -54,7 +54,7 @@ def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory)
         print(
             f"{config.detector} on {config.arch}: {count_parameters(model) / 1e6:.2f}M parameters, "
             f"{len(training.classes)} classes, {len(training.images)} images to train on and "
-            f"{len(evaluation.images)} to evaluate on, results in {config.out}",
+            f"{len(evaluation.images)} to evaluate on, {place(config)}",
             *filter(None, (training.describe_dropped(), evaluation.describe_dropped())),
             *describe_resumption(config, resumed),
             sep="\n",
@@ -79,12 +79,10 @@ def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory)
     }
     if trainer.is_global_zero:
         write_result(config, resumed, result)
-        refresh_report(config.out)
-        print(
-            f"{history.describe(last)}, best AP {best['ap']:.2f} after epoch {best['epoch']}: "
-            f"{Path(config.out) / BEST}",
-            flush=True,
-        )
+        if not config.fast_dev_run:
+            refresh_report(config.out)
+        scores = f"{history.describe(last)}, best AP {best['ap']:.2f} after epoch {best['epoch']}"
+        print(conclusion(config, scores), flush=True)
     return result
 
 

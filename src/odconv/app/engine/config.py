@@ -5,7 +5,12 @@ from dataclasses import MISSING, dataclass, fields
 from math import inf
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
+from odconv.system.text import suggest
+
 Amp: TypeAlias = Literal["none", "bf16", "fp16"]
+
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
+"""Lightning's loggers that a run may have besides its own files."""
 
 LARGEST_SIDE = 8192
 """Pixels of the side of an image that a network is given, whether a user or a file says it."""
@@ -16,7 +21,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 1",
         lambda value: 1 <= value < inf,
-        "test_batch step temp_init devices top accumulate nan_steps",
+        "test_batch step temp_init devices top accumulate nan_steps fast_dev_run",
     ),
     ("at least 1", lambda value: 1 <= value < inf, "save_every detections_per_image"),
     (
@@ -109,6 +114,10 @@ class RunConfig:
     """Steps after which last.ckpt is written, besides the end of each epoch."""
     nan_steps: int = 20
     """Stop after so many steps in a row without a finite loss or a readable image; on GPUs up to twice as many."""
+    logger: str = "tensorboard"
+    """Where the curves go besides metrics.csv: tensorboard, csv, wandb, mlflow, or several with commas; or none."""
+    fast_dev_run: int | None = None
+    """Try so many batches of training and of evaluation, see that all goes well, and leave nothing behind."""
     profile: bool = False
     """Write a trace of a few steps to the folder trace/, for chrome://tracing or Perfetto."""
     resume: str | None = None
@@ -119,6 +128,7 @@ class RunConfig:
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         check(vars(self))
+        logger_names(self.logger)
         if list(self.schedule) != sorted({epoch for epoch in self.schedule if isinstance(epoch, int) and epoch >= 1}):
             raise ValueError(f"schedule must be ascending whole numbers of at least 1, got {[*self.schedule]}")
         for field in fields(self):
@@ -130,3 +140,19 @@ class RunConfig:
 def defaults(config: type[RunConfig]) -> dict[str, Any]:
     """Return the options of a kind of run that have a default, and the default."""
     return {field.name: field.default for field in fields(config) if field.default is not MISSING}
+
+
+def logger_names(option: str) -> list[str]:
+    """Return the loggers that the option `logger` names.
+
+    Raises:
+        ValueError: there is no such logger.
+    """
+    names = [] if option == "none" else option.split(",")
+    for name in names:
+        if name not in LOGGERS:
+            raise ValueError(
+                f"logger must be none, or one or more of {', '.join(LOGGERS)} with commas between, got "
+                f"{option!r}{suggest(name, LOGGERS)}"
+            )
+    return names

@@ -62,7 +62,8 @@ class History(pl.Callback):
         """Add the epoch's row."""
         loader: Any = trainer.val_dataloaders
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        images = len(self.loader) * self.loader.batch_size
+        images = trainer.num_training_batches * self.loader.batch_size
+        evaluated = int(trainer.num_val_batches[0]) * loader.batch_size * trainer.world_size
         self.rows.append(
             {
                 "epoch": trainer.current_epoch + 1,
@@ -72,7 +73,7 @@ class History(pl.Callback):
                 "train_loss": metrics["train_loss"] / max(1, metrics["train_images"]),
                 **self.scores(metrics),
                 "train_corrupt": int(metrics["train_corrupt"]),
-                "val_corrupt": len(loader.dataset) - int(metrics["val_images"]),
+                "val_corrupt": min(len(loader.dataset), evaluated) - int(metrics["val_images"]),
                 "train_seconds": self.trained,
                 "val_seconds": time.perf_counter() - self.validation,
                 "images_per_second": min(len(self.loader.sampler), images) * trainer.world_size / self.trained,

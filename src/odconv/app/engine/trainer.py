@@ -15,12 +15,12 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from odconv.app.engine.checkpoint_callbacks import Best, Last
 from odconv.app.engine.checkpoint_io import CheckpointFiles
 from odconv.app.engine.config import Amp, RunConfig
+from odconv.app.engine.loggers import make_loggers
 from odconv.app.engine.trace import Trace
 
 PRECISION: dict[Amp, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -97,6 +97,7 @@ def make_training(config: RunConfig, monitor: str, callbacks: Sequence[Callback]
 
     Raises:
         ValueError: the machine has no such devices or precision, or the batch cannot be shared out.
+        ImportError: the package of a logger is missing.
     """
     out = Path(config.out)
     trainer = make_trainer(
@@ -111,7 +112,8 @@ def make_training(config: RunConfig, monitor: str, callbacks: Sequence[Callback]
             Last(out, config.save_every),
         ],
         timeout=config.timeout,
-        logger=TensorBoardLogger(out / "tensorboard", name="", version="", default_hp_metric=False),
+        logger=make_loggers(config.logger, out),
+        fast_dev_run=config.fast_dev_run or False,
         max_epochs=config.epochs,
         accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.clip,

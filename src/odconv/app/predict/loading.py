@@ -1,23 +1,20 @@
 """Loading a classifier from any file."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from odconv.app.classify.config import Stem
+from odconv.app.classify.released import NOTES
 from odconv.app.classify.restore import restore
-from odconv.app.data.transforms import evaluation_sizes
 from odconv.app.engine.config import check
 from odconv.app.predict.classifier import Classifier
 from odconv.app.predict.exported import exported_classifier
 from odconv.app.predict.names import class_names
 from odconv.checkpoints import SUFFIXES as CHECKPOINTS
-from odconv.checkpoints import malformed, resolve
+from odconv.checkpoints import resolve
 from odconv.export.opened import SUFFIXES as EXPORTED
-from odconv.layers import set_temperature
 from odconv.system.devices import Device, find_device
 
 
@@ -38,8 +35,8 @@ def load_classifier(
     """Load a trained classifier.
 
     Args:
-        weights: A checkpoint of odconv train, an exported file (.onnx or .pt2), a folder that HubModel saved, or
-            owner/name on the Hugging Face Hub; these say what network it is. Or another file of weights, with arch.
+        weights: A checkpoint of odconv train, an exported file (.onnx or .pt2), a folder of odconv release or HubModel,
+            or owner/name on the Hugging Face Hub; these say what network it is. Or another file of weights, with arch.
         arch: Network of the weights, such as od_resnet18; default: what the checkpoint says.
         kernel_num: Kernels of its dynamic layers; default: what the checkpoint says, else that of the network.
         reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
@@ -71,26 +68,18 @@ def load_classifier(
             raise ValueError(f"{weights} is an exported network; leave out {', '.join(given)}")
         return exported_classifier(path, image_size, resize_size, classes, trust)
     place = find_device(device)
-    if path.is_dir() or (arch is None and _is_repository(weights)):
-        if given:
-            raise ValueError(f"config.json of {weights} says what network it is; leave out {', '.join(given)}")
-        return _from_hub(weights, temperature, image_size, resize_size, classes, place)
+    if arch is None and _is_repository(weights):
+        weights = str(_download(weights))
     restored = restore(weights, temperature=temperature, image_size=image_size, resize_size=resize_size, **network)
     names = class_names(classes, restored.classes, restored.num_classes)
-    return _of_model(restored.model, restored.arch, names, restored.image_size, restored.resize_size, place)
-
-
-def _of_model(
-    model: nn.Module, name: str, classes: list[str], image_size: int, resize_size: int, device: torch.device
-) -> Classifier:
     return Classifier(
-        name=name,
-        compute=model.to(device),
-        classes=classes,
-        image_size=image_size,
-        resize_size=resize_size,
-        device=device,
-        model=model,
+        name=restored.arch,
+        compute=restored.model.to(place),
+        classes=names,
+        image_size=restored.image_size,
+        resize_size=restored.resize_size,
+        device=place,
+        model=restored.model,
     )
 
 
@@ -100,28 +89,12 @@ def _is_repository(weights: str) -> bool:
     return bool(looks_so) and not Path(weights).exists()
 
 
-def _from_hub(
-    weights: str,
-    temperature: float | None,
-    image_size: int | None,
-    resize_size: int | None,
-    classes: str | None,
-    device: torch.device,
-) -> Classifier:
-    from odconv.hub import CONFIG, WEIGHTS, HubModel
+def _download(repository: str) -> Path:
+    """Return the folder to which a repository of the Hub was downloaded."""
+    from odconv.hub import CONFIG, WEIGHTS
 
-    folder = Path(weights)
-    if not folder.is_dir():
-        repository = f"hf://{weights.removeprefix('hf://')}"
-        resolve(f"{repository}/{WEIGHTS}")
-        folder = resolve(f"{repository}/{CONFIG}").parent
-    elif missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
-        files = sorted(file.name for file in folder.iterdir() if file.name.endswith((*CHECKPOINTS, *EXPORTED)))
-        hint = f"; did you mean {' or '.join(str(folder / name) for name in files[:3])}?" if files else ""
-        raise FileNotFoundError(f"the folder {folder} has no {' and no '.join(missing)}{hint}")
-    with malformed(folder / CONFIG):
-        model = HubModel.from_pretrained(folder)
-    if temperature is not None:
-        set_temperature(model, temperature)
-    names = class_names(classes, None, model.config["num_classes"])
-    return _of_model(model.model, model.config["name"], names, *evaluation_sizes(image_size, resize_size), device)
+    name = f"hf://{repository.removeprefix('hf://')}"
+    with suppress(FileNotFoundError):  # only what odconv release wrote has it
+        resolve(f"{name}/{NOTES}")
+    resolve(f"{name}/{WEIGHTS}")
+    return resolve(f"{name}/{CONFIG}").parent

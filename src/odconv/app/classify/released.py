@@ -1,0 +1,58 @@
+"""A folder of weights, as `odconv release` and :class:`odconv.hub.HubModel` write them."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from odconv.app.engine.config import check
+from odconv.checkpoints import SUFFIXES as CHECKPOINTS
+from odconv.checkpoints import malformed
+from odconv.export.opened import SUFFIXES as EXPORTED
+
+NOTES = "classifier.json"
+"""What a released classifier is given and answers: image_size, resize_size, classes. Folders of HubModel lack it."""
+
+
+class Released(NamedTuple):
+    """A network, in evaluation mode, what builds it (arguments of `create_model`), and what is in NOTES."""
+
+    model: nn.Module
+    config: dict[str, Any]
+    notes: dict[str, Any]
+
+
+def open_released(folder: Path) -> Released:
+    """Open a folder of weights.
+
+    Raises:
+        FileNotFoundError: it lacks a file.
+        ValueError: a file in it is malformed, or its weights do not fit.
+        ImportError: huggingface_hub is missing.
+    """
+    from odconv.hub import CONFIG, WEIGHTS, HubModel
+
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        files = sorted(file.name for file in folder.iterdir() if file.name.endswith((*CHECKPOINTS, *EXPORTED)))
+        hint = f"; did you mean {' or '.join(str(folder / name) for name in files[:3])}?" if files else ""
+        raise FileNotFoundError(f"the folder {folder} has no {' and no '.join(missing)}{hint}")
+    with malformed(folder / CONFIG):
+        model = HubModel.from_pretrained(folder)
+    notes = read_notes(folder / NOTES, model.config["num_classes"]) if (folder / NOTES).is_file() else {}
+    return Released(model.model, model.config, notes)
+
+
+def read_notes(path: Path, outputs: int) -> dict[str, Any]:
+    """Read NOTES of a network with so many outputs.
+
+    Raises:
+        ValueError: they are malformed.
+    """
+    with malformed(path):
+        notes = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: notes[name] for name in ("image_size", "resize_size", "classes")}
+        check(found)
+        if not all(isinstance(name, str) for name in found["classes"]) or len(found["classes"]) > outputs:
+            raise ValueError(f"{path} is malformed: classes must be at most {outputs} names, got {found['classes']!r}")
+    return found

@@ -1,0 +1,70 @@
+"""Where the curves of a run go besides its folder: Lightning's loggers, by name."""
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from odconv.app.engine.config import logger_names
+from odconv.system.packages import needed_by
+
+
+def make_loggers(names: str, out: Path) -> list[Logger]:
+    """Return the loggers of a run, which write nothing before it begins.
+
+    Args:
+        names: the option `logger` of the run.
+        out: folder of the run.
+
+    Raises:
+        ImportError: the package of one is missing.
+    """
+    return [LOGGERS[name](out) for name in logger_names(names)]
+
+
+class Wandb(WandbLogger):
+    """Weights & Biases' logger, whose run ends with the training: the next training of the process has one of its own.
+
+    Args:
+        out: folder of the run.
+    """
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out.resolve().name, out, project=os.environ.get("WANDB_PROJECT", "odconv"))
+
+    def finalize(self, status: str) -> None:
+        """End the run."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(status != "success"))
+
+
+def _tensorboard(out: Path) -> Logger:
+    return TensorBoardLogger(out / "tensorboard", name="", version="", default_hp_metric=False)
+
+
+def _csv(out: Path) -> Logger:
+    return CSVLogger(out / "csv", name="")
+
+
+def _wandb(out: Path) -> Logger:
+    with needed_by("logger wandb", "wandb"):
+        import_module("wandb")
+    return Wandb(out)
+
+
+def _mlflow(out: Path) -> Logger:
+    with needed_by("logger mlflow", "mlflow"):
+        mlflow = import_module("mlflow")
+    # Lightning's own default is a folder, which MLflow 3 refuses
+    return MLFlowLogger("odconv", run_name=out.resolve().name, tracking_uri=mlflow.get_tracking_uri())
+
+
+LOGGERS: dict[str, Callable[[Path], Logger]] = {
+    "tensorboard": _tensorboard,
+    "csv": _csv,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}
