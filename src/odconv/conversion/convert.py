@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 import odconv.layers
-from odconv.layers import DynamicConv
+from odconv.layers import DynamicConv, PerSampleConv
 from odconv.layers.starts import SETTLED
 from odconv.layers.warehouse_conv import KWConv, KWConv1d, KWConv2d, KWConv3d
 from odconv.system.text import first_few, suggest
@@ -124,7 +124,7 @@ def convert(
         for decision in decisions
         if decision.layer is not None
     }
-    if not made and not any(isinstance(decision.module, DynamicConv) for decision in decisions):
+    if not made and not any(isinstance(decision.module, PerSampleConv) for decision in decisions):
         left = [f"{decision.names[0] or 'it'}: {decision.reason}" for decision in decisions]
         raise ValueError(f"no convolution of the {type(model).__name__} is replaced; {first_few(left, '; ')}")
     for conv, layer in made.items():
@@ -152,7 +152,7 @@ def decide(
     decisions = []
     for module, places in found.items():
         layer, reason = None, ""
-        if isinstance(module, DynamicConv):
+        if isinstance(module, PerSampleConv):
             reason = "dynamic already"
         elif included is not None and not any(included(name, module) for name in places):
             reason = "not included"
@@ -216,7 +216,7 @@ def find_convolutions(model: nn.Module) -> dict[Any, list[str]]:
             raise ValueError(
                 f"{name or 'the model'} is wrapped for distributed training: convert the network before that"
             )
-        if isinstance(module, (*CONVOLUTIONS, DynamicConv)):
+        if isinstance(module, (*CONVOLUTIONS, PerSampleConv)):
             found.setdefault(module, []).append(name)
     if not found:
         raise ValueError(f"the {type(model).__name__} has no convolution (nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d)")
@@ -226,7 +226,7 @@ def find_convolutions(model: nn.Module) -> dict[Any, list[str]]:
 def outside_dynamic(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield all modules by name, under each of their names, but not those inside dynamic layers."""
     yield name, module
-    if not isinstance(module, DynamicConv):
+    if not isinstance(module, PerSampleConv):
         for key, child in module._modules.items():
             if child is not None:
                 yield from outside_dynamic(child, f"{name}.{key}" if name else key)

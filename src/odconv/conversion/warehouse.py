@@ -123,7 +123,7 @@ def stock(model: nn.Module, pools: Mapping[str, Sequence[str]], *, warm_start: b
             "kernel cannot hold the trained kernels"
         )
     old: dict[str, Any] = {name: model.get_submodule(name) for names in pools.values() for name in names}
-    new = {name: warehouse_like(name, module) for name, module in old.items()}
+    new = {name: warehouse_like(module) for name, module in old.items()}
     convs = {name: layer.conv if isinstance(layer, KWLinear) else layer for name, layer in new.items()}
     made = {old[name]: layer for name, layer in new.items()}
     order = [convs[name] for name in order_of(model, old)]
@@ -156,13 +156,11 @@ def order_of(model: nn.Module, parts: Mapping[str, nn.Module]) -> list[str]:
     return [names[module] for module in model.modules() if module in names]
 
 
-def warehouse_like(name: str, module: Any) -> KWConv | KWLinear:
+def warehouse_like(module: Any) -> KWConv | KWLinear:
     """Return the layer that takes the place of a convolution or a linear layer, without a kernel yet."""
     placed = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
         return KWLinear(module.in_features, module.out_features, module.bias is not None, **placed)
-    if module.padding_mode != "zeros":
-        raise ValueError(f"{name} has padding_mode {module.padding_mode!r}, which KernelWarehouse lacks: exclude it")
     return WAREHOUSE[len(module.kernel_size) - 1](
         module.in_channels,
         module.out_channels,
@@ -172,6 +170,7 @@ def warehouse_like(name: str, module: Any) -> KWConv | KWLinear:
         module.dilation,
         module.groups,
         module.bias is not None,
+        module.padding_mode,
         **placed,
     )
 
@@ -245,7 +244,7 @@ def parts_of(names: Sequence[str], layers: Mapping[str, Any], budget: float, red
     """Part the layers of a stage, in their order, so that the attentions of those that share cells stay small."""
     parts: list[dict[str, KWConv]] = [{}]
     for name in names:
-        layer: Any = warehouse_like(name, layers[name])
+        layer: Any = warehouse_like(layers[name])
         together = {**parts[-1], name: layer}
         if parts[-1] and attention_share(together, budget, reduction) > MOST:
             parts.append({name: layer})

@@ -33,6 +33,14 @@ class PoolingAttention(nn.Module):
     dims: int
     extent: Tensor | None = None
 
+    def named(self, found: Any) -> Attentions:
+        """Return by name what the module's `forward`, and so its hooks, gave for B samples."""
+        raise NotImplementedError
+
+    def range_of(self, kind: str) -> tuple[float, float]:
+        """Return between which values the attention of a kind lies: "channel", "filter", "spatial" or "kernel"."""
+        raise NotImplementedError
+
 
 class Attention(PoolingAttention):
     """Global average pool, a hidden layer, and one head for each attention.
@@ -170,6 +178,10 @@ class Attention(PoolingAttention):
         if "spatial" in gates:  # unflatten would fix the batch in PyTorch's older ONNX exporter
             gates["spatial"] = gates["spatial"].reshape(-1, *self.heads["spatial"])
         return Attentions(**gates)
+
+    def range_of(self, kind: str) -> tuple[float, float]:
+        """Return between which values the attention of a kind lies."""
+        return 0.0, self.kernel_gain if kind == "kernel" else self.gain
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return each head's attention of each sample in x, flat, (B, numbers of the head)."""
