@@ -31,7 +31,16 @@ def scatter_of_kernels(layer: PerSampleConv, attentions: Attentions, labels: Ten
     return reduce(add, (scatter(block, labels) for block in layer.kernel_blocks(attentions, NUMBERS)))
 
 
+def usage(shares: Tensor) -> Tensor:
+    """Return how much of each of n kernels or cells an image's kernel takes, (B, n).
+
+    Args:
+        shares: of kernels, (B, n), or of cells in each of m pieces, (B, m, n), whose sizes count.
+    """
+    return shares if shares.dim() == 2 else shares.abs().mean(1)
+
+
 def kernel_similarity(kernels: Tensor) -> Tensor:
-    """Cosines (n, n) of the angles between kernels (n, ...): 1 for equal, 0 for unrelated, -1 for opposite ones."""
+    """Cosines (n, n) of the angles between kernels or cells, (n, ...): 1 equal, 0 unrelated, -1 opposite."""
     directions = F.normalize(kernels.detach().float().flatten(1).cpu())
     return directions @ directions.T

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from odconv.layers import PerSampleConv
-from odconv.layers.warehouse import Warehouse
 from odconv.ops import flops
 from odconv.profiling.count import Call, count_madds
 from odconv.system.packages import needed_by
@@ -69,17 +68,16 @@ def torchinfo_statistics(statistics: Any) -> Any:
     """
     if not statistics.input_size:
         raise ValueError("statistics must be of a network that was run: give summary an input_size")
-    shown = (PerSampleConv, Warehouse)
-    inside = {
-        id(part) for row in statistics.summary_list if isinstance(row.module, shown) for part in row.module.modules()
-    }
-    kept = [row for row in statistics.summary_list if isinstance(row.module, shown) or row.layer_id not in inside]
+    rows = statistics.summary_list
+    inside = {id(part) for row in rows if isinstance(row.module, PerSampleConv) for part in row.module.modules()}
+    kept = [row for row in rows if isinstance(row.module, PerSampleConv) or row.layer_id not in inside]
     for row in kept:
-        if isinstance(row.module, shown):
-            row.is_leaf_layer = True
         if isinstance(row.module, PerSampleConv):
+            row.is_leaf_layer = True
             row.macs = count_madds(row.module, Call(torch.Size(row.input_size), torch.Size(row.output_size)))
-    return type(statistics)(kept, statistics.input_size, statistics.total_input, statistics.formatting)
+    right = type(statistics)(kept, statistics.input_size, statistics.total_input, statistics.formatting)
+    right.total_param_bytes = rows[0].param_bytes  # of the whole network, with the cells of a warehouse in it
+    return right
 
 
 def register_thop() -> None:
