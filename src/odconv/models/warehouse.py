@@ -29,13 +29,40 @@ def make_warehouse(
     Args:
         model: the network.
         backbone: its row of the zoo.
-        budget: numbers in the warehouse for each of the static kernels: 1/4, 1/2, 1, 2 or 4, for example.
-        reduction: width of the attentions' hidden layer as a share of C. Default 1/16, and 1/32 for MobileNetV2 at
-            budgets below 1.
+        budget, reduction: as for :func:`plan`.
         warm_start: cut the cells from the network's kernels; for budgets of 1 and more.
 
     Raises:
         ValueError: the budget is out of range or does not fit the widths.
+    """
+    pools, options = plan(model, backbone, budget, reduction)
+    if backbone.builder == "mobilenet_v2" and budget >= 1:
+        dropout, linear = model.classifier
+        if dropout.p > 0:
+            raise ValueError(
+                f"dropout must be 0 for MobileNetV2 of budget {budget}, published without, got {dropout.p}"
+            )
+        model.classifier = linear  # without dropout's place in the name
+    stock(model, pools, warm_start=warm_start, **options)
+
+
+def plan(
+    model: Any, backbone: Backbone, budget: float = 1.0, reduction: float | None = None
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Return which convolutions of a static network of the zoo share cells, and the options of the warehouse.
+
+    Args:
+        model: the network.
+        backbone: its row of the zoo.
+        budget: numbers in the warehouse for each of the static kernels: 1/4, 1/2, 1, 2 or 4, for example.
+        reduction: width of the attentions' hidden layer as a share of C. Default 1/16, and 1/32 for MobileNetV2 at
+            budgets below 1.
+
+    Returns:
+        What :func:`~odconv.conversion.warehouse.stock` takes.
+
+    Raises:
+        ValueError: the budget is out of range.
     """
     options: dict[str, Any] = dict(ratios(budget))
     if backbone.builder != "mobilenet_v2":
@@ -48,15 +75,9 @@ def make_warehouse(
         reduction = 1 / 32 if reduction is None else reduction
     else:
         pools = mobilenet_pools(model, together=budget == 1)
-        dropout, linear = model.classifier
-        if dropout.p > 0:
-            raise ValueError(
-                f"dropout must be 0 for MobileNetV2 of budget {budget}, published without, got {dropout.p}"
-            )
-        model.classifier = linear  # without dropout's place in the name
     if reduction is not None:
         options["reduction"] = reduction
-    stock(model, pools, warm_start=warm_start, **options)
+    return pools, options
 
 
 def resnet_pools(model: Any) -> dict[str, list[str]]:
