@@ -142,3 +142,82 @@ def test_cells_in_eight_bits(tmp_path):
     with torch.no_grad():
         wanted = model(images)
     assert (torch.from_numpy(logits) - wanted).abs().max() < 0.06 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 2, "norm": "layer", "reduction": 1 / 8}, {"budget": 0.5}])
+def test_conversions_are_reported_before_they_are_done(options):
+    torchvision = pytest.importorskip("torchvision")
+    network = torchvision.models.resnet18()
+    report = odconv.conversion_report(network, "kernelwarehouse", input_size=(3, 64, 64), **options)
+    odconv.convert(network, to="kernelwarehouse", warm_start=False, **options)
+    done = odconv.profile(network, (3, 64, 64))
+    assert (report.parameters[1], report.madds[1]) == (done.parameters, done.madds)
+    assert report.rows[0][:3] == ("warehouse_manager", "", "Warehouse")
+    assert [row.reason for row in report.rows if not row.becomes] == ["the stem"] + ["a shortcut"] * 3
+    with pytest.raises(TypeError, match="'kernel_num' is no option of kernelwarehouse"):
+        odconv.conversion_report(network, "kernelwarehouse", kernel_num=2)
+
+
+def test_layers_that_share_cells_are_dynamic_already():
+    network = odconv.create_model("kw_resnet18")
+    reasons = {row.name: row.reason for row in odconv.conversion_report(network, "odconv").rows}
+    assert reasons.pop("conv1") == "the stem"
+    assert {*reasons.values()} == {"dynamic already"}
+    with pytest.raises(ValueError, match="has a warehouse already"):
+        odconv.conversion_report(network, "kernelwarehouse")
+
+
+def test_parameter_groups_know_the_attentions():
+    model = Sharing()
+    attentions = sum(p.numel() for name, p in model.named_parameters() if "attention" in name)
+    groups = odconv.parameter_groups(model, lr=1.0, weight_decay=0.1, attention_lr=0.5)
+    assert sum(p.numel() for group in groups for p in group["params"] if group["lr"] == 0.5) == attentions
+    decayed = {p for group in groups if group["weight_decay"] for p in group["params"]}
+    assert {*model.warehouse_manager.parameters()} < decayed
+
+
+def test_layers_that_share_cells_are_not_pruned():
+    from odconv.conversion.pruning import keep_channels, keep_filters
+
+    layer = Sharing().layers[0]
+    for keep in (keep_filters, keep_channels):
+        with pytest.raises(TypeError, match="a KWConv2d, whose cells are other layers' too; prune the static network"):
+            keep(layer, [0, 1])
+
+
+def test_torch_fx_records_a_layer_as_one_node():
+    model = Sharing().eval()
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == [f"layers.{i}" for i in range(5)]
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.equal(traced(x), model(x))
+    with pytest.raises(TypeError, match="KWConv2d cannot be scripted"):
+        torch.jit.script(model)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "zeros"])
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_padding_is_that_of_static_layers(dims, mode, padding):
+    """At blend 1 a layer is the static one of its cells."""
+    kind, like = getattr(odconv, f"KWConv{dims}d"), getattr(nn, f"Conv{dims}d")
+    torch.manual_seed(0)
+    static = nn.Sequential(like(4, 6, (3, 2, 3)[:dims], padding=padding, padding_mode=mode, bias=True)).double()
+    model = odconv.convert(nn.Sequential(*static), to="kernelwarehouse", include="*")
+    assert type(model[-1]) is kind
+    assert model[-1].padding_mode == mode
+    x = torch.randn(2, 4, *(7, 6, 5)[:dims], dtype=torch.float64)
+    torch.testing.assert_close(model(x), static(x), rtol=1e-12, atol=1e-12)
+
+
+def test_geometry_is_checked_as_elsewhere():
+    with pytest.raises(ValueError, match="padding 'same' needs stride 1"):
+        odconv.KWConv2d(4, 6, 3, stride=2, padding="same")
+    with pytest.raises(ValueError, match="padding_mode must be one of"):
+        odconv.KWConv2d(4, 6, 3, padding_mode="mirror")
+
+
+def test_ultralytics_networks_are_refused():
+    yolo = pytest.importorskip("odconv.yolo")
+    with pytest.raises(ValueError, match="got 'kernelwarehouse', whose layers share their cells"):
+        yolo.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "kernelwarehouse")

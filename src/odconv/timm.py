@@ -136,8 +136,8 @@ def builder(name: str) -> Callable[..., nn.Module]:
         if options.get("features_only") and stem == "conv_stem" and not options.keys() & {"feature_cls", "feature_cfg"}:
             if method == WAREHOUSE:
                 raise ValueError(
-                    f"features_only must be False for {name}: its last convolution, which no feature needs, shares cells "
-                    "with those before it"
+                    f"features_only must be False for {name}: its last convolution, which no feature needs, "
+                    "shares cells with those before it"
                 )
             # timm has a class of its own for the features of these, without a head
             fixed["features_only"] = options.pop("features_only")

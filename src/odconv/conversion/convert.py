@@ -29,6 +29,7 @@ FAMILIES: dict[str, list[type[DynamicConv]]] = {
     for method in ("ODConv", "CondConv", "DyConv")
 }
 WAREHOUSE: list[type[KWConv]] = [KWConv1d, KWConv2d, KWConv3d]
+WAREHOUSE_OPTIONS = ("budget", "stages", "reduction", "norm")
 SHORTCUTS = {"downsample", "shortcut", "skip", "proj"}
 """Parts of the names that torchvision, timm and others give to the projections on their shortcuts."""
 
@@ -111,10 +112,9 @@ def convert(
         TypeError: an argument of another type, or an option that the layers do not have.
     """
     if to == "kernelwarehouse":
-        from odconv.conversion.warehouse import OPTIONS, convert_to_warehouse  # which is built on what follows
+        from odconv.conversion.warehouse import convert_to_warehouse  # which is built on what follows
 
-        if unknown := [option for option in layer_options if option not in OPTIONS]:
-            raise TypeError(f"{unknown[0]!r} is no option of {to}; it has {', '.join(OPTIONS)}")
+        check_warehouse_options(layer_options)
         return convert_to_warehouse(model, include=include, exclude=exclude, warm_start=warm_start, **layer_options)
     if not warm_start and isinstance(to, str) and layer_options.get("init") != "published":
         layer_options = SETTLED.get(to, {}) | layer_options
@@ -193,6 +193,13 @@ def check_options(layer: type[nn.Module], options: dict[str, Any]) -> None:
     for option in options:
         if option not in known:
             raise TypeError(f"{option!r} is no option of a {layer.__name__}; it has {', '.join(known)}")
+
+
+def check_warehouse_options(options: dict[str, Any]) -> None:
+    """Raise a TypeError for an option that a conversion to KernelWarehouse does not have."""
+    for option in options:
+        if option not in WAREHOUSE_OPTIONS:
+            raise TypeError(f"{option!r} is no option of kernelwarehouse; it has {', '.join(WAREHOUSE_OPTIONS)}")
 
 
 def options_of(layer: type[nn.Module]) -> list[str]:
