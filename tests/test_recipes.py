@@ -38,6 +38,7 @@ WAREHOUSE = {
     **{"kw_resnet50_1d2x": 17.64, "kw_resnet50_1x": 28.05, "kw_resnet50_4x": 102.02},
     **{"kw_mobilenetv2_100_1d2x": 2.65, "kw_mobilenetv2_100_1x": 5.17, "kw_mobilenetv2_100_4x": 11.38},
     **{"kw_mobilenetv2_050_1d2x": 1.47, "kw_mobilenetv2_050_1x": 2.85, "kw_mobilenetv2_050_4x": 4.65},
+    "kw_convnext_tiny_1x": 39.37,
 }
 DATA = ("cifar10", "digits", "imagenette")
 RECIPES = {Path(file.name).stem: file for file in (resources.files("odconv.app.classify") / "recipes").iterdir()}
@@ -95,12 +96,14 @@ def test_published_of_kernelwarehouse(name: str) -> None:
         1e-6,
     )
     assert (config.kernel_num, config.reduction, config.dropout, config.weights) == (None, None, 0, None)
-    if "resnet" in name:
+    if "mobilenet" not in name:
         assert (config.epochs, config.batch_size, config.accumulate, config.warmup_epochs) == (300, 4096, 4, 20)
         assert (config.optimizer, config.lr, config.wd, config.temp_epoch) == ("adamw", 4e-3, 0.05, 20)
         assert (config.augment, config.erasing, config.label_smoothing) == ("randaugment", 0.25, 0.1)
         assert (config.mixup, config.cutmix) == ((0, 0) if size == "1d4x" else (0.8, 1.0))
-        assert config.drop_path == (0 if name in ("kw_resnet18_1d4x", "kw_resnet18_1d2x") else 0.1)
+        whole = ("kw_resnet18_1d4x", "kw_resnet18_1d2x")
+        assert config.drop_path == (0.3 if "convnext" in name else 0 if name in whole else 0.1)
+        assert config.average == (0.9999 if "convnext" in name else None)
     else:
         assert (config.epochs, config.batch_size, config.lr, config.wd) == (150, 256, 0.05, 4e-5)
         assert (config.optimizer, config.momentum, config.nesterov, config.temp_epoch) == ("sgd", 0.9, True, 15)

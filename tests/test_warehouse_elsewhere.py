@@ -1,5 +1,6 @@
 """KernelWarehouse's networks in the rest of the library and in the application."""
 
+import argparse
 import csv
 from math import log
 
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 import odconv
+from odconv.app.classify.restore import restore
 from odconv.app.cli import main
 from odconv.app.pages import plot_attentions
 from odconv.attentions import attention_statistics, record_attentions
@@ -221,3 +223,19 @@ def test_ultralytics_networks_are_refused():
     yolo = pytest.importorskip("odconv.yolo")
     with pytest.raises(ValueError, match="got 'kernelwarehouse', whose layers share their cells"):
         yolo.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "kernelwarehouse")
+
+
+@pytest.mark.parametrize(
+    ("arch", "budget"), [("kw_resnet18", 0.25), ("kw_mobilenetv2_050", 4), ("kw_mobilenetv2_050", 0.5)]
+)
+def test_files_that_do_not_say_their_budget(arch, budget, tmp_path):
+    torch.manual_seed(0)
+    model = odconv.create_model(arch, budget=budget).eval()
+    keys = (key for key in model.state_dict() if not key.endswith((".blend", ".assignment")))
+    published = {key: model.state_dict()[key] for key in keys}
+    torch.save({"model": published, "args": argparse.Namespace(lr=0.1)}, tmp_path / "published.pth")
+    restored = restore(str(tmp_path / "published.pth"), arch=arch)
+    assert restored.num_classes == 1000
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(restored.model(x), model(x))

@@ -120,6 +120,9 @@ def test_images_are_erased_one_by_one_and_branches_dropped() -> None:
     model.train()(x)
     dropped = (seen[0].flatten(1) == 0).all(1).float().mean()
     assert 0.05 < dropped < 0.5
+    deep = odconv.create_model("convnext_tiny")
+    drop_paths(deep, 0.3)
+    assert [deep.stages[0][0].drop_path.p, deep.stages[3][2].drop_path.p] == [0, 0.3]
     with pytest.raises(ValueError, match="drop_path must be 0 for a Sequential, which is no ResNet"):
         drop_paths(nn.Sequential(), 0.5)
 

@@ -65,7 +65,10 @@ def plan(
         ValueError: the budget is out of range.
     """
     options: dict[str, Any] = dict(ratios(budget))
-    if backbone.builder != "mobilenet_v2":
+    if backbone.builder == "convnext":
+        pools = convnext_pools(model)
+        options["norm"] = "layer"
+    elif backbone.builder != "mobilenet_v2":
         pools = resnet_pools(model)
         if budget < 1 and hasattr(model.layer1[0], "conv3"):
             options["basis_ratio"] = BASIS
@@ -110,6 +113,21 @@ def mobilenet_pools(model: Any, together: bool) -> dict[str, list[str]]:
     for path, stage, kind in mobilenet_layers(model):
         shared = "pointwise" if together and kind != "depthwise" else kind
         pools.setdefault(f"stage{stage}_{shared}", []).append(path)
+    return pools
+
+
+def convnext_pools(model: Any) -> dict[str, list[str]]:
+    """Return the convolutions of a ConvNeXt that share cells: the 1x1 ones of a stage, and its depth-wise ones."""
+    pools = {
+        f"narrowing{stage}": [f"downsample_layers.{stage}.{place}"]
+        for stage, narrow in enumerate(model.downsample_layers)
+        for place, part in enumerate(narrow)
+        if isinstance(part, nn.Conv2d)
+    }
+    for stage, blocks in enumerate(model.stages):
+        paths = [f"stages.{stage}.{number}" for number in range(len(blocks))]
+        pools[f"stage{stage}_depthwise"] = [f"{path}.dwconv" for path in paths]
+        pools[f"stage{stage}_pointwise"] = [f"{path}.{part}" for path in paths for part in ("pwconv1", "pwconv2")]
     return pools
 
 

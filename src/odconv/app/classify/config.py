@@ -58,7 +58,7 @@ class TrainConfig(RunConfig):
     erasing: float = 0.0
     """Share of the images of which a random part is replaced by noise (random erasing)."""
     drop_path: float = 0.0
-    """Share of the residual branches of a ResNet that are left out, image by image (stochastic depth)."""
+    """Share of the residual branches of a ResNet or ConvNeXt that are left out, image by image (stochastic depth)."""
     temp_epoch: int = 0
     """Epochs in which the temperature of dynamic layers falls to 1, or KernelWarehouse's blend from 1 to 0, with every
     step; 0: they are there from the start."""
