@@ -263,6 +263,8 @@ def pool(x: Tensor, extent: Tensor | None, dtype: torch.dtype) -> Tensor:
         extent: share of each axis from its beginning, (B, dims), in 0 .. 1; None for whole maps.
         dtype: of the result.
     """
+    if extent is None and has_compiled_kernel(x):
+        return cpu.pool(x)
     if extent is None:
         axes = tuple(range(2, x.dim()))
         return x.mean(axes) if x.dtype == dtype else x.mean(axes, dtype=dtype)  # some exporters know the first alone
@@ -340,7 +342,7 @@ def fill_in_temperature(
 
 def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | None:
     """Return what :meth:`Attention.forward` does without gradients on the CPU where the compiled kernel does it."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting() or not cpu.takes(x):
+    if not has_compiled_kernel(x):
         return None
     norm, layers = attention.bn, [getattr(attention, f"{name}_fc") for name in attention.heads]
     if not all(is_plain(layer) for layer in (attention.fc, norm, *layers) if layer is not None):
@@ -370,6 +372,11 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
         attention.kernel_gain * gate if name == "kernel" else gate
         for name, gate in zip(attention.heads, gates, strict=True)
     )
+
+
+def has_compiled_kernel(x: Tensor) -> bool:
+    """Return whether the compiled kernels for the CPU pool a map and make attentions of it: without gradients."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting()) and cpu.takes(x)
 
 
 def take_factors(attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
