@@ -43,6 +43,7 @@ def copied_kernelwarehouse() -> nn.Module:
             given = {"stride": layer.stride[0], "padding": layer.padding[0], "bias": False}
             copied = CopiedKW(manager, layer.pool, layer.in_channels, layer.out_channels, layer.kernel_size, **given)
             model.set_submodule(name, copied)
+    model.warehouse_manager = manager
     return model
 
 

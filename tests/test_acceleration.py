@@ -378,11 +378,11 @@ class CopiedKWNetwork(nn.Module):
     def __init__(self, layer=CopiedKW, dims=2):
         super().__init__()
         ones = (1,) * dims
-        self.manager = Manager([torch.randn(20, 4, 3, *ones), torch.randn(9, 2, 2, *(3,) * dims)])
+        self.warehouse_manager = Manager([torch.randn(20, 4, 3, *ones), torch.randn(9, 2, 2, *(3,) * dims)])
         self.layers = nn.Sequential(
-            layer(self.manager, 0, 6, 8, (3,) * dims, padding=1),
-            layer(self.manager, 1, 8, 6, (3,) * dims, groups=2, stride=2, bias=False),
-            layer(self.manager, 0, 6, 4, ones),
+            layer(self.warehouse_manager, 0, 6, 8, (3,) * dims, padding=1),
+            layer(self.warehouse_manager, 1, 8, 6, (3,) * dims, groups=2, stride=2, bias=False),
+            layer(self.warehouse_manager, 0, 6, 4, ones),
         )
 
     def forward(self, x):
@@ -407,7 +407,7 @@ def test_layers_of_kernelwarehouse_compute_what_they_did_with_all_gradients(dims
     clone = copy.deepcopy(model).eval()
     with torch.no_grad():
         torch.testing.assert_close(clone(x), model.eval()(x), rtol=1e-12, atol=1e-12)
-        clone.manager.weights[0].zero_()  # its own cells, not those it was copied from
+        clone.warehouse_manager.weights[0].zero_()  # its own cells, not those it was copied from
         assert clone(x).std() < model(x).std()
         assert torch.equal(restore_forward(model)(x), CopiedKWNetwork.forward(model, x))
     assert not any(map(is_accelerated, model.modules()))
@@ -431,7 +431,7 @@ def test_what_only_looks_like_kernelwarehouse_is_left():
     wanted = model.eval()(x)
     assert [row.reason for row in accelerate(model).layers] == ["it computes something else"] * 3
     assert torch.equal(model(x), wanted)
-    assert all(layer.warehouse_manager[0] is model.manager for layer in model.layers)
+    assert all(layer.warehouse_manager[0] is model.warehouse_manager for layer in model.layers)
 
 
 def test_accelerated_kernelwarehouse_is_exported_with_any_batch():

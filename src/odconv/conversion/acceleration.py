@@ -279,8 +279,10 @@ def copied_example(layer: Any) -> tuple[Any, ...]:
 
 def is_warehoused(layer: Any) -> bool:
     """Return whether a module is like KernelWarehouse's: shares of cells, which a manager in a list of one gives."""
-    (manager,) = layer.warehouse_manager
-    cells = manager.take_cell(layer.warehouse_id)
+    managers = layer.warehouse_manager
+    if not isinstance(managers, list) or len(managers) != 1:  # a network has its manager by the same name
+        return False
+    cells = managers[0].take_cell(layer.warehouse_id)
     return isinstance(layer.attention, nn.Module) and cells.dim() == len(layer.kernel_size) + 3
 
 
