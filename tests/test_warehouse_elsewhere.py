@@ -239,3 +239,15 @@ def test_files_that_do_not_say_their_budget(arch, budget, tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(restored.model(x), model(x))
+
+
+def test_the_demo_opens_such_a_network(tmp_path):
+    pytest.importorskip("gradio")
+    from odconv.app.demo.cards import describe
+    from odconv.app.demo.networks import load
+
+    (network,) = load(save_run(tmp_path / "best.ckpt", "kw_resnet18", layer_options={"budget": 2}), None, None)
+    assert len(network.layers) == 19
+    cells = sorted({len(weight) for weight in network.model.warehouse_manager.weights})
+    number = " or ".join(map(str, cells))
+    assert describe(network).startswith(f"19 dynamic layers of {number} cells<br>")
