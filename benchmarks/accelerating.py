@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.accelerating
 
-timm's tf_efficientnet_cc_b0_4e, and a ResNet-18 whose 3x3 convolutions are an ODConv2d as many repositories copied it.
+timm's tf_efficientnet_cc_b0_4e, a ResNet-18 whose 3x3 convolutions are an ODConv2d as many repositories copied it, and
+one of KernelWarehouse at 1x whose layers are those of its published file.
 The ratio is how many times as fast the accelerated one is; `load` is the system's load average, to which the
 measurement itself adds 1. Rows go to results/accelerating.csv.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 import timm
 import torch
 from benchmarks.common import RESULTS, Sheet, alternate, origin, percentiles
-from tests.test_acceleration import CopiedODConv
+from tests.test_acceleration import CopiedKW, CopiedODConv, Manager
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
@@ -33,9 +34,23 @@ def copied_resnet18() -> nn.Module:
     return model
 
 
+def copied_kernelwarehouse() -> nn.Module:
+    """A kw_resnet18 whose layers compute as in the published file."""
+    model = odconv.create_model("kw_resnet18")
+    manager = Manager(model.warehouse_manager.weights)
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, odconv.KWConv2d):
+            given = {"stride": layer.stride[0], "padding": layer.padding[0], "bias": False}
+            copied = CopiedKW(manager, layer.pool, layer.in_channels, layer.out_channels, layer.kernel_size, **given)
+            model.set_submodule(name, copied)
+    model.warehouse_manager = manager
+    return model
+
+
 NETWORKS = {
     "tf_efficientnet_cc_b0_4e": partial(timm.create_model, "tf_efficientnet_cc_b0_4e"),
     "resnet18 of copied ODConv2d": copied_resnet18,
+    "resnet18 of copied KernelWarehouse": copied_kernelwarehouse,
 }
 
 

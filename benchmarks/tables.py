@@ -137,12 +137,13 @@ def detectors() -> str:
 def accelerating() -> str:
     networks = {
         "resnet18 of copied ODConv2d": "ResNet-18 of copied `ODConv2d`",
+        "resnet18 of copied KernelWarehouse": "ResNet-18 of KernelWarehouse's file, 1x",
         "tf_efficientnet_cc_b0_4e": "`tf_efficientnet_cc_b0_4e`, depth-wise for the most part",
     }
 
     def cell(network: str, mode: str, batch: str) -> str:
         found = rows("accelerating", network=network, mode=mode, batch=batch, form="accelerated")
-        return ", ".join(fixed(one["times_as_fast"], 1 if "copied" in network else 2) for one in found)
+        return ", ".join(fixed(one["times_as_fast"], 1 if "ODConv2d" in network else 2) for one in found)
 
     return table(
         ["", "batch of 1", "batch of 8", "training, 8"],

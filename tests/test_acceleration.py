@@ -310,3 +310,136 @@ def test_masked_layers_are_left_and_hooks_do_not_fire():
 def test_layers_of_our_own_are_no_news():
     odconv = pytest.importorskip("odconv")
     assert accelerate(nn.Sequential(odconv.ODConv2d(4, 4, 3))).layers == []
+
+
+# ---- KernelWarehouse's file
+
+
+class CellShares(nn.Module):
+    """Rows of signed shares of n cells and of none, one for each of m pieces of each sample's kernel."""
+
+    def __init__(self, channels, pieces, cells):
+        super().__init__()
+        self.cells, self.temp_value = cells, 0.25
+        self.fc1, self.norm1 = nn.Linear(channels, 16, bias=False), nn.BatchNorm1d(16)
+        self.fc2 = nn.Linear(16, pieces * (cells + 1))
+        self.temp_bias = torch.eye(pieces, cells + 1)
+
+    def forward(self, x):
+        z = self.fc2(self.norm1(self.fc1(x.flatten(2).mean(2))).relu()).reshape(-1, len(self.temp_bias), self.cells + 1)
+        z = z / (z.abs().sum(2, keepdim=True) + 1e-3)
+        shares = (1 - self.temp_value) * z + self.temp_value * self.temp_bias
+        return shares.flatten(0, 1)[:, :-1]
+
+
+class Manager(nn.Module):
+    """Holds the cells of some layers."""
+
+    def __init__(self, cells):
+        super().__init__()
+        self.weights = nn.ParameterList(cells)
+
+    def take_cell(self, number):
+        return self.weights[number]
+
+
+class CopiedKW(nn.Module):
+    """A layer that mixes the pieces of its kernels of a manager's cells, which it hides in a list."""
+
+    def __init__(self, manager, number, channels, filters, size, groups=1, bias=True, **options):
+        super().__init__()
+        self.in_planes, self.out_planes, self.kernel_size, self.groups = channels, filters, [*size], groups
+        for name, value in {"stride": 1, "padding": 0, "dilation": 1, **options}.items():
+            setattr(self, name, [value] * len(size))
+        self.bias = nn.Parameter(torch.randn(filters)) if bias else None
+        self.warehouse_id, self.warehouse_manager = number, [manager]
+        cell = manager.take_cell(number).shape
+        pieces = filters * (channels // groups) * torch.Size(size).numel() // cell[1:].numel()
+        self.attention = CellShares(channels, pieces, cell[0])
+
+    def forward(self, x):
+        cells = self.warehouse_manager[0].take_cell(self.warehouse_id)
+        outer, inner, *window = cells.shape[1:]
+        taps = torch.Size(self.kernel_size).numel() // torch.Size(window).numel()
+        blocks = (taps, self.out_planes // outer, self.in_planes // self.groups // inner, outer, inner)
+        pieces = (self.attention(x) @ cells.flatten(1)).reshape(len(x), *blocks, -1)
+        kernels = pieces.permute(0, 2, 4, 3, 5, 1, 6).reshape(-1, self.in_planes // self.groups, *self.kernel_size)
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(window) - 1]
+        y = conv(
+            x.flatten(0, 1)[None], kernels, None, self.stride, self.padding, self.dilation, len(x) * self.groups
+        )  # fmt: skip
+        y = y.reshape(len(x), -1, *y.shape[2:])
+        return y if self.bias is None else y + self.bias.view(-1, *(1,) * len(window))
+
+
+class CopiedKWNetwork(nn.Module):
+    """Two layers that share cells and one with cells of its own, whose windows are whole kernels."""
+
+    def __init__(self, layer=CopiedKW, dims=2):
+        super().__init__()
+        ones = (1,) * dims
+        self.warehouse_manager = Manager([torch.randn(20, 4, 3, *ones), torch.randn(9, 2, 2, *(3,) * dims)])
+        self.layers = nn.Sequential(
+            layer(self.warehouse_manager, 0, 6, 8, (3,) * dims, padding=1),
+            layer(self.warehouse_manager, 1, 8, 6, (3,) * dims, groups=2, stride=2, bias=False),
+            layer(self.warehouse_manager, 0, 6, 4, ones),
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("train", [False, True])
+def test_layers_of_kernelwarehouse_compute_what_they_did_with_all_gradients(dims, train):
+    torch.manual_seed(0)
+    model = CopiedKWNetwork(dims=dims).double().train(train)
+    keys = [*model.state_dict()]
+    x = torch.randn(3, 6, *(9, 8, 7)[:dims], dtype=torch.float64, requires_grad=True)
+    (y, gradients), (again, others) = other_forward(model, x)
+    report = accelerate(model)
+    assert [(row.kind, row.reason) for row in report.layers] == [("KernelWarehouse's layer", "accelerated already")] * 3
+    torch.testing.assert_close(again, y, rtol=1e-12, atol=1e-12)
+    for one, other in zip(gradients, others, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert [*model.state_dict()] == keys
+    clone = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(clone(x), model.eval()(x), rtol=1e-12, atol=1e-12)
+        clone.warehouse_manager.weights[0].zero_()  # its own cells, not those it was copied from
+        assert clone(x).std() < model(x).std()
+        assert torch.equal(restore_forward(model)(x), CopiedKWNetwork.forward(model, x))
+    assert not any(map(is_accelerated, model.modules()))
+
+
+class Transposing(CopiedKW):
+    """Has its pieces in another order."""
+
+    def forward(self, x):
+        cells, own = self.warehouse_manager[0].take_cell(self.warehouse_id), self.warehouse_manager[0]
+        self.warehouse_manager = [Manager([cells.flip(1)] * 2)]
+        y = super().forward(x)
+        self.warehouse_manager = [own]
+        return y
+
+
+def test_what_only_looks_like_kernelwarehouse_is_left():
+    torch.manual_seed(0)
+    model = CopiedKWNetwork(Transposing)
+    x = torch.randn(2, 6, 9, 8)
+    wanted = model.eval()(x)
+    assert [row.reason for row in accelerate(model).layers] == ["it computes something else"] * 3
+    assert torch.equal(model(x), wanted)
+    assert all(layer.warehouse_manager[0] is model.warehouse_manager for layer in model.layers)
+
+
+def test_accelerated_kernelwarehouse_is_exported_with_any_batch():
+    torch.manual_seed(0)
+    model = CopiedKWNetwork().eval()
+    accelerate(model)
+    x = torch.randn(3, 6, 9, 8)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("b", min=1)},)).module()
+        for batch in (1, 3):
+            torch.testing.assert_close(program(x[:batch]), model(x[:batch]), rtol=1e-4, atol=1e-5)

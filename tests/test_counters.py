@@ -181,3 +181,43 @@ def test_fvcore_counts_the_traced_form(model):
     fvcore = pytest.importorskip("fvcore.nn")
     found = fvcore.FlopCountAnalysis(model, torch.rand(1, *SHAPE)).unsupported_ops_warnings(False).total()
     assert found > 0.8 * odconv.profile(model, SHAPE).madds
+
+
+class Sharing(nn.Module):
+    """Layers of KernelWarehouse, whose warehouse nobody calls."""
+
+    def __init__(self):
+        super().__init__()
+        first, second = odconv.KWConv2d(3, 16, 3, padding=1, bias=True), odconv.KWConv2d(16, 32, 3, padding=1)
+        self.warehouse = odconv.Warehouse({"one": {"first": first}, "two": {"second": second}}, cell_num_ratio=4)
+        self.layers = nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(32 * 24 * 24, 5))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_layers_that_share_cells(thop, monkeypatch):
+    model = Sharing().eval()
+    madds, parameters = expected(model)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    cells = sum(p.numel() for p in model.warehouse.parameters())
+    found = thop.profile(model, (torch.rand(1, *SHAPE),), custom_ops=counters.thop_ops(), verbose=False)
+    assert found == (madds, parameters - cells)
+    ptflops = pytest.importorskip("ptflops")
+    for backend in ("pytorch", "aten"):
+        options = {"as_strings": False, "print_per_layer_stat": False, "backend": backend}
+        hooks = counters.ptflops_hooks()
+        assert ptflops.get_model_complexity_info(model, SHAPE, custom_modules_hooks=hooks, **options)[0] == madds
+    calflops = pytest.importorskip("calflops")
+    pipeline = pytest.importorskip("calflops.calculate_pipline")
+    monkeypatch.setattr(pipeline, "MODULE_HOOK_MAPPING", pipeline.MODULE_HOOK_MAPPING | counters.calflops_hooks())
+    options = {"print_results": False, "output_as_string": False}
+    assert calflops.calculate_flops(model, (1, *SHAPE), **options)[1:] == (madds, parameters)
+    torchinfo = pytest.importorskip("torchinfo")
+    right = counters.torchinfo_statistics(torchinfo.summary(model, (2, *SHAPE), verbose=0))
+    assert (right.total_mult_adds / 2, right.total_params) == (madds, parameters)
+    assert right.total_param_bytes == 4 * parameters
+    flop_counter = pytest.importorskip("torch.utils.flop_counter")
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        model(torch.rand(1, *SHAPE))
+    assert counter.get_total_flops() / 2 == madds

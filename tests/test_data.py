@@ -337,7 +337,7 @@ def test_min_scale_is_the_smallest_area() -> None:
     [
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"image_size": 224, "resize_size": 200}, "resize_size must be at least image_size = 224, got 200"),
-        ({"augment": "strong"}, "augment must be one of imagenet, small, none, got 'strong'"),
+        ({"augment": "strong"}, "augment must be one of imagenet, randaugment, small, none, got 'strong'"),
         ({"min_scale": 0.0}, "min_scale must be above 0 and at most 1, got 0.0"),
         ({"min_scale": 1.5}, "min_scale must be above 0 and at most 1, got 1.5"),
     ],

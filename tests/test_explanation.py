@@ -9,6 +9,21 @@ from torch import nn
 import odconv
 from odconv.ops import cpu
 
+
+def sharing(*layers, **options):
+    """The first of some layers of KernelWarehouse."""
+    odconv.Warehouse({"body": {str(number): layer for number, layer in enumerate(layers)}}, **options)
+    return layers[0]
+
+
+def of_dtype(layer, dtype):
+    """A layer, and the warehouse that it may be in, in a dtype."""
+    for part in (layer, getattr(layer, "warehouse", None)):
+        if part is not None:
+            part.to(dtype)
+    return layer
+
+
 LAYERS = {
     "dense": (lambda: odconv.ODConv2d(32, 48, 3, padding=1), (2, 32, 14, 14)),
     "depth-wise": (lambda: odconv.ODConv2d(32, 32, 3, padding=1, groups=32), (4, 32, 7, 7)),
@@ -17,6 +32,9 @@ LAYERS = {
     "one position": (lambda: odconv.DyConv2d(8, 16, 3), (3, 8, 3, 3)),
     "same": (lambda: odconv.DyConv1d(8, 6, 4, padding="same"), (3, 8, 20)),
     "reflected": (lambda: odconv.ODConv3d(4, 6, 3, padding=1, padding_mode="reflect", groups=2), (2, 4, 5, 6, 7)),
+    "cells": (lambda: sharing(odconv.KWConv2d(16, 32, 3, padding=1), odconv.KWConv2d(32, 16, 1)), (2, 16, 9, 9)),
+    "cells, one sample": (lambda: sharing(odconv.KWConv2d(16, 16, 3, padding="same")), (1, 16, 9, 9)),
+    "cells, reflected": (lambda: sharing(odconv.KWConv1d(16, 8, 3, padding=1, padding_mode="reflect")), (2, 16, 20)),
 }
 
 
@@ -25,7 +43,7 @@ LAYERS = {
 @pytest.mark.parametrize("training", [False, True])
 def test_what_is_explained_is_what_is_done(name, dtype, training, caplog):
     make, shape = LAYERS[name]
-    layer = make().to(dtype).train(training)
+    layer = of_dtype(make(), dtype).train(training)
     caplog.set_level(logging.DEBUG, "odconv.ops")
     with torch.set_grad_enabled(training):
         y = layer(torch.randn(shape, dtype=dtype))
@@ -34,9 +52,9 @@ def test_what_is_explained_is_what_is_done(name, dtype, training, caplog):
     assert line.startswith(f"backend {found.backend} for x ")
     assert line.endswith(f": {found.why}")
     assert str(found).startswith(f"{found.backend}: {found.why}\n")
-    convolution = y.numel() * layer.weight[0, 0].numel()
+    convolution = y.numel() * torch.Size(layer.kernel_shape[1:]).numel()
     assert convolution <= found.multiply_adds < 8 * convolution
-    assert found.bytes > (torch.Size(shape).numel() + layer.weight.numel() + y.numel()) * dtype.itemsize
+    assert found.bytes > (torch.Size(shape).numel() + layer.parts.numel() + y.numel()) * dtype.itemsize
     assert found.workspace >= 0
 
 
@@ -48,6 +66,17 @@ def test_costs_by_hand(monkeypatch):
     assert found.multiply_adds == 5 * 6 * 36 * 36 + 5 * 2 * 6 * 36  # convolution, mixing
     assert found.bytes == 4 * (5 * 4 * 64 + 2 * 6 * 36 + 5 * 6 * 36 + 5 * 2)
     assert found.workspace == 4 * 5 * 6 * 36
+
+
+def test_costs_of_cells_by_hand():
+    layer = sharing(odconv.KWConv2d(4, 6, 3), odconv.KWConv2d(4, 6, 1), cell_num_ratio=2)  # 9 pieces and 1, 20 cells
+    found = odconv.explain(layer, (5, 4, 8, 8))
+    assert found.multiply_adds == 5 * 6 * 36 * 36 + 5 * 9 * 20 * 24
+    assert found.bytes == 4 * (5 * 4 * 64 + 20 * 24 + 5 * 9 * 20 + 5 * 6 * 36)
+    assert found.workspace == 4 * 5 * 6 * 36
+    assert odconv.explain(sharing(odconv.KWConv2d(512, 512, 3)), (8, 512, 8, 8)).workspace == 4 * 2 * 512 * 512 * 9
+    with pytest.raises(ValueError, match="the KWConv2d has no kernel"):
+        odconv.explain(odconv.KWConv2d(4, 6, 3), (5, 4, 8, 8))
 
 
 def test_layouts_devices_and_autocast_count():

@@ -38,7 +38,8 @@ def dynamic_layers(model):
 
 
 def test_the_dynamic_networks_are_registered_and_the_static_ones_are_timms_own():
-    assert {*ours.NAMES} == {name for name in tiny.LISTED if name.startswith(("od_", "odl_", "dy_", "cond_"))}
+    prefixes = ("od_", "odl_", "dy_", "cond_", "kw_")
+    assert {*ours.NAMES} == {name for name in tiny.LISTED if name.startswith(prefixes)}
     assert {*ours.NAMES} <= {*timm.list_models()}
     for static in ("resnet18", "resnet50", "mobilenetv2_050", "mobilenetv2_100"):
         assert timm.models.model_entrypoint(static).__module__.startswith("timm.models.")
@@ -60,6 +61,37 @@ def test_a_network_computes_what_the_zoos_does_with_its_weights(name):
     with torch.no_grad():
         expected = own(x)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12 * expected.norm().item())
+
+
+@pytest.mark.parametrize(("name", "budget"), [
+    *(("kw_resnet18", budget) for budget in (0.25, 1)), ("kw_resnet50", 0.5),
+    *(("kw_mobilenetv2_050", budget) for budget in (0.5, 1, 4)),
+])  # fmt: skip
+def test_a_network_of_kernelwarehouse_computes_what_the_zoos_does(name, budget, tmp_path):
+    options = {"budget": budget, "num_classes": 1000 if budget == 0.5 else 7}  # a classifier of cells of 1000 filters
+    own = stirred(odconv.create_model(name, **options)).double().eval()
+    model = timm.create_model(name, **options).double().eval()
+    model.load_state_dict(own.state_dict())
+    x = images(dtype=torch.float64)
+    with torch.no_grad():
+        expected = own(x)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12 * expected.norm().item())
+    shown = {key: tensor.shape for key, tensor in ours.published(model).state_dict().items()}
+    assert shown == {key: tensor.shape for key, tensor in own.state_dict().items()}
+
+
+def test_features_of_kernelwarehouse():
+    own = stirred(odconv.create_model("kw_resnet18")).eval()
+    model = timm.create_model("kw_resnet18", features_only=True).eval()
+    model.load_state_dict(own.state_dict(), strict=False)
+    x = images()
+    with torch.no_grad():
+        last = model(x)[-1]
+        torch.testing.assert_close(own.fc(last.mean((2, 3))), own(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="features_only must be False for kw_mobilenetv2_050"):
+        timm.create_model("kw_mobilenetv2_050", features_only=True)
+    with pytest.raises(ValueError, match="budget must be a whole number"):
+        timm.create_model("kw_resnet18", budget=1.5)
 
 
 def test_the_deepest_network_has_the_weights_of_the_zoos():

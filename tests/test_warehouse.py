@@ -4,7 +4,6 @@ import argparse
 import copy
 import fractions
 import hashlib
-import itertools
 import json
 import math
 import pickle
@@ -20,6 +19,7 @@ from odconv.conversion.fusion import fold_batch_norm
 from odconv.layers.warehouse import Warehouse, shared_by_name
 from odconv.layers.warehouse_attention import WarehouseAttention, set_blend
 from odconv.layers.warehouse_conv import KWConv, KWConv1d, KWConv2d, KWConv3d, KWLinear, assemble, cut
+from odconv.models.build import make_dynamic
 
 KINDS = {"conv1d": KWConv1d, "conv2d": KWConv2d, "conv3d": KWConv3d}
 OURS = (".blend", ".assignment")  # what published files do not hold
@@ -134,69 +134,17 @@ NETWORKS = {
     "kw1x_mobilenetv2_050": ("kw_mobilenetv2_050", 1),
     "kw4x_mobilenetv2_100": ("kw_mobilenetv2_100", 4),
     "kw1d2x_mobilenetv2_050": ("kw_mobilenetv2_050", 0.5),
+    "kw1x_convnext_tiny": ("kw_convnext_tiny", 1),
 }
 
 
-class Norm(nn.LayerNorm):
-    """Layer norm over the channels of maps."""
-
-    def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(1, width, 1, 1))
-        self.dwconv = KWConv2d(width, width, 7, padding=3, groups=width, bias=True)
-        self.norm = Norm(width, eps=1e-6)
-        self.pwconv1 = KWConv2d(width, 4 * width, 1, bias=True)
-        self.pwconv2 = KWConv2d(4 * width, width, 1, bias=True)
-
-    def forward(self, x):
-        return x + self.gamma * self.pwconv2(nn.functional.gelu(self.pwconv1(self.norm(self.dwconv(x)))))
-
-
-class ConvNeXt(nn.Module):
-    """ConvNeXt-Tiny, all of whose convolutions are in the warehouse; not in the zoo."""
-
-    def __init__(self):
-        super().__init__()
-        widths = (96, 192, 384, 768)
-        downs = [nn.Sequential(KWConv2d(3, 96, 4, 4, bias=True), Norm(96, eps=1e-6))]
-        downs += [
-            nn.Sequential(Norm(a, eps=1e-6), KWConv2d(a, b, 2, 2, bias=True)) for a, b in itertools.pairwise(widths)
-        ]
-        stages = [
-            nn.Sequential(*(Block(width) for _ in range(depth)))
-            for width, depth in zip(widths, (3, 3, 9, 3), strict=True)
-        ]
-        pools = {
-            f"down{number}": {"conv": next(m for m in down if isinstance(m, KWConv))}
-            for number, down in enumerate(downs)
-        }
-        for number, stage in enumerate(stages):
-            pools[f"depthwise{number}"] = {f"{i}": block.dwconv for i, block in enumerate(stage)}
-            pools[f"pointwise{number}"] = {
-                f"{i}.{name}": getattr(block, name) for i, block in enumerate(stage) for name in ("pwconv1", "pwconv2")
-            }
-        self.warehouse_manager = Warehouse(pools, norm="layer")
-        self.downsample_layers, self.stages = nn.ModuleList(downs), nn.ModuleList(stages)
-        self.norm, self.head = nn.LayerNorm(768, eps=1e-6), nn.Linear(768, 1000)
-
-    def forward(self, x):
-        for down, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(down(x))
-        return self.head(self.norm(x.mean((2, 3))))
-
-
-@pytest.mark.parametrize("config", [*NETWORKS, "kw1x_convnext_tiny"])
+@pytest.mark.parametrize("config", NETWORKS)
 def test_networks_compute_what_the_published_networks_compute(golden, config):
     pytest.importorskip("torchvision")
     rows = json.loads((golden / "kernelwarehouse.json").read_text())["models"]
     row = next(row for row in rows if row["config"] == config)
-    name, budget = NETWORKS.get(config, ("", 1))
-    model = odconv.create_model(name, budget=budget) if name else ConvNeXt()
+    name, budget = NETWORKS[config]
+    model = odconv.create_model(name, budget=budget)
     assert sum(p.numel() for p in model.parameters()) == row["parameters"]
     assert len(published(model)) == row["keys"]
     assert keys_md5(model) == row["keys_md5"]
@@ -233,6 +181,7 @@ PARAMETERS = {  # of the authors' table, as their code gives them
     ("kw_mobilenetv2_050", 0.5): 1_466_888,
     ("kw_mobilenetv2_050", 1): 2_854_522,
     ("kw_mobilenetv2_050", 4): 4_648_587,
+    ("kw_convnext_tiny", 1): 39_370_674,
 }
 
 
@@ -242,6 +191,48 @@ def test_parameters(name, budget):
     with torch.device("meta"):
         model = odconv.create_model(name, budget=budget)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name, budget]
+
+
+def test_convnext_tiny():
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    static = odconv.create_model("convnext_tiny", num_classes=7, dropout=0.2)
+    assert sum(p.numel() for p in static.parameters()) == 28_589_128 - 993 * 769
+    static.eval()
+    for block in static.stages.modules():
+        if hasattr(block, "gamma"):
+            nn.init.normal_(block.gamma)  # as after training: branches that count
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = static(x)
+        theirs = torchvision_convnext(static)(x)
+        torch.testing.assert_close(wanted, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+        model = copy.deepcopy(static)
+        make_dynamic(model, "kw_convnext_tiny", warm_start=True)
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    with pytest.raises(ValueError, match="stem must be 'standard' for kw_convnext_tiny"):
+        odconv.create_model("kw_convnext_tiny", stem="small")
+    with pytest.raises(ValueError, match="unknown model 'od_convnext_tiny'"):
+        odconv.create_model("od_convnext_tiny")
+
+
+def torchvision_convnext(static):
+    """torchvision's ConvNeXt-Tiny with the weights of ours, in the order in which both have them."""
+    models = pytest.importorskip("torchvision.models")
+    model = models.convnext_tiny(num_classes=7).eval()
+    blocks = [module for module in model.modules() if type(module).__name__ == "CNBlock"]
+    for theirs, ours in zip(blocks, (b for stage in static.stages for b in stage), strict=True):
+        theirs.layer_scale.data = ours.gamma.data[0]
+        parts = (ours.dwconv, ours.norm, ours.pwconv1, ours.pwconv2)
+        for place, part in zip((0, 2, 3, 5), parts, strict=True):
+            theirs.block[place].weight.data = part.weight.data.reshape(theirs.block[place].weight.shape)
+            theirs.block[place].bias.data = part.bias.data
+    for stage, narrow in enumerate(static.downsample_layers):
+        for theirs, part in zip(model.features[2 * stage], narrow, strict=True):
+            theirs.weight.data, theirs.bias.data = part.weight.data, part.bias.data
+    for theirs, part in ((model.classifier[0], static.norm), (model.classifier[2], static.head)):
+        theirs.weight.data, theirs.bias.data = part.weight.data, part.bias.data
+    return model
 
 
 class Small(nn.Module):

@@ -14,11 +14,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from odconv.conversion.convert import convert, options_of
-from odconv.models.build import METHODS, split_name
-from odconv.models.zoo import BACKBONES
+from odconv.conversion.warehouse import NAME, stock
+from odconv.models.build import METHODS, build_static, split_name
+from odconv.models.warehouse import OPTIONS, plan
+from odconv.models.zoo import BACKBONES, WAREHOUSE
 from odconv.system.packages import needed_by
 
 with needed_by("odconv.timm", "timm"):
@@ -70,7 +73,12 @@ def published(model: nn.Module) -> nn.Module:
     if lost := [block for block in BLOCKS if block not in layers]:
         raise ValueError(f"model must be a MobileNetV2 with all blocks under timm's names, got none at {lost[0]}")
     view = nn.Module()
-    for name, own in PUBLISHED.items():
+    names = PUBLISHED
+    if NAME in layers:
+        view.add_module(NAME, layers[NAME])
+        if isinstance(layers.get("classifier"), nn.Linear):  # published without dropout's place before it
+            names = {name.replace("classifier.1", "classifier"): own for name, own in names.items()}
+    for name, own in names.items():
         *path, last = name.split(".")
         parent = view
         for part in path:
@@ -113,11 +121,9 @@ def take_published(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 
 def builder(name: str) -> Callable[..., nn.Module]:
     """Make the function that timm calls to build a network."""
-    method_name, backbone = split_name(name)
-    method, stem = METHODS[str(method_name)], get_pretrained_cfg_value(backbone, "first_conv")
-
-    def chosen(path: str, conv: nn.Module) -> bool:
-        return path.split(".", maxsplit=1)[0] != stem and (method.shortcuts or ".downsample." not in path)
+    method, backbone = split_name(name)
+    stem = get_pretrained_cfg_value(backbone, "first_conv")
+    known = OPTIONS if method == WAREHOUSE else options_of(METHODS[str(method)].layer)
 
     def build(pretrained: bool = False, **options: Any) -> nn.Module:
         cfg = resolve_pretrained_cfg(name, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
@@ -126,16 +132,21 @@ def builder(name: str) -> Callable[..., nn.Module]:
                 f"pretrained must be False for {name} (encoder_weights=None in segmentation_models_pytorch): timm has "
                 "no weights of it to download; pretrained_cfg_overlay={'file': path} names a file to load"
             )
-        layer_options = {key: options.pop(key) for key in options_of(method.layer) if key in options}
+        layer_options = {key: options.pop(key) for key in known if key in options}
         fixed: dict[str, Any] = {}
         if options.get("features_only") and stem == "conv_stem" and not options.keys() & {"feature_cls", "feature_cfg"}:
+            if method == WAREHOUSE:
+                raise ValueError(
+                    f"features_only must be False for {name}: its last convolution, which no feature needs, "
+                    "shares cells with those before it"
+                )
             # timm has a class of its own for the features of these, without a head
             fixed["features_only"] = options.pop("features_only")
             options["pretrained_strict"] = False
 
         def network(**arguments: Any) -> nn.Module:
             model = model_entrypoint(backbone)(**arguments, **fixed)
-            convert(model, method.layer, include=chosen, warm_start=False, **method.options | layer_options)
+            make_dynamic(model, name, layer_options)
             model.register_load_state_dict_pre_hook(take_published)
             return model
 
@@ -143,6 +154,24 @@ def builder(name: str) -> Callable[..., nn.Module]:
 
     build.__name__ = name
     return build
+
+
+def make_dynamic(model: nn.Module, name: str, layer_options: dict[str, Any]) -> None:
+    """Replace the convolutions of a static network of timm, in place, to make that of one of our names."""
+    method_name, backbone = split_name(name)
+    if method_name == WAREHOUSE:
+        with torch.device("meta"):
+            pools, options = plan(build_static(BACKBONES[backbone], 1000, 0.0), BACKBONES[backbone], **layer_options)
+        if "conv_stem" in model._modules:
+            pools = {pool: [PUBLISHED[layer] for layer in layers] for pool, layers in pools.items()}
+        stock(model, pools, **options)
+        return
+    method, stem = METHODS[str(method_name)], get_pretrained_cfg_value(backbone, "first_conv")
+
+    def chosen(path: str, conv: nn.Module) -> bool:
+        return path.split(".", maxsplit=1)[0] != stem and (method.shortcuts or ".downsample." not in path)
+
+    convert(model, method.layer, include=chosen, warm_start=False, **method.options | layer_options)
 
 
 def run_script() -> None:
@@ -162,7 +191,7 @@ def run_script() -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-NAMES = [f"{method}_{backbone}" for method in METHODS for backbone in BACKBONES if is_model(backbone)]
+NAMES = [f"{method}_{backbone}" for method in (*METHODS, WAREHOUSE) for backbone in BACKBONES if is_model(backbone)]
 default_cfgs = generate_default_cfgs({  # timm looks here
     name: {
         "num_classes": 1000,

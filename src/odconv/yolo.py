@@ -150,8 +150,13 @@ def convert(
 
     Raises:
         ImportError: ultralytics is not installed.
-        ValueError, TypeError: as :func:`odconv.convert`.
+        ValueError, TypeError: as :func:`odconv.convert`; and `to` is "kernelwarehouse".
     """
+    if to == "kernelwarehouse":
+        raise ValueError(
+            "to must be odconv, condconv, dyconv or a layer's class for ultralytics' networks, got 'kernelwarehouse', "
+            "whose layers share their cells: ultralytics builds, fuses and transfers layers one by one"
+        )
     with needed_by("odconv.yolo", "ultralytics"):
         from ultralytics.engine.model import Model
 

@@ -29,13 +29,15 @@ class Layer(NamedTuple):
         shape: its sizes, in words.
         attentions: its attentions, by their kinds in the order of KINDS, each (B, ...).
         rows: their statistics, by the same names, and of the mixed kernel.
-        similarity: cosines of its kernels, (n, n).
+        part: what its kernels are mixed of, in a word.
+        similarity: cosines of its n kernels or cells, (n, n); the same tensor for layers that share these.
     """
 
     name: str
     shape: str
     attentions: dict[str, Tensor]
     rows: dict[str, Row]
+    part: str
     similarity: Tensor
 
     @property
@@ -81,13 +83,16 @@ def measure(model: nn.Module, recorded: dict[str, Attentions], labels: Tensor | 
     """Measure the layers of a network by their attentions on B images, of the classes `labels` (B) if known."""
     described = describe_attentions(model, recorded)
     layers = []
+    similarity: dict[nn.Parameter, Tensor] = {}
     for name, attentions in recorded.items():
         layer: Any = model.get_submodule(name)
         values = {kind: value for kind in KINDS if (value := getattr(attentions, kind)) is not None}
         rows = {row["attention"]: row for row in described if row["layer"] == name}
         rows = {kind: rows[kind] | by_class(scatter(values[kind], labels)) for kind in values}
         rows[WHOLE] = describe_kernels(layer, name, scatter_of_kernels(layer, attentions, labels))
-        layers.append(Layer(name, describe_layer(layer), values, rows, kernel_similarity(layer.weight)))
+        if layer.parts not in similarity:
+            similarity[layer.parts] = kernel_similarity(layer.parts)
+        layers.append(Layer(name, describe_layer(layer), values, rows, layer.part, similarity[layer.parts]))
     return layers
 
 
@@ -106,4 +111,4 @@ def describe_kernels(layer: Any, name: str, found: Scatter) -> Row:
 def describe_layer(layer: Any) -> str:
     """Return the sizes of a layer: "64 to 128 channels, 3 x 3, 4 kernels"."""
     size = " x ".join(map(str, layer.kernel_size))
-    return f"{layer.in_channels} to {layer.out_channels} channels, {size}, {count(layer.kernel_num, 'kernel')}"
+    return f"{layer.in_channels} to {layer.out_channels} channels, {size}, {count(len(layer.parts), layer.part)}"

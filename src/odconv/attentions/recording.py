@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odconv.layers import Attentions, DynamicConv
+from odconv.layers import Attentions, PerSampleConv
 
 
 def record_attentions(model: nn.Module, x: Tensor) -> dict[str, Attentions]:
@@ -35,13 +35,16 @@ def recording(model: nn.Module) -> Iterator[dict[str, Attentions]]:
     """Give what :func:`record_attentions` returns, of each call of the network within the block."""
     recorded: dict[str, Attentions] = {}
     names: dict[nn.Module, str] = {
-        module.attention: name for name, module in model.named_modules() if isinstance(module, DynamicConv)
+        module.attention: name
+        for name, module in model.named_modules()
+        if isinstance(module, PerSampleConv) and module.attention is not None
     }
     if not names:
         raise ValueError(f"model must have dynamic layers, got a {type(model).__name__} without")
 
-    def record(module: Any, _: Any, found: tuple[Tensor, ...]) -> None:
-        recorded[names[module]] = module.named(tuple(attention.detach().cpu() for attention in found))
+    def record(module: Any, _: Any, found: Any) -> None:
+        attentions = module.named(found)
+        recorded[names[module]] = Attentions(*(None if a is None else a.detach().cpu() for a in attentions))
 
     training = {module: module.training for module in model.modules()}
     hooks = [attention.register_forward_hook(record) for attention in names]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.attentions.recording import record_attentions
-from odconv.layers import Attentions, DynamicConv
+from odconv.layers import Attentions, PerSampleConv
 
 SATURATED = 0.01
 """A gate is saturated within this share of its range of 0 or of its maximum: its gradient is 4 % of the greatest."""
@@ -29,20 +29,21 @@ def attention_statistics(model: nn.Module, images: Tensor) -> list[dict[str, Any
         A row for each dynamic layer and each of its attentions, with
 
         - ``layer``, ``attention``: the layer's name; channel, filter, spatial or kernel;
-        - ``mean``: over all images and entries (channels, filters, taps or kernels);
+        - ``mean``: of their sizes, over all images and entries (channels, filters, taps, kernels, or of KernelWarehouse
+          the cells of each piece, whose shares have signs);
         - ``between_images``: standard deviation over the images, averaged over the entries: what depends on the image;
         - ``between_entries``: standard deviation over the entries of the average over the images: what does not;
-        - ``saturated``: share of values within 1 % of 0 or of their maximum, which is the layer's gain, and 1 for the
-          kernel attention;
-        - ``kernel_distance``: root mean square distance of two of the n kernels, divided by sqrt(2) times their root
-          mean square norm: 0 for equal kernels, 1 for unrelated (orthogonal) ones; only for the kernel attention of
-          n > 1 kernels, else None;
-        - ``entropy``: mean entropy of an image's shares, which count relative to their sum, divided by log n: 1 where
-          all kernels have the same share, 0 where one has it all; None as above.
+        - ``saturated``: share of values within 1 % of the ends of their range: 0 and the layer's gain; 0 and 1 for the
+          kernel attention, -1 and 1 for that of KernelWarehouse;
+        - ``kernel_distance``: root mean square distance of two of the n kernels or cells, divided by sqrt(2) times
+          their root mean square norm: 0 for equal kernels, 1 for unrelated (orthogonal) ones; only for the kernel
+          attention of n > 1 kernels, else None;
+        - ``entropy``: mean entropy of an image's shares, whose sizes count relative to their sum, divided by log n: 1
+          where all kernels have the same share, 0 where one has it all; None as above.
 
         No rows for a network without dynamic layers.
     """
-    if not any(isinstance(module, DynamicConv) for module in model.modules()):
+    if not any(isinstance(module, PerSampleConv) for module in model.modules()):
         return []
     return describe_attentions(model, record_attentions(model, images))
 
@@ -58,10 +59,10 @@ def describe_attentions(model: nn.Module, recorded: Mapping[str, Attentions]) ->
             row = {
                 "layer": name,
                 "attention": kind,
-                **_spread(values, layer.attention.kernel_gain if kind == "kernel" else layer.attention.gain),
+                **_spread(values, *layer.attention.range_of(kind)),
             }
-            if kind == "kernel" and layer.kernel_num > 1:
-                row |= {"kernel_distance": kernel_distance(layer.weight.detach()), "entropy": mixture_entropy(values)}
+            if kind == "kernel" and len(layer.parts) > 1:
+                row |= {"kernel_distance": kernel_distance(layer.parts.detach()), "entropy": mixture_entropy(values)}
             rows.append({column: _short(row.get(column)) for column in COLUMNS})
     return rows
 
@@ -74,18 +75,19 @@ def kernel_distance(kernels: Tensor) -> Tensor:
 
 
 def mixture_entropy(shares: Tensor) -> Tensor:
-    """Mean entropy of the shares (B, n), n > 1, relative to log n; exactly as above."""
-    shares = shares.float() / shares.sum(1, keepdim=True)
-    return torch.special.entr(shares).sum(1).mean() / log(shares.shape[1])
+    """Mean entropy of the shares (..., n), n > 1, relative to log n; exactly as above."""
+    sizes = shares.float().abs()
+    sizes = sizes / sizes.sum(-1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+    return torch.special.entr(sizes).sum(-1).mean() / log(shares.shape[-1])
 
 
-def _spread(values: Tensor, maximum: float) -> dict[str, Tensor]:
-    share = values / maximum
+def _spread(values: Tensor, low: float, high: float) -> dict[str, Tensor]:
+    margin = SATURATED * (high - low)
     return {
-        "mean": values.mean(),
+        "mean": values.abs().mean(),
         "between_images": values.std(0, correction=0).mean(),
         "between_entries": values.mean(0).std(correction=0),
-        "saturated": ((share < SATURATED) | (share > 1 - SATURATED)).float().mean(),
+        "saturated": ((values < low + margin) | (values > high - margin)).float().mean(),
     }
 
 

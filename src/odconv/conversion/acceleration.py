@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odconv.layers import DynamicConv
+from odconv.layers import PerSampleConv
+from odconv.layers.warehouse_conv import assemble
 from odconv.ops import dynamic_conv
+from odconv.ops.mixing import mixed_conv
 
 TOLERANCE = 1e-10
 """How far, relative to the largest value, the two ways of computing may differ in float64 for a layer to be changed."""
@@ -28,12 +30,14 @@ class Rule(NamedTuple):
         fits: whether a module looks like one; it raises AttributeError where the module lacks what these have.
         forward: what it computes, by our operator, given the module and its inputs.
         example: inputs for a module.
+        alone: makes a copy of a module that has what it needs of others, for the comparison.
     """
 
     kind: str
     fits: Callable[[Any], bool]
     forward: Callable[..., Tensor]
     example: Callable[[Any], tuple[Any, ...]]
+    alone: Callable[[Any], Any] = copy.deepcopy
 
 
 class Decision(NamedTuple):
@@ -72,10 +76,11 @@ class Acceleration(NamedTuple):
 def accelerate(model: nn.Module) -> Acceleration:
     """Let the dynamic layers of another network run on this library's operator, in place.
 
-    Known are timm's `CondConv2d`, EfficientAT's `DynamicConv`, and the `ODConv2d` and `Dynamic_conv2d` of the files
-    that most repositories copy, told by what they have, not by where they come from. Each is first compared with its
-    own forward on random inputs in float64. It keeps its class, its attention, its parameters and its keys; only its
-    forward is replaced, which :func:`restore_forward` undoes. What it computes is the same up to rounding.
+    Known are timm's `CondConv2d`, EfficientAT's `DynamicConv`, the `ODConv2d` and `Dynamic_conv2d` of the files that
+    most repositories copy, and KernelWarehouse's layers, told by what they have, not by where they come from. Each is
+    first compared with its own forward on random inputs in float64. It keeps its class, its attention, its parameters
+    and its keys; only its forward is replaced, which :func:`restore_forward` undoes. What it computes is the same up to
+    rounding.
 
     Args:
         model: any network.
@@ -117,7 +122,7 @@ def is_accelerated(module: nn.Module) -> bool:
 
 def find_rule(module: nn.Module) -> Rule | None:
     """Return the rule for a module, None where it looks like none of those known."""
-    if isinstance(module, DynamicConv):
+    if isinstance(module, PerSampleConv):
         return None
     for rule in RULES:
         try:
@@ -145,7 +150,7 @@ def compare(module: Any, rule: Rule) -> str:
     The parameters are random, too: two ways of computing may agree on those of a new layer by chance.
     """
     try:
-        exact = copy.deepcopy(module).cpu().double()
+        exact = rule.alone(module).cpu().double()
     except Exception as error:
         return f"it cannot be copied for a comparison: {error}"
     for part in exact.modules():
@@ -272,8 +277,58 @@ def copied_example(layer: Any) -> tuple[Any, ...]:
     return (some_map(layer, shape[2] * layer.groups, tuple(shape[3:])),)
 
 
+def is_warehoused(layer: Any) -> bool:
+    """Return whether a module is like KernelWarehouse's: shares of cells, which a manager in a list of one gives."""
+    managers = layer.warehouse_manager
+    if not isinstance(managers, list) or len(managers) != 1:  # a network has its manager by the same name
+        return False
+    cells = managers[0].take_cell(layer.warehouse_id)
+    return isinstance(layer.attention, nn.Module) and cells.dim() == len(layer.kernel_size) + 3
+
+
+def warehoused(layer: Any, x: Tensor) -> Tensor:
+    """Compute a layer of KernelWarehouse, whose attention gives a row of shares for each piece of each kernel."""
+    cells = layer.warehouse_manager[0].take_cell(layer.warehouse_id)
+    shape = (layer.out_planes, layer.in_planes // layer.groups, *layer.kernel_size)
+    pieces = math.prod(shape) // math.prod(cells.shape[1:])
+    shares = layer.attention(x).reshape(x.shape[0], pieces, -1)
+    mix = functools.partial(assemble, shape=shape)
+    return mixed_conv(x, mix, cells, shares, shape, bias=layer.bias, **geometry_of(layer))
+
+
+def warehoused_example(layer: Any) -> tuple[Any, ...]:
+    """Return inputs for a layer of KernelWarehouse."""
+    extents = (
+        d * (k - 1) + 4 + axis for axis, (d, k) in enumerate(zip(layer.dilation, layer.kernel_size, strict=True))
+    )
+    parameter = next(layer.parameters())
+    return (torch.randn(2, layer.in_planes, *extents, dtype=parameter.dtype, device=parameter.device),)
+
+
+class Cells(nn.Module):
+    """The cells of one layer in the place of the whole network's manager."""
+
+    def __init__(self, cells: Tensor) -> None:
+        super().__init__()
+        self.cells = nn.Parameter(cells.detach().clone())
+
+    def take_cell(self, _: Any) -> Tensor:
+        """Return the cells, whichever are asked for."""
+        return self.cells
+
+
+def with_own_cells(layer: Any) -> Any:
+    """Return a copy of a layer of KernelWarehouse that has its cells as parameters of its own."""
+    (manager,) = layer.warehouse_manager
+    own = Cells(manager.take_cell(layer.warehouse_id))
+    copied = copy.deepcopy(layer, {id(manager): own})
+    copied.add_module("own_cells", own)
+    return copied
+
+
 RULES = (
     Rule("timm's CondConv2d", is_condconv, condconv, condconv_example),
     Rule("EfficientAT's DynamicConv", is_contextual, contextual, contextual_example),
     Rule("copied ODConv2d or Dynamic_conv2d", is_copied, copied, copied_example),
+    Rule("KernelWarehouse's layer", is_warehoused, warehoused, warehoused_example, with_own_cells),
 )

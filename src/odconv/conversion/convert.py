@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 import odconv.layers
-from odconv.layers import DynamicConv
+from odconv.layers import DynamicConv, PerSampleConv
 from odconv.layers.starts import SETTLED
 from odconv.layers.warehouse_conv import KWConv, KWConv1d, KWConv2d, KWConv3d
 from odconv.system.text import first_few, suggest
@@ -29,6 +29,7 @@ FAMILIES: dict[str, list[type[DynamicConv]]] = {
     for method in ("ODConv", "CondConv", "DyConv")
 }
 WAREHOUSE: list[type[KWConv]] = [KWConv1d, KWConv2d, KWConv3d]
+WAREHOUSE_OPTIONS = ("budget", "stages", "reduction", "norm")
 SHORTCUTS = {"downsample", "shortcut", "skip", "proj"}
 """Parts of the names that torchvision, timm and others give to the projections on their shortcuts."""
 
@@ -111,10 +112,9 @@ def convert(
         TypeError: an argument of another type, or an option that the layers do not have.
     """
     if to == "kernelwarehouse":
-        from odconv.conversion.warehouse import OPTIONS, convert_to_warehouse  # which is built on what follows
+        from odconv.conversion.warehouse import convert_to_warehouse  # which is built on what follows
 
-        if unknown := [option for option in layer_options if option not in OPTIONS]:
-            raise TypeError(f"{unknown[0]!r} is no option of {to}; it has {', '.join(OPTIONS)}")
+        check_warehouse_options(layer_options)
         return convert_to_warehouse(model, include=include, exclude=exclude, warm_start=warm_start, **layer_options)
     if not warm_start and isinstance(to, str) and layer_options.get("init") != "published":
         layer_options = SETTLED.get(to, {}) | layer_options
@@ -124,7 +124,7 @@ def convert(
         for decision in decisions
         if decision.layer is not None
     }
-    if not made and not any(isinstance(decision.module, DynamicConv) for decision in decisions):
+    if not made and not any(isinstance(decision.module, PerSampleConv) for decision in decisions):
         left = [f"{decision.names[0] or 'it'}: {decision.reason}" for decision in decisions]
         raise ValueError(f"no convolution of the {type(model).__name__} is replaced; {first_few(left, '; ')}")
     for conv, layer in made.items():
@@ -152,7 +152,7 @@ def decide(
     decisions = []
     for module, places in found.items():
         layer, reason = None, ""
-        if isinstance(module, DynamicConv):
+        if isinstance(module, PerSampleConv):
             reason = "dynamic already"
         elif included is not None and not any(included(name, module) for name in places):
             reason = "not included"
@@ -195,6 +195,13 @@ def check_options(layer: type[nn.Module], options: dict[str, Any]) -> None:
             raise TypeError(f"{option!r} is no option of a {layer.__name__}; it has {', '.join(known)}")
 
 
+def check_warehouse_options(options: dict[str, Any]) -> None:
+    """Raise a TypeError for an option that a conversion to KernelWarehouse does not have."""
+    for option in options:
+        if option not in WAREHOUSE_OPTIONS:
+            raise TypeError(f"{option!r} is no option of kernelwarehouse; it has {', '.join(WAREHOUSE_OPTIONS)}")
+
+
 def options_of(layer: type[nn.Module]) -> list[str]:
     """Return the keyword arguments of a layer that a convolution does not have."""
     parameters = inspect.signature(layer).parameters.values()
@@ -216,7 +223,7 @@ def find_convolutions(model: nn.Module) -> dict[Any, list[str]]:
             raise ValueError(
                 f"{name or 'the model'} is wrapped for distributed training: convert the network before that"
             )
-        if isinstance(module, (*CONVOLUTIONS, DynamicConv)):
+        if isinstance(module, (*CONVOLUTIONS, PerSampleConv)):
             found.setdefault(module, []).append(name)
     if not found:
         raise ValueError(f"the {type(model).__name__} has no convolution (nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d)")
@@ -226,7 +233,7 @@ def find_convolutions(model: nn.Module) -> dict[Any, list[str]]:
 def outside_dynamic(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield all modules by name, under each of their names, but not those inside dynamic layers."""
     yield name, module
-    if not isinstance(module, DynamicConv):
+    if not isinstance(module, PerSampleConv):
         for key, child in module._modules.items():
             if child is not None:
                 yield from outside_dynamic(child, f"{name}.{key}" if name else key)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odconv.layers import DynamicConv
+from odconv.layers import DynamicConv, PerSampleConv
 from odconv.system.packages import needed_by
 
 
@@ -63,7 +63,7 @@ def keep_channels(layer: DynamicConv, kept: Sequence[int]) -> DynamicConv:
     return layer
 
 
-def pruners() -> dict[type[DynamicConv], Any]:
+def pruners() -> dict[type[PerSampleConv], Any]:
     """Return what torch-pruning needs to know of dynamic layers, yours included, for its `customized_pruners`.
 
     Its `root_module_types` must name :class:`odconv.DynamicConv` beside convolutions and linear layers, or only what
@@ -88,11 +88,16 @@ def pruners() -> dict[type[DynamicConv], Any]:
         def get_in_channels(self, layer: DynamicConv) -> int:
             return layer.in_channels
 
-    return {kind: Pruner() for kind in DynamicConv.kinds()}
+    return {kind: Pruner() for kind in PerSampleConv.kinds()}
 
 
 def _index(name: str, kept: Sequence[int], channels: int, layer: DynamicConv) -> Tensor:
     """Return the channels to keep as a tensor, after seeing that all that has them can be cut."""
+    if not isinstance(layer, DynamicConv):
+        raise TypeError(
+            f"layer must have kernels of its own, got a {type(layer).__name__}, whose cells are other layers' too; "
+            "prune the static network and convert it afterwards"
+        )
     if layer.groups != 1:
         raise ValueError(
             f"a layer with groups {layer.groups} cannot be pruned; prune the static network and convert it afterwards"

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from odconv.conversion.convert import replace_parts
-from odconv.layers import Attentions, DynamicConv
+from odconv.layers import Attentions, PerSampleConv
 from odconv.layers.warehouse import Warehouse
-from odconv.layers.warehouse_conv import KWConv, assemble
-from odconv.ops.eager import mixed_kernels
+from odconv.layers.warehouse_conv import KWConv
 
 CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {
     (1, False): nn.Conv1d,
@@ -84,11 +83,11 @@ def to_static(model: nn.Module, loader: Iterable[Any], *, by_layer: bool = False
         ValueError: there are no dynamic layers, or no inputs; or a layer takes a context, or is never called.
         TypeError: the network's output is no tensor of logits.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv | KWConv)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PerSampleConv)}
     if not layers:
         raise ValueError(f"model must have dynamic layers, got a {type(model).__name__} without")
     for name, layer in layers.items():
-        if isinstance(layer, DynamicConv) and layer.context_channels is not None:
+        if getattr(layer, "context_channels", None) is not None:
             raise ValueError(f"{name} takes a context, which an ordinary convolution cannot")
     model = copy.deepcopy(model).eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
@@ -116,7 +115,7 @@ def _recording(model: nn.Module) -> Iterator[dict[str, Attentions]]:
     means: dict[str, Attentions] = {}
 
     def record(name: str, attention: Any, found: Any) -> None:
-        attentions = Attentions(found) if isinstance(found, Tensor) else attention.named(found)
+        attentions = attention.named(found)
         totals = [None if a is None else a.sum(0, keepdim=True, dtype=torch.float64) for a in attentions]
         before = sums.get(name, [0.0] * len(totals))
         sums[name] = [None if total is None else total + old for total, old in zip(totals, before, strict=True)]
@@ -125,7 +124,7 @@ def _recording(model: nn.Module) -> Iterator[dict[str, Attentions]]:
     hooks = [
         module.attention.register_forward_hook(lambda attention, _, found, name=name: record(name, attention, found))
         for name, module in model.named_modules()
-        if isinstance(module, DynamicConv | KWConv) and module.attention is not None
+        if isinstance(module, PerSampleConv) and module.attention is not None
     ]
     try:
         yield means
@@ -171,21 +170,13 @@ def _replace(model: nn.Module, means: Mapping[str, Attentions]) -> None:
 
 def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
     """Return the convolution that a layer is at certain attentions, (1, ...)."""
-    place = (layer.cells if isinstance(layer, KWConv) else layer.weight).device
-    attentions = Attentions(*(None if a is None else a.to(place) for a in attentions))
-    if isinstance(layer, KWConv):
-        assert attentions.kernel is not None
-        kernel = assemble(layer.cells.double(), attentions.kernel, layer.kernel_shape)[0]
-        return convolution_like(layer, kernel, layer.bias, layer.cells)
-    kernels = attentions
-    if layer.transposed:  # whose weight has the channels first
-        kernels = attentions._replace(channel=attentions.filter, filter=attentions.channel)
-    kernel = mixed_kernels(layer.weight.double(), kernels, layer.groups)[0]
+    parts = layer.parts
+    attentions = Attentions(*(None if a is None else a.to(parts.device) for a in attentions))
     bias = None if layer.bias is None else layer.bias.double()
-    if layer.kernel_bias is not None:
-        mixed = layer.kernel_bias[0] if attentions.kernel is None else attentions.kernel[0] @ layer.kernel_bias.double()
+    if (rows := getattr(layer, "kernel_bias", None)) is not None:
+        mixed = rows[0] if attentions.kernel is None else attentions.kernel[0] @ rows.double()
         bias = mixed if bias is None else bias + mixed
-    return convolution_like(layer, kernel, bias, layer.weight)
+    return convolution_like(layer, layer.kernels(attentions, torch.float64)[0], bias, parts)
 
 
 def convolution_like(layer: Any, kernel: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:
@@ -200,7 +191,7 @@ def convolution_like(layer: Any, kernel: Tensor, bias: Tensor | None, like: Tens
         dilation=layer.dilation,
         groups=layer.groups,
         bias=bias is not None,
-        padding_mode=getattr(layer, "padding_mode", "zeros"),  # KernelWarehouse's layers know no other
+        padding_mode=layer.padding_mode,
         device=like.device,
         dtype=like.dtype,
         **transposed,

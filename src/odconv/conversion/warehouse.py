@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from odconv.conversion.convert import WAREHOUSE, Chosen, decide, hand_over, matcher, replace_parts
+from odconv.conversion.convert import WAREHOUSE, Chosen, Decision, decide, hand_over, matcher, replace_parts
 from odconv.layers.warehouse import Ratio, Warehouse, cell_shape, pieces_of
 from odconv.layers.warehouse_attention import set_blend
 from odconv.layers.warehouse_conv import KWConv, KWLinear, cut
@@ -16,8 +16,6 @@ from odconv.system.text import first_few
 METHOD = "kernelwarehouse"
 NAME = "warehouse_manager"
 """The warehouse's name in a network, as published: its first module."""
-
-OPTIONS = ("budget", "stages", "reduction", "norm")
 
 MOST = 0.5
 """How many numbers the attentions of layers that share cells may have, for each number of these cells. An attention has
@@ -55,6 +53,24 @@ def convert_to_warehouse(
         ValueError, TypeError: as :func:`odconv.convert`; and the budget does not fit the widths, or is below 1 with a
             warm start, or the model has a warehouse already, or a stage matches nothing.
     """
+    _, pools = plan(model, include, exclude, budget, stages, reduction)
+    stock(model, pools, warm_start=warm_start, reduction=reduction, norm=norm, **ratios(budget))
+    return model
+
+
+def plan(
+    model: nn.Module,
+    include: Chosen | None = None,
+    exclude: Chosen | None = None,
+    budget: float = 1.0,
+    stages: Sequence[str] | None = None,
+    reduction: float = 1 / 16,
+) -> tuple[list[Decision], dict[str, list[str]]]:
+    """Return what becomes of each convolution, and the names of those that share cells, by a name for these.
+
+    Raises:
+        ValueError, TypeError: as :func:`convert_to_warehouse`.
+    """
     if taken := [name for name, part in model.named_modules() if isinstance(part, (Warehouse, KWConv))]:
         raise ValueError(
             f"the {type(model).__name__} has a warehouse already ({taken[0]}), which a further one would not share; "
@@ -80,8 +96,7 @@ def convert_to_warehouse(
         for pool, own in pools.items()
         for part, names in enumerate(parts_of(own, chosen, budget, reduction))
     }
-    stock(model, parted, warm_start=warm_start, reduction=reduction, norm=norm, **ratios(budget))
-    return model
+    return decisions, parted
 
 
 def ratios(budget: float) -> dict[str, float]:
@@ -123,31 +138,39 @@ def stock(model: nn.Module, pools: Mapping[str, Sequence[str]], *, warm_start: b
             "kernel cannot hold the trained kernels"
         )
     old: dict[str, Any] = {name: model.get_submodule(name) for names in pools.values() for name in names}
-    new = {name: warehouse_like(name, module) for name, module in old.items()}
-    convs = {name: layer.conv if isinstance(layer, KWLinear) else layer for name, layer in new.items()}
-    made = {old[name]: layer for name, layer in new.items()}
-    order = [convs[name] for name in order_of(model, old)]
     weight = next(iter(old.values())).weight
-    warehouse = Warehouse(
-        {pool: {name: convs[name] for name in names} for pool, names in pools.items()},
-        order,
-        device=weight.device,
-        dtype=weight.dtype,
-        **options,
-    )
+    new, warehouse = layers_of(model, pools, device=weight.device, dtype=weight.dtype, **options)
     for number, names in enumerate(pools.values()):
         warehouse.weights[number].requires_grad_(any(old[name].weight.requires_grad for name in names))
-    for name, conv in convs.items():
-        trained = old[name]
+    for name, layer in new.items():
+        trained, conv = old[name], layer.conv if isinstance(layer, KWLinear) else layer
         if warm_start:
             start_from(conv, trained)
         conv.train(trained.training)
         if not isinstance(trained, nn.Linear):
             hand_over(trained, conv)
-    replace_parts(model, made)
+    replace_parts(model, {old[name]: layer for name, layer in new.items()})
     put_first(model, NAME, warehouse)
     if warm_start:
         set_blend(model, 1.0)
+
+
+def layers_of(
+    model: nn.Module, pools: Mapping[str, Sequence[str]], **options: Any
+) -> tuple[dict[str, KWConv | KWLinear], Warehouse]:
+    """Return the layers that take the place of others, by their names, and the warehouse that they share.
+
+    Args:
+        model: the network of the others.
+        pools: as for :func:`stock`.
+        **options: of the warehouse; `device` and `dtype` are those of the layers, too.
+    """
+    placed = {name: options[name] for name in ("device", "dtype")}
+    new = {name: warehouse_like(model.get_submodule(name), **placed) for names in pools.values() for name in names}
+    convs = {name: layer.conv if isinstance(layer, KWLinear) else layer for name, layer in new.items()}
+    order = order_of(model, {name: model.get_submodule(name) for name in new})
+    shared = {pool: {name: convs[name] for name in names} for pool, names in pools.items()}
+    return new, Warehouse(shared, [convs[name] for name in order], **options)
 
 
 def order_of(model: nn.Module, parts: Mapping[str, nn.Module]) -> list[str]:
@@ -156,13 +179,10 @@ def order_of(model: nn.Module, parts: Mapping[str, nn.Module]) -> list[str]:
     return [names[module] for module in model.modules() if module in names]
 
 
-def warehouse_like(name: str, module: Any) -> KWConv | KWLinear:
+def warehouse_like(module: Any, **placed: Any) -> KWConv | KWLinear:
     """Return the layer that takes the place of a convolution or a linear layer, without a kernel yet."""
-    placed = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
         return KWLinear(module.in_features, module.out_features, module.bias is not None, **placed)
-    if module.padding_mode != "zeros":
-        raise ValueError(f"{name} has padding_mode {module.padding_mode!r}, which KernelWarehouse lacks: exclude it")
     return WAREHOUSE[len(module.kernel_size) - 1](
         module.in_channels,
         module.out_channels,
@@ -172,6 +192,7 @@ def warehouse_like(name: str, module: Any) -> KWConv | KWLinear:
         module.dilation,
         module.groups,
         module.bias is not None,
+        module.padding_mode,
         **placed,
     )
 
@@ -245,7 +266,7 @@ def parts_of(names: Sequence[str], layers: Mapping[str, Any], budget: float, red
     """Part the layers of a stage, in their order, so that the attentions of those that share cells stay small."""
     parts: list[dict[str, KWConv]] = [{}]
     for name in names:
-        layer: Any = warehouse_like(name, layers[name])
+        layer: Any = warehouse_like(layers[name], device="meta")
         together = {**parts[-1], name: layer}
         if parts[-1] and attention_share(together, budget, reduction) > MOST:
             parts.append({name: layer})

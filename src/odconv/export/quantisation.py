@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from odconv.export.graph import replace
 from odconv.export.written import needed
-from odconv.layers import DynamicConv
+from odconv.layers import DynamicConv, PerSampleConv
 from odconv.ops.contract import Attentions
 
 FEW = 16
@@ -21,19 +21,22 @@ FEW = 16
 def balanced(model: nn.Module) -> nn.Module:
     """Return a copy in which all filters of a dynamic layer have one range, so that one scale suits them.
 
-    What they were divided by is in the layer's filter attention: the copy computes what the network does.
+    What they were divided by is in the layer's filter attention: the copy computes what the network does. The cells of
+    KernelWarehouse, which many filters share, stay as they are.
 
     Raises:
         ValueError: no layer mixes kernels.
     """
     copied = copy.deepcopy(model).float()
-    layers = [layer for layer in copied.modules() if isinstance(layer, DynamicConv) and layer.kernel_num > 1]
+    layers = [layer for layer in copied.modules() if isinstance(layer, PerSampleConv) and len(layer.parts) > 1]
     if not layers:
         raise ValueError(
             "precision 'int8' is for dynamic layers that mix kernels, and the network has none; "
             "onnxruntime.quantization.quantize_static is for static networks"
         )
     for layer in layers:
+        if not isinstance(layer, DynamicConv):
+            continue
         blocks = layer.weight.flatten(3).unflatten(1, (layer.groups, -1))  # (n, g, O/g, C/g, k), transposed C/g, O/g
         largest = blocks.abs().amax((0, 2 if layer.transposed else 3, 4), keepdim=True)
         scale = torch.where(largest > 0, largest, 1)

@@ -13,6 +13,7 @@ from odconv.layers.conv import (
     ODConv2d,
     ODConv3d,
 )
+from odconv.layers.per_sample import PerSampleConv
 from odconv.layers.transposed import (
     CondConvTranspose1d,
     CondConvTranspose2d,
@@ -50,6 +51,7 @@ __all__ = [
     "ODConvTranspose1d",
     "ODConvTranspose2d",
     "ODConvTranspose3d",
+    "PerSampleConv",
     "PoolingAttention",
     "pool_inside",
     "set_temperature",

@@ -33,6 +33,14 @@ class PoolingAttention(nn.Module):
     dims: int
     extent: Tensor | None = None
 
+    def named(self, found: Any) -> Attentions:
+        """Return by name what the module's `forward`, and so its hooks, gave for B samples."""
+        raise NotImplementedError
+
+    def range_of(self, kind: str) -> tuple[float, float]:
+        """Return between which values the attention of a kind lies: "channel", "filter", "spatial" or "kernel"."""
+        raise NotImplementedError
+
 
 class Attention(PoolingAttention):
     """Global average pool, a hidden layer, and one head for each attention.
@@ -171,6 +179,10 @@ class Attention(PoolingAttention):
             gates["spatial"] = gates["spatial"].reshape(-1, *self.heads["spatial"])
         return Attentions(**gates)
 
+    def range_of(self, kind: str) -> tuple[float, float]:
+        """Return between which values the attention of a kind lies."""
+        return 0.0, self.kernel_gain if kind == "kernel" else self.gain
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return each head's attention of each sample in x, flat, (B, numbers of the head)."""
         if not self.heads:
@@ -251,6 +263,8 @@ def pool(x: Tensor, extent: Tensor | None, dtype: torch.dtype) -> Tensor:
         extent: share of each axis from its beginning, (B, dims), in 0 .. 1; None for whole maps.
         dtype: of the result.
     """
+    if extent is None and has_compiled_kernel(x):
+        return cpu.pool(x)
     if extent is None:
         axes = tuple(range(2, x.dim()))
         return x.mean(axes) if x.dtype == dtype else x.mean(axes, dtype=dtype)  # some exporters know the first alone
@@ -328,7 +342,7 @@ def fill_in_temperature(
 
 def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | None:
     """Return what :meth:`Attention.forward` does without gradients on the CPU where the compiled kernel does it."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting() or not cpu.takes(x):
+    if not has_compiled_kernel(x):
         return None
     norm, layers = attention.bn, [getattr(attention, f"{name}_fc") for name in attention.heads]
     if not all(is_plain(layer) for layer in (attention.fc, norm, *layers) if layer is not None):
@@ -358,6 +372,11 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
         attention.kernel_gain * gate if name == "kernel" else gate
         for name, gate in zip(attention.heads, gates, strict=True)
     )
+
+
+def has_compiled_kernel(x: Tensor) -> bool:
+    """Return whether the compiled kernels for the CPU pool a map and make attentions of it: without gradients."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting()) and cpu.takes(x)
 
 
 def take_factors(attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:

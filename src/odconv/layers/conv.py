@@ -2,24 +2,22 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from odconv.layers.attention import Attention
+from odconv.layers.per_sample import PerSampleConv, Size
 from odconv.layers.starts import draw_kernels, mixture_size
-from odconv.ops.contract import Attentions, Geometry, check_map, per_axis, positive
-from odconv.ops.dynamic_conv import compute, pad_by_name
+from odconv.ops.contract import Attentions, check_map, positive
+from odconv.ops.dynamic_conv import compute
+from odconv.ops.eager import mixed_kernels
 
-Size = int | Sequence[int]
 ATTENTIONS = ("channel", "filter", "spatial", "kernel")
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-class DynamicConv(nn.Module):
+class DynamicConv(PerSampleConv):
     """The core of every dynamic layer: n kernels, an attention, and :func:`odconv.functional.dynamic_conv`.
 
     A subclass says how many `dims` it has, whether it is transposed and whether its bias is mixed, and builds its
@@ -33,8 +31,7 @@ class DynamicConv(nn.Module):
         attention: what computes the attentions from the input, or from a context.
     """
 
-    dims: ClassVar[int]
-    transposed: ClassVar[bool] = False
+    part = "kernel"
     mixed_bias: ClassVar[bool] = False
     attention: Attention
 
@@ -55,39 +52,44 @@ class DynamicConv(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__()
-        in_channels, out_channels = positive("in_channels", in_channels), positive("out_channels", out_channels)
-        groups, kernel_num = positive("groups", groups), positive("kernel_num", kernel_num)
-        if in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"groups must divide in_channels {in_channels} and out_channels {out_channels}, got {groups}"
-            )
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = per_axis("kernel_size", kernel_size, self.dims, least=1)
-        self.stride = per_axis("stride", stride, self.dims, least=1)
-        self.dilation = per_axis("dilation", dilation, self.dims, least=1)
-        if isinstance(padding, str):
-            if padding not in ("same", "valid"):
-                raise ValueError(f"padding must be ints, 'same' or 'valid', got {padding!r}")
-            if padding == "same" and any(s != 1 for s in self.stride):
-                raise ValueError(f"padding 'same' needs stride 1, got {self.stride}")
-            self.padding: tuple[int, ...] | str = padding
-        else:
-            self.padding = per_axis("padding", padding, self.dims, least=0)
-        self.groups = groups
-        self.padding_mode = padding_mode
-        self.kernel_num = kernel_num
+        super().__init__(
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, padding_mode=padding_mode,
+        )  # fmt: skip
+        self.kernel_num = positive("kernel_num", kernel_num)
         self.context_channels = None if context_channels is None else positive("context_channels", context_channels)
-        first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
-        shape = (kernel_num, first, second // groups, *self.kernel_size)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty((kernel_num, *self.kernel_shape), device=device, dtype=dtype))
         static = torch.empty(out_channels, device=device, dtype=dtype) if bias and not self.mixed_bias else None
         mixed = torch.empty(kernel_num, out_channels, device=device, dtype=dtype) if bias and self.mixed_bias else None
         self.bias = None if static is None else nn.Parameter(static)
         self.kernel_bias = None if mixed is None else nn.Parameter(mixed)
+
+    @property
+    def parts(self) -> nn.Parameter:
+        """The kernels that those of samples are mixed of."""
+        return self.weight
+
+    def kernels(self, attentions: Attentions, dtype: torch.dtype) -> Tensor:
+        """Return the kernel that each of B samples is convolved with at some attentions, (B, *kernel_shape)."""
+        return mixed_kernels(self.weight.to(dtype), self._by_weight(attentions), self.groups)
+
+    def kernel_blocks(self, attentions: Attentions, numbers: int) -> Iterator[Tensor]:
+        """Yield the numbers of B samples' kernels in float32, (B, ...), about as many at a time, in any order."""
+        attentions = self._by_weight(attentions)
+        given = [a for a in attentions if a is not None]
+        weight = self.weight.to(given[0].device, torch.float32)
+        per_filter = max(map(len, given)) * weight[0, 0].numel()
+        block = max(1, numbers // per_filter) if self.groups == 1 else weight.shape[1]
+        for start in range(0, weight.shape[1], block):
+            some, gate = slice(start, start + block), attentions.filter
+            gates = attentions if gate is None else attentions._replace(filter=gate[:, some])
+            yield mixed_kernels(weight[:, some], gates, self.groups)
+
+    def _by_weight(self, attentions: Attentions) -> Attentions:
+        """Return attentions as the axes of the weight are: those of a transposed layer begin with the channels."""
+        if not self.transposed:
+            return attentions
+        return attentions._replace(channel=attentions.filter, filter=attentions.channel)
 
     def reset_parameters(self) -> None:
         """Draw the parameters: kernels Kaiming normal, biases as nn.Conv2d's, the attention as its `init` says."""
@@ -115,23 +117,14 @@ class DynamicConv(nn.Module):
             ValueError: x or context has another shape, or the context that `context_channels` announces is missing.
         """
         attentions = self._attend(x, context)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._margins(), mode=self.padding_mode), (0,) * self.dims
-        elif isinstance(padding, str):
-            x, padding = pad_by_name(x, padding, self.kernel_size, self.stride, self.dilation)
-        geometry = Geometry(self.stride, padding, self.dilation, self.groups)
+        x, geometry = self.padded(x)
         check_map(x, self.kernel_size, geometry)
         y = compute(x, self.weight, attentions, self.bias if self.kernel_bias is None else self.kernel_bias, geometry)
         return self._add_static_bias(y)
 
     def _attend(self, x: Tensor, context: Tensor | None) -> Attentions:
         """Return the attentions of each sample, after checking the shapes."""
-        if isinstance(x, fx.Proxy):  # which meets a layer in a network as a node, before this
-            raise TypeError(f"torch.fx has nothing to trace in a lone {type(self).__name__}; put it into a network")
-        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
-            axes = ", ".join("DHW"[3 - self.dims :])
-            raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
+        self.check_input(x)
         if self.weight.shape[0] != self.kernel_num:
             raise ValueError(
                 f"weight must have {self.kernel_num} kernels (kernel_num) on its first axis, got shape "
@@ -170,29 +163,6 @@ class DynamicConv(nn.Module):
         super()._apply(below_each_other, recurse)
         return self
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Call the layer, or record the call as one node where torch.fx traces; hooks are the node's own."""
-        if not args and "x" in options:  # hooks, such as those of counters, get what is given by position alone
-            args = (options.pop("x"),)
-        proxy = next((value for value in (*args, *options.values()) if isinstance(value, fx.Proxy)), None)
-        if proxy is None:
-            return super().__call__(*args, **options)
-        return proxy.tracer.call_module(self, partial(trace_as_leaf, self, proxy.tracer), args, options)  # type: ignore
-
-    @classmethod
-    def kinds(cls) -> Iterator[type["DynamicConv"]]:
-        """Yield the class and all that derive from it: many programs ask for the class itself."""
-        yield cls
-        for derived in cls.__subclasses__():
-            yield from derived.kinds()
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        # what torch.jit.script calls first
-        raise TypeError(
-            f"{type(self).__name__} cannot be scripted, since its operator chooses its form by the input; use "
-            "torch.jit.trace, torch.export or odconv.export"
-        )
-
     @property
     def _is_hf_initialized(self) -> bool:
         return vars(self).get("_is_hf_initialized", False)
@@ -205,23 +175,9 @@ class DynamicConv(nn.Module):
         if done and keeps_loaded_tensors():
             self.reset_parameters()
 
-    def _margins(self) -> list[int]:
-        """Return the padding as F.pad wants it: last axis first, both sides."""
-        if not isinstance(self.padding, str):
-            return [side for p in reversed(self.padding) for side in (p, p)]
-        spans = [
-            0 if self.padding == "valid" else d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)
-        ]
-        return [side for span in reversed(spans) for side in (span // 2, span - span // 2)]
-
     def extra_repr(self) -> str:
         """Return the arguments that differ from their defaults, as nn.Conv2d prints them."""
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        parts += [f"padding={self.padding!r}"] if self.padding not in ((0,) * self.dims, "valid") else []
-        parts += [f"dilation={self.dilation}"] if self.dilation != (1,) * self.dims else []
-        parts += [f"groups={self.groups}"] if self.groups != 1 else []
-        parts += ["bias=True"] if self.bias is not None or self.kernel_bias is not None else []
-        parts += [f"padding_mode={self.padding_mode!r}"] if self.padding_mode != "zeros" else []
+        parts = [super().extra_repr()]
         parts += [f"kernel_num={self.kernel_num}"]
         parts += [f"context_channels={self.context_channels}"] if self.context_channels is not None else []
         factors = {"gain": self.attention.gain, "kernel_gain": self.attention.kernel_gain}
@@ -234,11 +190,6 @@ def keeps_loaded_tensors() -> bool:
     probe = torch.zeros((), device="cpu")
     probe._is_hf_initialized = True  # type: ignore[attr-defined]
     return nn.init.ones_(probe).item() == 0
-
-
-def trace_as_leaf(layer: DynamicConv, tracer: Any, *args: Any, **options: Any) -> Any:
-    """Record a call of a layer as one node of torch.fx, as it records those of nn.Conv2d."""
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, options)
 
 
 class _ODConv(DynamicConv):

@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from odconv.layers import Attention
-from odconv.layers.warehouse_attention import WarehouseAttention
+from odconv.layers import PoolingAttention
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +48,7 @@ def parameter_groups(
     if decay not in ("weights", "all"):
         raise ValueError(f"decay must be 'weights' or 'all', got {decay!r}")
     attentions = {
-        parameter
-        for part in model.modules()
-        if isinstance(part, Attention | WarehouseAttention)
-        for parameter in part.parameters()
+        parameter for part in model.modules() if isinstance(part, PoolingAttention) for parameter in part.parameters()
     }
     if not attentions and attention_lr != 1:
         logger.warning("the %s has no dynamic layers: attention_lr has no effect", type(model).__name__)

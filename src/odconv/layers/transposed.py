@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odconv.layers.conv import ATTENTIONS, DynamicConv, Size, _CondConv, _DyConv, _ODConv
+from odconv.layers.conv import ATTENTIONS, DynamicConv, _CondConv, _DyConv, _ODConv
+from odconv.layers.per_sample import Size
 from odconv.ops import dynamic_conv_transpose
 from odconv.ops.contract import per_axis
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.layers.attention import PoolingAttention, call_in_dtype, normalise_one, pool
-from odconv.ops.contract import is_traced
+from odconv.ops.contract import Attentions, is_traced
 
 NORMS = ("batch", "layer")
 EPSILON = 1e-3
@@ -132,6 +132,14 @@ class WarehouseAttention(PoolingAttention):
             blend = (self.blend.clone() if kept else self.blend).to(dtype)
             fixed = self.assignment[:, None] == torch.arange(self.place.cells, device=self.assignment.device)
             return logits[..., :-1] * ((1 - blend) / size) + blend * fixed.to(dtype)
+
+    def named(self, found: Tensor) -> Attentions:
+        """Return what :meth:`forward` returned by name: shares of cells take the place of those of kernels."""
+        return Attentions(kernel=found)
+
+    def range_of(self, kind: str) -> tuple[float, float]:
+        """Return between which values an attention lies."""
+        return -1.0, 1.0
 
     def _normalise(self, z: Tensor) -> Tensor:
         norm = self.norm1

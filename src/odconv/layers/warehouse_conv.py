@@ -1,32 +1,30 @@
 """The layers of KernelWarehouse: convolutions whose kernels are mixed, piece by piece, of shared cells."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from odconv.layers.per_sample import PerSampleConv, Size
 from odconv.layers.warehouse_attention import WarehouseAttention
-from odconv.ops.contract import per_axis, positive
+from odconv.ops.contract import Attentions
 from odconv.ops.mixing import mixed_conv
 
 if TYPE_CHECKING:
     from odconv.layers.warehouse import Warehouse
 
-Size = int | Sequence[int]
 
-
-class KWConv(nn.Module):
+class KWConv(PerSampleConv):
     """The core of every layer of KernelWarehouse: it has an attention, and takes its kernels from a warehouse.
 
     A subclass says how many `dims` it has. A layer computes only once a :class:`Warehouse` has been made of it and the
     others that share its cells.
     """
 
-    dims: ClassVar[int]
-    transposed: ClassVar[bool] = False
+    part = "cell"
     attention: WarehouseAttention | None
     warehouse: "Warehouse | None" = None
 
@@ -40,31 +38,17 @@ class KWConv(nn.Module):
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = False,
+        padding_mode: str = "zeros",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_channels = positive("in_channels", in_channels)
-        self.out_channels = positive("out_channels", out_channels)
-        self.groups = positive("groups", groups)
-        if in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"groups must divide in_channels {in_channels} and out_channels {out_channels}, got {groups}"
-            )
-        self.kernel_size = per_axis("kernel_size", kernel_size, self.dims, least=1)
-        self.stride = per_axis("stride", stride, self.dims, least=1)
-        self.dilation = per_axis("dilation", dilation, self.dims, least=1)
-        if isinstance(padding, str) and padding not in ("same", "valid"):
-            raise ValueError(f"padding must be ints, 'same' or 'valid', got {padding!r}")
-        self.padding = padding if isinstance(padding, str) else per_axis("padding", padding, self.dims, least=0)
+        super().__init__(
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
+            dilation=dilation, groups=groups, padding_mode=padding_mode,
+        )  # fmt: skip
         self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
         self.attention = None
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of a sample's kernel, (O, C/groups, *kernel_size)."""
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     @property
     def cells(self) -> nn.Parameter:
@@ -80,6 +64,23 @@ class KWConv(nn.Module):
             )
         return self.warehouse.weights[self.pool]
 
+    @property
+    def parts(self) -> nn.Parameter:
+        """The cells."""
+        return self.cells
+
+    def kernels(self, attentions: Attentions, dtype: torch.dtype) -> Tensor:
+        """Return the kernel that each of B samples is convolved with at some attentions, (B, *kernel_shape)."""
+        return assemble(self.cells.to(dtype), attentions.kernel, self.kernel_shape)
+
+    def kernel_blocks(self, attentions: Attentions, numbers: int) -> Iterator[Tensor]:
+        """Yield the numbers of B samples' kernels in float32, (B, ...), about as many at a time, in any order."""
+        shares = attentions.kernel
+        assert shares is not None
+        cells = self.cells.to(shares.device, torch.float32).flatten(1)
+        for some in shares.float().split(max(1, numbers // (len(shares) * cells.shape[1])), dim=1):
+            yield some @ cells
+
     def forward(self, x: Tensor) -> Tensor:
         """Convolve each sample with its own kernel.
 
@@ -94,21 +95,11 @@ class KWConv(nn.Module):
         """
         cells, shape = self.cells, self.kernel_shape
         assert self.attention is not None
-        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
-            axes = ", ".join("DHW"[3 - self.dims :])
-            raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")
-        return mixed_conv(
-            x,
-            partial(assemble, shape=shape),
-            cells,
-            self.attention(x),
-            shape,
-            bias=self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+        self.check_input(x)
+        shares = self.attention(x)
+        x, geometry = self.padded(x)
+        mix = partial(assemble, shape=shape)
+        return mixed_conv(x, mix, cells, shares, shape, bias=self.bias, **geometry._asdict())
 
     def join(self, warehouse: "Warehouse", pool: int, attention: WarehouseAttention) -> None:
         """Take kernels from a parameter of a warehouse, which stays the network's own part and none of the layer's."""
@@ -118,11 +109,7 @@ class KWConv(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from their defaults, as nn.Conv2d prints them."""
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        parts += [f"padding={self.padding!r}"] if self.padding not in ((0,) * self.dims, "valid") else []
-        parts += [f"dilation={self.dilation}"] if self.dilation != (1,) * self.dims else []
-        parts += [f"groups={self.groups}"] if self.groups != 1 else []
-        parts += ["bias=True"] if self.bias is not None else []
+        parts = [super().extra_repr()]
         if self.attention is not None:
             place = self.attention.place
             parts += [f"{len(place.pieces)} pieces of {place.cells} cells in warehouse {self.pool}"]
@@ -133,8 +120,8 @@ class KWConv1d(KWConv):
     """KernelWarehouse's convolution over (B, C, L).
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in ``torch.nn.Conv1d``, with its
-            defaults.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in
+            ``torch.nn.Conv1d``, with its defaults.
         bias: add a static bias, (O). Default False, as published.
         device: where the bias lives.
         dtype: dtype of the bias.
@@ -152,8 +139,8 @@ class KWConv2d(KWConv):
     Follows Li, Yao: KernelWarehouse: Rethinking the Design of Dynamic Convolution, ICML 2024.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in ``torch.nn.Conv2d``, with its
-            defaults.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in
+            ``torch.nn.Conv2d``, with its defaults.
         bias: add a static bias, (O). Default False, as published.
         device: where the bias lives.
         dtype: dtype of the bias.
@@ -169,8 +156,8 @@ class KWConv3d(KWConv):
     """KernelWarehouse's convolution over (B, C, D, H, W).
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in ``torch.nn.Conv3d``, with its
-            defaults.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as in
+            ``torch.nn.Conv3d``, with its defaults.
         bias: add a static bias, (O). Default False, as published.
         device: where the bias lives.
         dtype: dtype of the bias.

@@ -11,9 +11,11 @@ from odconv.conversion.convert import check_options, convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 from odconv.layers.starts import SETTLED
 from odconv.models.warehouse import OPTIONS, make_warehouse
-from odconv.models.zoo import BACKBONES, NAMES, WAREHOUSE, Backbone
+from odconv.models.zoo import BACKBONES, CONVNEXTS, NAMES, WAREHOUSE, Backbone
 from odconv.system.packages import needed_by
 from odconv.system.text import suggest
+
+STATIC = BACKBONES | CONVNEXTS
 
 
 class Method(NamedTuple):
@@ -49,7 +51,7 @@ def create_model(
     Args:
         name: one of :func:`odconv.list_models`: a ResNet or MobileNetV2, static or with a method's prefix: od_, dy_ and
             cond_ as published; odl_ for ODConv with layer norm in the attention, gates of 1 and shares times sqrt(n),
-            which learns best from nothing; kw_ for KernelWarehouse, as published.
+            which learns best from nothing; kw_ for KernelWarehouse, as published. ConvNeXt-Tiny has kw_ alone.
         kernel_num: number of kernels n of a dynamic network. Default 1 for od_ and odl_, 4 for dy_, 8 for cond_.
         reduction: width of the attention's hidden layer as a share of the channels. Default 1/16 for od_ and odl_, 1/4
             for dy_, 1/16 for kw_ (1/32 for MobileNetV2 at budgets below 1).
@@ -77,11 +79,13 @@ def create_model(
         raise ValueError(f"unknown model {name!r}{suggest(name, NAMES, '; see odconv.list_models()', most=3)}")
     if stem not in ("standard", "small"):
         raise ValueError(f"stem must be 'standard' or 'small', got {stem!r}")
+    if stem == "small" and split_name(name)[1] in CONVNEXTS:
+        raise ValueError(f"stem must be 'standard' for {name}, whose stem makes patches, got 'small'")
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be an int of at least 1, got {num_classes!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}")
-    static = BACKBONES[split_name(name)[1]]
+    static = STATIC[split_name(name)[1]]
     model = build_static(static, num_classes, dropout)
     if stem == "small":
         make_stem_small(model, static)
@@ -126,7 +130,7 @@ def make_dynamic(
 ) -> None:
     """Replace the convolutions of a static network of the zoo, in place, to make that of a name; see create_model."""
     method_name, backbone = split_name(name)
-    static = BACKBONES[backbone]
+    static = STATIC[backbone]
     if method_name == WAREHOUSE:
         if kernel_num is not None:
             raise ValueError(f"kernel_num must be None for {name}, whose cells `budget` counts, got {kernel_num}")
@@ -171,10 +175,14 @@ def split_name(name: str) -> tuple[str | None, str]:
 
 
 def build_static(backbone: Backbone, num_classes: int, dropout: float) -> Any:
-    """torchvision's network, with the published classifier: dropout before it and normal(0, 0.01) weights."""
+    """Return a static network, torchvision's with the published classifier: dropout, and normal(0, 0.01) weights."""
     with needed_by("odconv.create_model", "'odconv[models]'"):
         from torchvision import models
     arguments = backbone.arguments | {"num_classes": num_classes}
+    if backbone.builder == "convnext":
+        from odconv.models.convnext import ConvNeXt  # of torchvision's parts
+
+        return ConvNeXt(dropout=dropout, **arguments)
     if backbone.builder == "mobilenet_v2":
         return models.mobilenet_v2(dropout=dropout, **arguments)
     model = getattr(models, backbone.builder)(**arguments)

@@ -29,16 +29,46 @@ def make_warehouse(
     Args:
         model: the network.
         backbone: its row of the zoo.
-        budget: numbers in the warehouse for each of the static kernels: 1/4, 1/2, 1, 2 or 4, for example.
-        reduction: width of the attentions' hidden layer as a share of C. Default 1/16, and 1/32 for MobileNetV2 at
-            budgets below 1.
+        budget, reduction: as for :func:`plan`.
         warm_start: cut the cells from the network's kernels; for budgets of 1 and more.
 
     Raises:
         ValueError: the budget is out of range or does not fit the widths.
     """
+    pools, options = plan(model, backbone, budget, reduction)
+    if backbone.builder == "mobilenet_v2" and budget >= 1:
+        dropout, linear = model.classifier
+        if dropout.p > 0:
+            raise ValueError(
+                f"dropout must be 0 for MobileNetV2 of budget {budget}, published without, got {dropout.p}"
+            )
+        model.classifier = linear  # without dropout's place in the name
+    stock(model, pools, warm_start=warm_start, **options)
+
+
+def plan(
+    model: Any, backbone: Backbone, budget: float = 1.0, reduction: float | None = None
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Return which convolutions of a static network of the zoo share cells, and the options of the warehouse.
+
+    Args:
+        model: the network.
+        backbone: its row of the zoo.
+        budget: numbers in the warehouse for each of the static kernels: 1/4, 1/2, 1, 2 or 4, for example.
+        reduction: width of the attentions' hidden layer as a share of C. Default 1/16, and 1/32 for MobileNetV2 at
+            budgets below 1.
+
+    Returns:
+        What :func:`~odconv.conversion.warehouse.stock` takes.
+
+    Raises:
+        ValueError: the budget is out of range.
+    """
     options: dict[str, Any] = dict(ratios(budget))
-    if backbone.builder != "mobilenet_v2":
+    if backbone.builder == "convnext":
+        pools = convnext_pools(model)
+        options["norm"] = "layer"
+    elif backbone.builder != "mobilenet_v2":
         pools = resnet_pools(model)
         if budget < 1 and hasattr(model.layer1[0], "conv3"):
             options["basis_ratio"] = BASIS
@@ -48,15 +78,9 @@ def make_warehouse(
         reduction = 1 / 32 if reduction is None else reduction
     else:
         pools = mobilenet_pools(model, together=budget == 1)
-        dropout, linear = model.classifier
-        if dropout.p > 0:
-            raise ValueError(
-                f"dropout must be 0 for MobileNetV2 of budget {budget}, published without, got {dropout.p}"
-            )
-        model.classifier = linear  # without dropout's place in the name
     if reduction is not None:
         options["reduction"] = reduction
-    stock(model, pools, warm_start=warm_start, **options)
+    return pools, options
 
 
 def resnet_pools(model: Any) -> dict[str, list[str]]:
@@ -89,6 +113,21 @@ def mobilenet_pools(model: Any, together: bool) -> dict[str, list[str]]:
     for path, stage, kind in mobilenet_layers(model):
         shared = "pointwise" if together and kind != "depthwise" else kind
         pools.setdefault(f"stage{stage}_{shared}", []).append(path)
+    return pools
+
+
+def convnext_pools(model: Any) -> dict[str, list[str]]:
+    """Return the convolutions of a ConvNeXt that share cells: the 1x1 ones of a stage, and its depth-wise ones."""
+    pools = {
+        f"narrowing{stage}": [f"downsample_layers.{stage}.{place}"]
+        for stage, narrow in enumerate(model.downsample_layers)
+        for place, part in enumerate(narrow)
+        if isinstance(part, nn.Conv2d)
+    }
+    for stage, blocks in enumerate(model.stages):
+        paths = [f"stages.{stage}.{number}" for number in range(len(blocks))]
+        pools[f"stage{stage}_depthwise"] = [f"{path}.dwconv" for path in paths]
+        pools[f"stage{stage}_pointwise"] = [f"{path}.{part}" for path in paths for part in ("pwconv1", "pwconv2")]
     return pools
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 
 class Backbone(NamedTuple):
-    """A static network: torchvision's builder, its arguments, and the name of its stem."""
+    """A static network: its builder, torchvision's or `convnext`, its arguments, and the name of its stem."""
 
     builder: str
     arguments: dict[str, Any]
@@ -19,12 +19,23 @@ BACKBONES = {
         for percent in (50, 75, 100)
     },
 }
+CONVNEXTS = {
+    "convnext_tiny": Backbone(
+        "convnext", {"depths": (3, 3, 9, 3), "widths": (96, 192, 384, 768)}, "downsample_layers.0.0"
+    ),
+}
+"""Networks that are there static and of KernelWarehouse alone."""
 METHODS = ("od", "odl", "dy", "cond")
 """Prefixes of the dynamic networks; :data:`odconv.models.build.METHODS` says what they mean."""
 WAREHOUSE = "kw"
 """Prefix of the networks of KernelWarehouse, whose layers share their kernels."""
 
-NAMES = [*BACKBONES, *(f"{method}_{backbone}" for method in (*METHODS, WAREHOUSE) for backbone in BACKBONES)]
+NAMES = [
+    *BACKBONES,
+    *CONVNEXTS,
+    *(f"{method}_{backbone}" for method in (*METHODS, WAREHOUSE) for backbone in BACKBONES),
+    *(f"{WAREHOUSE}_{backbone}" for backbone in CONVNEXTS),
+]
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -77,13 +77,19 @@ def mixed_conv(
 
 def in_parts(run: Backend, x: Tensor, parts: Tensor, attentions: Attentions, geometry: Geometry, kernel: int) -> Tensor:
     """Compute a batch, on the CPU a few samples at a time; `kernel` counts the numbers of one sample's kernel."""
-    count = max(1, PART // (kernel * x.element_size()))
-    whole = x.device.type != "cpu" or torch.compiler.is_compiling() or is_exporting() or is_traced()
-    if whole or x.shape[0] <= count:
+    count = part_of_batch(x, kernel)
+    if x.shape[0] <= count:
         return run(x, parts, attentions, geometry)
     of_each = [[None] * -(-x.shape[0] // count) if a is None else a.split(count) for a in attentions]
     samples = zip(x.split(count), *of_each, strict=True)
     return torch.cat([run(own, parts, Attentions(*given), geometry) for own, *given in samples])
+
+
+def part_of_batch(x: Tensor, kernel: int) -> int:
+    """Return how many samples are computed at a time without gradients."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_exporting() or is_traced():
+        return x.shape[0]
+    return max(1, PART // (kernel * x.element_size()))
 
 
 def backward(

@@ -161,14 +161,17 @@ def _where_needed(
 def _chunks(step: Step, tensors: Tensors) -> list[Tensors]:
     """Return the samples, a few at a time: their mixed kernels or columns are what takes memory."""
     x, weight, attentions = _arguments(tensors)
-    taps = math.prod(weight.shape[3:])
-    sample = max(step.kernel, taps * math.prod(x.shape[1:])) * x.element_size()
-    count = max(1, WORKSPACE // sample)
+    count = samples_at_a_time(x, step.kernel, math.prod(weight.shape[3:]))
     if x.shape[0] <= count:
         return [tensors]
     parts = [[None] * -(-x.shape[0] // count) if t is None else t.split(count) for t in (x, *attentions)]
     weights = weight.split(count) if step.per_sample else [weight] * len(parts[0])
     return [list(chunk) for chunk in zip(parts[0], weights, *parts[1:], strict=True)]
+
+
+def samples_at_a_time(x: Tensor, kernel: int, taps: int) -> int:
+    """Return how many samples' kernels, or columns, fit into the workspace; at least one."""
+    return max(1, WORKSPACE // (max(kernel, taps * math.prod(x.shape[1:])) * x.element_size()))
 
 
 def _summed(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from odconv.conversion.convert import Chosen, decide, dynamic_like
+from odconv.conversion.convert import Chosen, Decision, check_warehouse_options, decide, dynamic_like
+from odconv.conversion.warehouse import METHOD, NAME, layers_of, plan, ratios
 from odconv.layers import DynamicConv
+from odconv.layers.warehouse import Warehouse
 from odconv.profiling.count import count_madds, profile, record_calls, zeros_for
 from odconv.profiling.table import Table, short
 
@@ -96,11 +98,7 @@ def conversion_report(
     Raises:
         ValueError, TypeError: as :func:`odconv.convert` and :func:`odconv.profile`.
     """
-    decisions = decide(model, to, include, exclude, layer_options)
-    new = [
-        None if decision.layer is None else dynamic_like(decision.module, decision.layer, layer_options, device="meta")
-        for decision in decisions
-    ]
+    decisions, new, warehouse = plan_layers(model, to, include, exclude, layer_options)
     rows = [
         Replacement(
             decision.names[0],
@@ -111,6 +109,8 @@ def conversion_report(
         )
         for decision, layer in zip(decisions, new, strict=True)
     ]
+    if warehouse is not None:
+        rows.insert(0, Replacement(NAME, "", type(warehouse).__name__, "", (0, parameters(warehouse))))
     before = parameters(model)
     after = before + sum(row.parameters[1] - row.parameters[0] for row in rows)
     if input_size is None:
@@ -125,6 +125,37 @@ def conversion_report(
     )
     madds = profile(model, input_size).madds
     return Conversion(rows, (before, after), (madds, madds + more // x.shape[0]))
+
+
+def plan_layers(
+    model: nn.Module,
+    to: str | type[DynamicConv],
+    include: Chosen | None,
+    exclude: Chosen | None,
+    layer_options: dict[str, Any],
+) -> tuple[list[Decision], list[Any], Warehouse | None]:
+    """Return what becomes of each convolution, the layers on the meta device, None for what is left, and a warehouse.
+
+    Raises:
+        ValueError, TypeError: as :func:`odconv.convert`.
+    """
+    if to != METHOD:
+        decisions = decide(model, to, include, exclude, layer_options)
+        return (
+            decisions,
+            [
+                None if decision.layer is None else dynamic_like(decision.module, decision.layer, layer_options, "meta")
+                for decision in decisions
+            ],
+            None,
+        )
+    check_warehouse_options(layer_options)
+    norm = {name: layer_options[name] for name in layer_options.keys() & {"norm", "reduction"}}
+    planning = {name: value for name, value in layer_options.items() if name != "norm"}
+    decisions, pools = plan(model, include, exclude, **planning)
+    options = ratios(layer_options.get("budget", 1.0)) | norm
+    made, warehouse = layers_of(model, pools, device="meta", dtype=None, **options)
+    return decisions, [made.get(decision.names[0]) for decision in decisions], warehouse
 
 
 def parameters(module: nn.Module) -> int:

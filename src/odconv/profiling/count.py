@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odconv.layers import DynamicConv
+from odconv.layers import DynamicConv, PerSampleConv
 from odconv.layers.warehouse_conv import KWConv
 from odconv.profiling.table import Table
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-WHOLE = (DynamicConv, KWConv)
-"""Layers that are counted as one with their attention."""
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -120,7 +118,7 @@ def profile(model: nn.Module, input_size: Sequence[int]) -> Profile:
     seen: set[nn.Parameter] = set()
     rows = []
     for name, module in layers(model):
-        own = {p for p in module.parameters(recurse=isinstance(module, WHOLE)) if p not in seen}
+        own = {p for p in module.parameters(recurse=isinstance(module, PerSampleConv)) if p not in seen}
         seen |= own
         made = calls.get(module, [])
         madds = sum(count_madds(module, call) for call in made) // x.shape[0]
@@ -134,7 +132,7 @@ def layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Yield all modules of a network by name, a dynamic layer as one with its attention."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, WHOLE) and module.attention is not None:
+        if isinstance(module, PerSampleConv) and module.attention is not None:
             inside.update(module.attention.modules())
         if module not in inside:
             yield name, module
@@ -145,7 +143,7 @@ def zeros_for(model: nn.Module, input_size: Sequence[int]) -> Tensor:
     size = tuple(input_size) if isinstance(input_size, Sequence) else ()
     if not size or not all(isinstance(length, int) and length > 0 for length in size):
         raise ValueError(f"input_size must be positive ints, (B, C, *map) or (C, *map), got {input_size!r}")
-    convolutions = (*CONVOLUTIONS, *TRANSPOSED, *WHOLE)
+    convolutions = (*CONVOLUTIONS, *TRANSPOSED, PerSampleConv)
     first = next((module for module in model.modules() if isinstance(module, convolutions)), None)
     if len(size) == (1 if first is None else 1 + len(first.kernel_size)):
         size = (1, *size)

@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odconv.layers import DynamicConv
+from odconv.layers import PerSampleConv
 from odconv.ops import flops
 from odconv.profiling.count import Call, count_madds
 from odconv.system.packages import needed_by
 
-Hook = Callable[[DynamicConv, tuple[Any, ...], Tensor], None]
+Hook = Callable[[PerSampleConv, tuple[Any, ...], Tensor], None]
 
 
-def thop_ops() -> dict[type[DynamicConv], Hook]:
+def thop_ops() -> dict[type[PerSampleConv], Hook]:
     """Return what thop wants as ``thop.profile(..., custom_ops=thop_ops())``, for plain thop and for ultralytics'.
+
+    It counts the parameters of what is called, and so none of a warehouse's cells.
 
     Returns:
         A rule for each class of dynamic layer, those that are yours included.
     """
-    return {layer: _hook(total_ops=1) for layer in DynamicConv.kinds()}
+    return {layer: _hook(total_ops=1) for layer in PerSampleConv.kinds()}
 
 
 def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
@@ -40,16 +42,16 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
 
     flops.register()
     formulas = {op: functools.partial(_madds, formula) for op, formula in flop_registry.items() if _is_ours(op)}
-    return {layer: _hook(__flops__=1) for layer in DynamicConv.kinds()} | formulas
+    return {layer: _hook(__flops__=1) for layer in PerSampleConv.kinds()} | formulas
 
 
-def calflops_hooks() -> dict[type[DynamicConv], Hook]:
+def calflops_hooks() -> dict[type[PerSampleConv], Hook]:
     """Return what calflops wants: ``calflops.pytorch_ops.MODULE_HOOK_MAPPING.update(calflops_hooks())``.
 
     Returns:
         A hook for each class of dynamic layer, those that are yours included.
     """
-    return {layer: _hook(__macs__=1, __flops__=2) for layer in DynamicConv.kinds()}
+    return {layer: _hook(__macs__=1, __flops__=2) for layer in PerSampleConv.kinds()}
 
 
 def torchinfo_statistics(statistics: Any) -> Any:
@@ -66,18 +68,16 @@ def torchinfo_statistics(statistics: Any) -> Any:
     """
     if not statistics.input_size:
         raise ValueError("statistics must be of a network that was run: give summary an input_size")
-    inside = {
-        id(part)
-        for row in statistics.summary_list
-        if isinstance(row.module, DynamicConv)
-        for part in row.module.modules()
-    }
-    kept = [row for row in statistics.summary_list if isinstance(row.module, DynamicConv) or row.layer_id not in inside]
+    rows = statistics.summary_list
+    inside = {id(part) for row in rows if isinstance(row.module, PerSampleConv) for part in row.module.modules()}
+    kept = [row for row in rows if isinstance(row.module, PerSampleConv) or row.layer_id not in inside]
     for row in kept:
-        if isinstance(row.module, DynamicConv):
+        if isinstance(row.module, PerSampleConv):
             row.is_leaf_layer = True
             row.macs = count_madds(row.module, Call(torch.Size(row.input_size), torch.Size(row.output_size)))
-    return type(statistics)(kept, statistics.input_size, statistics.total_input, statistics.formatting)
+    right = type(statistics)(kept, statistics.input_size, statistics.total_input, statistics.formatting)
+    right.total_param_bytes = rows[0].param_bytes  # of the whole network, with the cells of a warehouse in it
+    return right
 
 
 def register_thop() -> None:
@@ -114,11 +114,11 @@ def _madds(formula: Callable[..., int], inputs: tuple[Any, ...], outputs: tuple[
 def _hook(**counts: int) -> Hook:
     """Return a forward hook that adds a layer's multiply-adds to the layer's attributes, each times a number."""
 
-    def count(layer: DynamicConv, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def count(layer: PerSampleConv, inputs: tuple[Any, ...], output: Tensor) -> None:
         madds = count_madds(layer, Call(inputs[0].shape, output.shape))
         for name, factor in counts.items():
             setattr(layer, name, getattr(layer, name) + factor * madds)
-            for part in layer.attention.modules():  # a counter may have found these itself; they are counted with it
+            for part in [*layer.modules()][1:]:  # a counter may have found these itself; they are counted with it
                 if hasattr(part, name):
                     setattr(part, name, 0 * getattr(part, name))
 

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
-from odconv.layers import DynamicConv
+from odconv.layers import DynamicConv, PerSampleConv
 from odconv.layers.transposed import DynamicConvTranspose
+from odconv.layers.warehouse_conv import KWConv
 from odconv.ops import flops
 from odconv.ops.contract import Geometry, check_map, output_size
-from odconv.ops.dynamic_conv import compute_dtype, pad_by_name
+from odconv.ops.dynamic_conv import compute_dtype
+from odconv.ops.mixing import part_of_batch
 from odconv.ops.policy import choose, choose_transposed
+from odconv.ops.recompute import samples_at_a_time
 
 
 class Explanation(NamedTuple):
@@ -22,7 +24,7 @@ class Explanation(NamedTuple):
         backend: name of the backend that is chosen; see docs/layers.md.
         why: the reason, in a sentence.
         multiply_adds: of the convolution, of mixing, and of the other attentions.
-        bytes: least that is read and written: the input, all kernels, the attentions and the output.
+        bytes: least that is read and written: the input, all kernels or cells, the attentions and the output.
         workspace: bytes of mixed kernels or columns that the backend makes in memory besides, for the whole batch;
             0 where they stay in the processor's cache, or none are made.
     """
@@ -42,7 +44,7 @@ class Explanation(NamedTuple):
 
 
 def explain(
-    layer: DynamicConv,
+    layer: PerSampleConv,
     shape: Sequence[int],
     *,
     training: bool = False,
@@ -65,23 +67,27 @@ def explain(
         TypeError: layer is not dynamic.
         ValueError: shape is none that the layer takes.
     """
-    if not isinstance(layer, DynamicConv):
+    if not isinstance(layer, PerSampleConv):
         raise TypeError(f"layer must be a dynamic layer, got {type(layer).__name__}")
     if len(shape) != layer.dims + 2 or shape[1] != layer.in_channels or min(shape) < 0:
         raise ValueError(f"shape must be (B, {layer.in_channels}, *map) with {layer.dims} axes of map, got {shape}")
-    weight, (batch, channels, *_) = layer.weight, shape
-    dtype = compute_dtype(weight.new_empty(0), weight)
+    parts, (batch, channels, *_) = layer.parts, shape
+    dtype = compute_dtype(parts.new_empty(0), parts)
     x = torch.empty(shape, dtype=dtype, device="meta")
     if isinstance(layer, DynamicConvTranspose):
         choice = choose_transposed(x)
         y = transposed_shape(layer, shape)
     else:
-        x, geometry = padded(layer, x)
+        x, geometry = layer.padded(x)
         check_map(x, layer.kernel_size, geometry)
-        device = weight.device if weight.device.type == "cpu" else "meta"
-        like = torch.empty(x.shape, dtype=dtype, device=device, memory_format=memory_format)
-        choice = choose(like, weight, geometry, training)
         y = (batch, layer.out_channels, *output_size(x.shape[2:], layer.kernel_size, *geometry[:3]))
+        device = parts.device if parts.device.type == "cpu" else "meta"
+        like = torch.empty(x.shape, dtype=dtype, device=device, memory_format=memory_format)
+        if isinstance(layer, KWConv):
+            return explain_mixing(layer, like, geometry, shape, y, training)
+        choice = choose(like, parts, geometry, training)
+    assert isinstance(layer, DynamicConv)
+    weight = layer.weight
     gates = {name: (batch, *size) for name, size in layer.attention.heads.items()}
     named = [gates.get(name) for name in ("kernel", "spatial", "channel", "filter")]
     numbers = math.prod(shape) + weight.numel() + math.prod(y) + sum(math.prod(gate) for gate in gates.values())
@@ -105,14 +111,34 @@ def explain(
     )
 
 
-def padded(layer: DynamicConv, x: torch.Tensor) -> tuple[torch.Tensor, Geometry]:
-    """Return the input as the operator gets it from a layer, and the geometry that it is given."""
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        x, padding = F.pad(x, layer._margins()), (0,) * layer.dims
-    elif isinstance(padding, str):
-        x, padding = pad_by_name(x, padding, layer.kernel_size, layer.stride, layer.dilation)
-    return x, Geometry(layer.stride, padding, layer.dilation, layer.groups)
+def explain_mixing(
+    layer: KWConv, x: torch.Tensor, geometry: Geometry, shape: Sequence[int], y: Sequence[int], training: bool
+) -> Explanation:
+    """Say it for a layer whose kernels are mixed of cells before they are convolved with, a few samples at a time.
+
+    Args:
+        layer: the layer.
+        x: its padded input.
+        geometry: of what is left to do.
+        shape: of its input.
+        y: shape of its output.
+        training: whether gradients are wanted.
+    """
+    assert layer.attention is not None
+    one, (pieces, _, cells, _) = math.prod(layer.kernel_shape), layer.attention.place
+    some = samples_at_a_time(x, one, math.prod(layer.kernel_size)) if training else part_of_batch(x, one)
+    x = x[: min(some, len(x))]
+    kernels = x.new_empty(()).expand(len(x), *layer.kernel_shape)
+    choice = choose(x, kernels, geometry, False, per_sample=True)  # the backward pass is the mixing operator's own
+    convolution, mixing = math.prod(y) * math.prod(layer.kernel_shape[1:]), len(pieces) * layer.cells.numel()
+    numbers = math.prod(shape) + layer.cells.numel() + shape[0] * len(pieces) * cells + math.prod(y)
+    return Explanation(
+        choice.backend,
+        choice.why,
+        convolution + shape[0] * mixing,
+        numbers * x.element_size(),
+        len(x) * one * x.element_size(),
+    )
 
 
 def transposed_shape(layer: DynamicConvTranspose, shape: Sequence[int]) -> tuple[int, ...]:

@@ -30,17 +30,20 @@ class TrainConfig(RunConfig):
     """Side of the images that the network sees, in pixels."""
     resize_size: int | None = None
     """Shorter side before the centre is cropped in evaluation, in pixels; default: 8/7 of image_size, 256 for 224."""
-    augment: Literal["imagenet", "small", "none"] = "imagenet"
-    """Augmentation: imagenet (random crop of random size, flip), small (shift, flip) or none."""
+    augment: Literal["imagenet", "randaugment", "small", "none"] = "imagenet"
+    """Augmentation: imagenet (random crop of random size, flip), randaugment (these and RandAugment), small (shift,
+    flip) or none."""
     min_scale: float = 0.08
-    """Smallest share of an image's area that augment imagenet cuts out."""
+    """Smallest share of an image's area that augment imagenet and randaugment cut out."""
 
     epochs: int = 100
     batch_size: int = 256
     test_batch: int = 100
     lr: float = 0.1
     lr_decay: Literal["schedule", "step", "cos"] = "schedule"
-    """Times gamma at the epochs of schedule, times gamma every step epochs, or half a cosine down to 0."""
+    """Times gamma at the epochs of schedule, times gamma every step epochs, or half a cosine down to lr_min."""
+    lr_min: float = 0.0
+    """Learning rate to which lr_decay cos falls."""
     schedule: Sequence[int] = (30, 60, 90)
     step: int = 30
     """Epochs between the drops of lr_decay step."""
@@ -52,8 +55,13 @@ class TrainConfig(RunConfig):
     """Parameter of the beta distribution that mixes pairs of images (mixup); 0: none are mixed."""
     cutmix: float = 0.0
     """The same for parts of images cut into others (cutmix); with both, each batch draws one of them."""
+    erasing: float = 0.0
+    """Share of the images of which a random part is replaced by noise (random erasing)."""
+    drop_path: float = 0.0
+    """Share of the residual branches of a ResNet or ConvNeXt that are left out, image by image (stochastic depth)."""
     temp_epoch: int = 0
-    """Epochs in which the temperature of dynamic layers falls to 1, with every step; 0: it is 1 from the start."""
+    """Epochs in which the temperature of dynamic layers falls to 1, or KernelWarehouse's blend from 1 to 0, with every
+    step; 0: they are there from the start."""
     temp_init: float = 30.0
     """Temperature at the start."""
 

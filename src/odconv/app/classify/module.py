@@ -10,9 +10,9 @@ from torchmetrics import MeanMetric, SumMetric
 from torchvision.transforms import v2
 
 from odconv.app.classify.config import TrainConfig
-from odconv.app.classify.schedule import learning_rate, temperature, warmup
+from odconv.app.classify.schedule import blend, learning_rate, temperature, warmup
 from odconv.app.data import IGNORE, normalise
-from odconv.app.engine.training_module import TrainingModule
+from odconv.app.engine.training_module import Pace, TrainingModule
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) and labels (B); IGNORE marks what must not count."""
@@ -78,18 +78,19 @@ class ClassifierTraining(TrainingModule, ClassifierEvaluation):
     def __init__(self, model: nn.Module, config: TrainConfig, classes: list[str]) -> None:
         *_, last = model.parameters()  # of the classifier
         super().__init__(model, config, {"classes": classes}, last)
-        self.set_temperature(1.0)  # weights to start from may have brought another
+        self.hold(1.0, 0.0)  # weights to start from may have brought others
+        self.erase = v2.RandomErasing(config.erasing, value="random") if config.erasing else None
         self.mix = mixup_or_cutmix(config, config.num_classes or len(classes))
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         if config.compile:
             model.compile()
 
-    def schedule(self) -> tuple[float, float]:
-        """Return the learning rate and the temperature of the step that comes next."""
+    def schedule(self) -> Pace:
+        """Return the pace of the step that comes next."""
         config, step, steps = self.config, self.global_step + 1, self.steps_per_epoch()
         rate = learning_rate(config, self.current_epoch) * warmup(config, step, steps)
-        return rate, temperature(config, step, steps)
+        return Pace(rate, temperature(config, step, steps), blend(config, step, steps))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Leave unreadable images out of training, so that their blanks do not count in batch norm either."""
@@ -113,6 +114,8 @@ class ClassifierTraining(TrainingModule, ClassifierEvaluation):
         """Return the mean loss of the images that count; 0 where none does."""
         images, labels = batch
         count = (labels != IGNORE).sum()
+        if self.erase is not None:
+            images = torch.stack([self.erase(image) for image in images])
         if self.mix is not None and count == len(labels):
             images, labels = self.mix(images, labels)  # now a distribution over the classes for each image
         total = F.cross_entropy(

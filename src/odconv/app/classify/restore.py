@@ -1,5 +1,7 @@
 """A trained network: from a checkpoint of ours alone, from others' with a description of the network."""
 
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -11,9 +13,13 @@ from odconv.app.classify.config import Stem
 from odconv.app.classify.released import Released, open_released
 from odconv.app.engine.config import check
 from odconv.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, malformed
+from odconv.conversion.warehouse import NAME
 from odconv.layers import try_temperature
-from odconv.models.build import METHODS, check_described, check_layer_options, create_model
-from odconv.models.zoo import BACKBONES
+from odconv.models.build import METHODS, check_described, check_layer_options, create_model, split_name
+from odconv.models.zoo import BACKBONES, WAREHOUSE
+
+BUDGETS = (1.0, 0.5, 4.0, 2.0, 0.25)
+"""Published budgets of KernelWarehouse's networks."""
 
 
 class Restored(NamedTuple):
@@ -99,12 +105,13 @@ def _restore(
     options |= {name: value for name, value in given.items() if value is not None}
     if "arch" not in options:
         raise ValueError(f"arch must be given, since {path} holds weights alone{_hint(state)}")
-    classifier = [tensor for tensor in state.values() if tensor.ndim == 2]
-    if not classifier:
+    num_classes = count_classes(state)
+    if num_classes is None:
         raise ValueError(f"{path} holds no classifier")
-    num_classes = classifier[-1].shape[0]
-    layer_options = options.get("layer_options") or {}
+    layer_options = dict(options.get("layer_options") or {})
     check_layer_options(options["arch"], layer_options)  # what a file says must not be any argument of create_model
+    if split_name(options["arch"])[0] == WAREHOUSE and "budget" not in layer_options:
+        layer_options["budget"] = find_budget(state, options["arch"])
     described = {
         "kernel_num": options.get("kernel_num"),
         "reduction": options.get("reduction"),
@@ -142,6 +149,32 @@ def _of_folder(
 def _set_temperature(model: nn.Module, arch: str, temperature: float | None) -> None:
     if temperature is not None and not try_temperature(model, temperature):
         raise ValueError(f"temperature must not be given: no layer of {arch} has one")
+
+
+def count_classes(state: dict[str, Tensor]) -> int | None:
+    """Return the number of a classifier's outputs by its weights; None where these hold none."""
+    parts = {key: tensor for key, tensor in state.items() if ".attention." not in key}
+    matrices = [tensor for tensor in parts.values() if tensor.ndim == 2]
+    biases = [tensor for key, tensor in parts.items() if key.endswith("classifier.1.conv.bias")]  # of a layer of cells
+    return next((len(tensor) for tensor in reversed(matrices or biases)), None)
+
+
+def find_budget(state: dict[str, Tensor], arch: str) -> float:
+    """Return the budget of a network of KernelWarehouse by its cells, which published files do not say; 1 if none fits.
+
+    Args:
+        state: the weights.
+        arch: name of the network.
+    """
+
+    def cells(tensors: Mapping[str, Tensor]) -> list[torch.Size]:
+        return [tensor.shape for key, tensor in tensors.items() if key.startswith(f"{NAME}.weights.")]
+
+    for budget in BUDGETS:
+        with torch.device("meta"), suppress(ValueError):  # of budgets that the widths do not allow
+            if cells(create_model(arch, budget=budget).state_dict()) == cells(state):
+                return budget
+    return 1.0
 
 
 def _hint(state: dict[str, Tensor]) -> str:

@@ -13,14 +13,15 @@ from torch import nn
 
 from odconv.app.classify.attention_log import AttentionStatistics
 from odconv.app.classify.config import TrainConfig
+from odconv.app.classify.drop_path import drop_paths
 from odconv.app.classify.history import AccuracyHistory
 from odconv.app.classify.module import ClassifierTraining
-from odconv.app.classify.schedule import temperature
+from odconv.app.classify.schedule import blend, temperature
 from odconv.app.data import open_data
 from odconv.app.data.transforms import evaluation_sizes
 from odconv.app.engine.errors import explained
 from odconv.app.engine.history import Row
-from odconv.app.engine.layer_options import count_parameters, layer_options, resolve_layers
+from odconv.app.engine.layer_options import check_fall, count_parameters, layer_options, resolve_layers
 from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.app.engine.resume import describe_resumption, find_resumed
 from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
@@ -28,6 +29,7 @@ from odconv.app.engine.trainer import make_training
 from odconv.app.engine.trial import conclusion, place
 from odconv.app.pages.reports import refresh_report
 from odconv.models.build import create_model, split_name
+from odconv.models.zoo import WAREHOUSE
 
 FIXED = ("num_classes", "stem", "temp_epoch", "temp_init")
 """Options of classifiers that a resumed run must share with its checkpoint: the network, the temperature."""
@@ -57,6 +59,7 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: AccuracyHistory) -
     train_images, val_images = splits.train, splits.val
     assert train_images is not None  # since they were asked for
     config = _resolve(config, len(splits.classes))
+    check_fall(config.arch, config.warm_start, "temp_epoch", config.temp_epoch)
     resumed = find_resumed(config, splits.classes, FIXED)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = create_model(
@@ -70,6 +73,8 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: AccuracyHistory) -
         warm_start=config.warm_start and not resumed.path,
         **layer_options(config),
     )
+    if config.drop_path:
+        drop_paths(model, config.drop_path)
     if trainer.is_global_zero:
         write_beginning(config, resumed, trainer.world_size)
         introduction = _introduction(config, model, len(train_images), len(val_images))
@@ -108,11 +113,13 @@ def _resolve(config: TrainConfig, classes: int) -> TrainConfig:
 
 
 def _introduction(config: TrainConfig, model: nn.Module, train_images: int, val_images: int) -> str:
-    last = temperature(config, config.epochs, 1)
+    method, _ = split_name(config.arch)
+    falls, last, goal = ("temperature", temperature, 1) if method != WAREHOUSE else ("blend", blend, 0)
+    end = last(config, config.epochs, 1)
     return (
         f"{config.arch}: {count_parameters(model) / 1e6:.2f}M parameters, {config.num_classes} classes, "
         f"{train_images} images to train on and {val_images} to evaluate on, {place(config)}"
-        + (f"; the temperature will end at {last:.4g}" if last > 1 and split_name(config.arch)[0] else "")
+        + (f"; the {falls} will end at {end:.4g}" if end > goal and method else "")
     )
 
 

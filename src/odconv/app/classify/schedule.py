@@ -13,7 +13,7 @@ def warmup(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
 def learning_rate(config: TrainConfig, epoch: int) -> float:
     """Return the learning rate of an epoch, counted from 0; it stays the same within the epoch."""
     if config.lr_decay == "cos":
-        return config.lr * (1 + cos(pi * epoch / config.epochs)) / 2
+        return config.lr_min + (config.lr - config.lr_min) * (1 + cos(pi * epoch / config.epochs)) / 2
     drops = epoch // config.step if config.lr_decay == "step" else sum(start <= epoch for start in config.schedule)
     return config.lr * config.gamma**drops
 
@@ -28,5 +28,13 @@ def temperature(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
         step: training step, counted from 1 over the whole run; evaluation after a step keeps its temperature.
         steps_per_epoch: training steps in an epoch.
     """
+    return 1 + (config.temp_init - 1) * blend(config, step, steps_per_epoch)
+
+
+def blend(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Return the blend of KernelWarehouse's layers: it falls in a straight line and is 0 after `temp_epoch` epochs.
+
+    Arguments are those of :func:`temperature`. Li, Yao, ICML 2024, section 3.3.
+    """
     total = config.temp_epoch * steps_per_epoch
-    return 1 + (config.temp_init - 1) * max(0, total - step) / max(1, total)
+    return max(0, total - step) / max(1, total)

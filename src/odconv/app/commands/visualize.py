@@ -19,7 +19,7 @@ from odconv.app.predict.names import class_names
 from odconv.attentions.measurement import CLASS_COLUMNS, WHOLE, Layer, answer, measure
 from odconv.attentions.statistics import COLUMNS
 from odconv.attentions.verdicts import KINDS, VERDICTS, deviation, verdict
-from odconv.layers import DynamicConv
+from odconv.layers import PerSampleConv
 from odconv.profiling.table import Table, show
 from odconv.system.devices import Device, find_device
 from odconv.system.files import check_writable, replacing
@@ -67,7 +67,7 @@ def visualize(
     check_writable(folder)
     place = find_device(device)
     restored = restore(weights, **network)
-    dynamic: list[Any] = [module for module in restored.model.modules() if isinstance(module, DynamicConv)]
+    dynamic = [module for module in restored.model.modules() if isinstance(module, PerSampleConv)]
     if not dynamic:
         raise ValueError(f"{restored.arch} is static: it has no attentions to look at")
     known = restored.classes or []
@@ -77,15 +77,16 @@ def visualize(
     model = restored.model.to(place)
     cam_layer = choose_layer(model, normalise(pictures.pixels[:1].to(place)), cam_layer)
     logits, recorded = answer(model, (normalise(batch.to(place)) for batch in pictures.pixels.split(BATCH)))
-    temperatures = [layer.attention.temperature for layer in dynamic]
+    temperature, blend = (getattr(dynamic[0].attention, name, None) for name in ("temperature", "blend"))
     subject = Subject(
         restored.arch,
         Path(weights).name,
         answers,
-        None if temperatures[0] is None else temperatures[0].item(),
+        None if temperature is None else temperature.item(),
         pictures,
         logits.softmax(1),
         measure(model, recorded, as_labels(pictures.classes)),
+        None if blend is None else blend.item(),
     )
     indices = choose(pictures.classes or [""] * len(logits), shown)
     examples = explain_examples(subject, model, place, indices, cam_layer)

@@ -57,7 +57,7 @@ def open_data(
         image_size: side of the images, in pixels.
         resize_size: length of the shorter side before the centre is cropped in evaluation, in pixels; default: 8/7 of
             `image_size`, which is 256 for 224.
-        augment: "imagenet", "small" or "none"; see :func:`training_transform`. Digits are never flipped.
+        augment: "imagenet", "randaugment", "small" or "none"; see :func:`training_transform`. Digits are never flipped.
         min_scale: smallest share of an image's area that "imagenet" cuts out.
         need_train: False to open the validation images alone; nothing else needs to be there then.
         cache: folder to unpack archives into; default as :func:`odconv.system.files.cache_folder`.

@@ -1,4 +1,4 @@
-"""From an image to bytes of one size: the published evaluation, and three ways to augment; then normalising."""
+"""From an image to bytes of one size: the published evaluation, and four ways to augment; then normalising."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-Augment: TypeAlias = Literal["imagenet", "small", "none"]
+Augment: TypeAlias = Literal["imagenet", "randaugment", "small", "none"]
 Transform: TypeAlias = Callable[[Image.Image | Tensor], Tensor]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -68,9 +68,10 @@ def training_transform(
     Args:
         image_size: side of the result, in pixels.
         resize_size: as in :func:`evaluation_transform`; used by "none" only.
-        augment: "imagenet": a random part of the image, resized, and a horizontal flip. "small" (for CIFAR-like
-            images): shifted by up to an eighth of the side, and a horizontal flip. "none": the evaluation transform.
-        min_scale: smallest share of the image's area that "imagenet" cuts out. The published 0.08 suits long training
+        augment: "imagenet": a random part of the image, resized, and a horizontal flip. "randaugment": these, and two
+            of RandAugment's changes of colour or shape, of magnitude 9. "small" (for CIFAR-like images): shifted by up
+            to an eighth of the side, and a horizontal flip. "none": the evaluation transform.
+        min_scale: smallest share of the image's area that the first two cut out. The published 0.08 suits long training
             on large images; short training on small ones wants more (0.35 for Imagenette).
         flip: False leaves the flips out, for images whose mirror image means something else, such as digits.
 
@@ -88,11 +89,13 @@ def training_transform(
     if augment == "none":
         return evaluation_transform(image_size, resize_size)
     _check_sizes(image_size)
-    if augment == "imagenet":
-        crop = [v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0))]
-    else:
+    if augment == "small":
         crop = [v2.Resize(image_size), v2.RandomCrop(image_size, padding=image_size // 8)]
-    return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if flip else []), v2.PILToTensor()])
+    else:
+        crop = [v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0))]
+    mirrored = [v2.RandomHorizontalFlip()] if flip else []
+    changed = [v2.RandAugment()] if augment == "randaugment" else []
+    return v2.Compose([*crop, *mirrored, *changed, v2.PILToTensor()])
 
 
 def normalise(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:

@@ -35,9 +35,9 @@ def describe(network: Network) -> str:
     size = f"{sum(parameter.numel() for parameter in network.model.parameters()) / 1e6:.2f} million parameters"
     if not network.layers:
         return f"static<br>{size}"
-    kernels = sorted({layer.kernel_num for layer in network.layers.values()})
-    number = " or ".join(map(str, kernels))
-    return f"{len(network.layers)} dynamic layers of {number} kernel{'s' * (kernels != [1])}<br>{size}"
+    kernels = sorted({len(layer.parts) for layer in network.layers.values()})
+    number, part = " or ".join(map(str, kernels)), next(iter(network.layers.values())).part
+    return f"{len(network.layers)} dynamic layers of {number} {part}{'s' * (kernels != [1])}<br>{size}"
 
 
 def show_problem(message: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from odconv.app.data import normalise
 from odconv.app.predict import Classifier, load_classifier
 from odconv.export.opened import SUFFIXES as EXPORTED
-from odconv.layers import DynamicConv
+from odconv.layers import PerSampleConv
 from odconv.profiling.latency import latencies
 
 TOP = 5
@@ -24,7 +24,7 @@ class Network(NamedTuple):
 
     classifier: Classifier
     model: nn.Module
-    layers: dict[str, DynamicConv]
+    layers: dict[str, PerSampleConv]
 
 
 class Answer(NamedTuple):
@@ -74,7 +74,7 @@ def open_network(classifier: Classifier) -> Network:
     """Find the layers of a classifier that has a network."""
     model = classifier.model
     assert model is not None  # exported files have none
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PerSampleConv)}
     return Network(classifier, model, layers)
 
 

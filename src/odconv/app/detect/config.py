@@ -31,6 +31,9 @@ class DetectConfig(RunConfig):
     """Keep the batch norm of the backbone in evaluation mode."""
     temperature: float = 1.0
     """Temperature of the attentions."""
+    blend_epochs: int = 0
+    """Epochs in which the blend of KernelWarehouse's layers falls from 1 to 0, with every step; 0: it is 0 from the
+    start."""
     masked_pool: bool = False
     """Let attentions pool over the images alone, not over the padding of a batch; published detectors do not."""
     conventions: Conventions | None = None

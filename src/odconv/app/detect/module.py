@@ -12,9 +12,9 @@ from torchmetrics import SumMetric
 from odconv.app.detect.coco import Annotations
 from odconv.app.detect.config import DetectConfig
 from odconv.app.detect.images import UNREADABLE, Target
-from odconv.app.detect.schedule import learning_rate
+from odconv.app.detect.schedule import blend, learning_rate
 from odconv.app.detect.scores import Result, describe_detections, score
-from odconv.app.engine.training_module import TrainingModule
+from odconv.app.engine.training_module import Pace, TrainingModule
 
 Batch = tuple[Sequence[Tensor], Sequence[Target]]
 """Images (3, H, W), each of its size, and what is on them."""
@@ -105,11 +105,13 @@ class DetectorTraining(TrainingModule, DetectorEvaluation):
         # all losses reach the pyramid's coarsest level
         super().__init__(model, config, notes, model.backbone.fpn.inner_blocks[-1][0].weight)
         self.annotations, self.categories = annotations, categories
-        self.set_temperature(config.temperature)
+        self.hold(config.temperature, 0.0)
 
-    def schedule(self) -> tuple[float, float]:
-        """Return the learning rate and the temperature of the step that comes next."""
-        return learning_rate(self.config, self.current_epoch, self.global_step), self.config.temperature
+    def schedule(self) -> Pace:
+        """Return the pace of the step that comes next."""
+        config, step = self.config, self.global_step
+        rate = learning_rate(config, self.current_epoch, step)
+        return Pace(rate, config.temperature, blend(config, step + 1, self.steps_per_epoch()))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Leave unreadable images out of training; if there is none left, one stays that will not count."""

@@ -16,7 +16,7 @@ from odconv.app.detect.loaders import make_loaders
 from odconv.app.detect.module import DetectorTraining
 from odconv.app.detect.restore import build
 from odconv.app.engine.errors import explained
-from odconv.app.engine.layer_options import count_parameters, resolve_layers
+from odconv.app.engine.layer_options import check_fall, count_parameters, resolve_layers
 from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
 from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
 from odconv.app.engine.trainer import make_training
@@ -26,7 +26,17 @@ from odconv.checkpoints import Checkpoint, find_checkpoint
 from odconv.models.detectors.builder import find_conventions
 from odconv.system.text import first_few
 
-FIXED = ("detector", "frozen_stages", "norm_eval", "temperature", "masked_pool", "anchor_sizes", "group", "negatives")
+FIXED = (
+    "detector",
+    "frozen_stages",
+    "norm_eval",
+    "temperature",
+    "blend_epochs",
+    "masked_pool",
+    "anchor_sizes",
+    "group",
+    "negatives",
+)
 """Options of detectors that a resumed run must share with its checkpoint: the network, the order of the images."""
 
 logger = logging.getLogger(__name__)
@@ -42,6 +52,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
 
 def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory) -> dict[str, Any]:
     training, evaluation = read_data(config)
+    check_fall(config.arch, config.warm_start, "blend_epochs", config.blend_epochs)
     config = replace(config, **resolve_layers(config.arch, config.kernel_num, config.reduction))
     resumed = find_resumed(config, training.classes, FIXED)
     weights = find_checkpoint(config.weights) if config.weights and not resumed.path else None

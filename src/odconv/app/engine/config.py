@@ -29,13 +29,17 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: 1 <= value <= LARGEST_SIDE,
         "image_size resize_size max_size",
     ),
-    ("at least 0", lambda value: 0 <= value < inf, "workers wd temp_epoch warmup_steps warmup_epochs mixup cutmix"),
+    (
+        "at least 0",
+        lambda value: 0 <= value < inf,
+        "workers wd temp_epoch blend_epochs warmup_steps warmup_epochs mixup cutmix lr_min",
+    ),
     ("at least 0 and at most 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
     ("above 0", lambda value: 0 < value < inf, "lr temperature clip timeout attention_lr"),
     ("above 0 and below 1", lambda value: 0 < value < 1, "average"),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "reduction min_scale gamma warmup_factor"),
-    ("at least 0 and at most 1", lambda value: 0 <= value <= 1, "score_threshold nms_threshold threshold"),
-    ("at least 0 and below 1", lambda value: 0 <= value < 1, "dropout momentum label_smoothing"),
+    ("at least 0 and at most 1", lambda value: 0 <= value <= 1, "score_threshold nms_threshold threshold erasing"),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, "dropout drop_path momentum label_smoothing"),
 )
 
 
@@ -91,6 +95,8 @@ class RunConfig:
     """Optimizer: sgd, with weight decay on every parameter, or adamw, with none on biases and norms."""
     momentum: float = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of it."""
     wd: float = 1e-4
     """Weight decay; some 0.05 suits adamw."""
     attention_lr: float = 1.0

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from odconv.system.files import replacing
 
 Row = dict[str, float]
-"""An epoch: `epoch` counts from 1, `temperature` is that of the last step."""
+"""An epoch: `epoch` counts from 1; `temperature` is that of the last step, or `blend` of KernelWarehouse's networks."""
 
 
 class History(pl.Callback):
@@ -69,7 +69,7 @@ class History(pl.Callback):
                 "epoch": trainer.current_epoch + 1,
                 "steps": trainer.global_step,
                 "lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "temperature": float(pl_module.temperature),  # type: ignore[arg-type]
+                **held(pl_module),
                 "train_loss": metrics["train_loss"] / max(1, metrics["train_images"]),
                 **self.scores(metrics),
                 "train_corrupt": int(metrics["train_corrupt"]),
@@ -122,3 +122,8 @@ class History(pl.Callback):
             f"epoch {row['epoch']:3}/{epochs}   loss {row['train_loss']:.4f}   {self.describe(row)}   "
             f"{seconds:.1f} s, {100 * row['data_wait']:.0f} % waiting   {left} left" + "".join(corrupt)
         )
+
+
+def held(module: Any) -> Row:
+    """Return what the attentions of a network in training are held by: a temperature, or KernelWarehouse's blend."""
+    return {"temperature": float(module.temperature)} if module.blend is None else {"blend": module.blend}

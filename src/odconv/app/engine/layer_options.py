@@ -7,6 +7,7 @@ from torch import nn
 
 from odconv.app.engine.config import RunConfig
 from odconv.models.build import METHODS, check_layer_options, split_name
+from odconv.models.zoo import WAREHOUSE
 
 
 def resolve_layers(arch: str, kernel_num: int | None, reduction: float | None) -> dict[str, Any]:
@@ -18,6 +19,22 @@ def resolve_layers(arch: str, kernel_num: int | None, reduction: float | None) -
     method = METHODS[method_name]
     defaults = {name: parameter.default for name, parameter in inspect.signature(method.layer).parameters.items()}
     return {name: (defaults | method.options).get(name) if value is None else value for name, value in given.items()}
+
+
+def check_fall(arch: str, warm_start: bool, option: str, epochs: int) -> None:
+    """Raise a ValueError where KernelWarehouse's blend would leave the static network of a warm start at once.
+
+    Args:
+        arch: the network.
+        warm_start: whether it starts from its static one.
+        option: name of the option that says how long the blend falls.
+        epochs: its value.
+    """
+    if warm_start and split_name(arch)[0] == WAREHOUSE and epochs == 0:
+        raise ValueError(
+            f"{option} must be at least 1 for warm_start of {arch}, got 0: epochs in which the blend falls from 1, the "
+            "static network, to 0"
+        )
 
 
 def layer_options(config: RunConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,7 @@ from torchmetrics import SumMetric
 from odconv.app.engine.config import RunConfig
 from odconv.layers import try_temperature
 from odconv.layers.parameter_groups import parameter_groups
+from odconv.layers.warehouse_attention import try_blend
 
 COMPRESSION = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 
@@ -22,6 +23,20 @@ SUMS = ("train_loss", "train_images", "train_corrupt")
 """Metrics of a training epoch: the summed loss, the images that count, those that cannot be read."""
 
 ADVICE = "the checkpoints are from before. A lower lr or clip may help; of dynamic layers, a higher temperature, too"
+
+
+class Pace(NamedTuple):
+    """What a step of training sets.
+
+    Attributes:
+        lr: learning rate.
+        temperature: of the attentions that have one.
+        blend: of KernelWarehouse's attentions.
+    """
+
+    lr: float
+    temperature: float
+    blend: float
 
 
 class TrainingModule(pl.LightningModule):
@@ -32,7 +47,7 @@ class TrainingModule(pl.LightningModule):
     the options, the temperature, and what `notes` says of the data.
 
     To be mixed into a class that evaluates, which is made with the network alone and keeps it as `model`. What is left
-    to say: the learning rate and temperature of a step, which images of a batch can be read, and the loss.
+    to say: the pace of a step, which images of a batch can be read, and the loss.
 
     Args:
         model: the network.
@@ -46,6 +61,7 @@ class TrainingModule(pl.LightningModule):
     def __init__(self, model: nn.Module, config: RunConfig, notes: Mapping[str, Any], watched: nn.Parameter) -> None:
         super().__init__(model)
         self.config, self.notes, self.temperature = config, notes, 1.0
+        self.blend: float | None = None
         self.watched = (watched,)  # in a tuple, for it is registered already
         self.save_hyperparameters(asdict(config))
         # sums, since a mean that does not hide NaN ignores weights (torchmetrics 1.9)
@@ -54,14 +70,15 @@ class TrainingModule(pl.LightningModule):
         self.bad_steps = torch.zeros((), dtype=torch.int64)  # in a row, on the device of the gradients
         self.blank_batches = 0  # in a row
 
-    def schedule(self) -> tuple[float, float]:
-        """Return the learning rate and the temperature of the step that comes next."""
+    def schedule(self) -> Pace:
+        """Return the pace of the step that comes next."""
         raise NotImplementedError
 
-    def set_temperature(self, value: float) -> None:
-        """Set the temperature of the network."""
-        try_temperature(self.model, value)
-        self.temperature = value
+    def hold(self, temperature: float, blend: float) -> None:
+        """Set the temperature and the blend of the network; the latter stays None where it has none."""
+        try_temperature(self.model, temperature)
+        self.temperature = temperature
+        self.blend = blend if try_blend(self.model, blend) else None
 
     def steps_per_epoch(self) -> int:
         """Return the number of optimizer steps in an epoch."""
@@ -81,22 +98,23 @@ class TrainingModule(pl.LightningModule):
             group["factor"] = group["lr"] / config.lr  # of the learning rate of a step
         if config.optimizer == "adamw":
             return torch.optim.AdamW(groups, config.lr)
-        return torch.optim.SGD(groups, config.lr, config.momentum)
+        return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov)
 
     def on_train_start(self) -> None:
-        """Set the first temperature, whatever weights have brought; have gradients compressed between processes."""
-        self.set_temperature(self.schedule()[1])
+        """Set what attentions begin with, whatever weights brought; have gradients compressed between processes."""
+        _, *held = self.schedule()
+        self.hold(*held)
         wrapped = self.trainer.strategy.model
         if self.config.compress != "none" and isinstance(wrapped, DistributedDataParallel):
             wrapped.register_comm_hook(None, COMPRESSION[self.config.compress])
 
     def on_train_batch_start(self, _batch: Any, batch_idx: int) -> None:
-        """Set the learning rate, the temperature, and the seed of dropout and the like."""
-        lr, temperature = self.schedule()
+        """Set the learning rate, temperature and blend, and the seed of dropout and the like."""
+        lr, temperature, blend = self.schedule()
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = lr * group.get("factor", 1.0)  # version 0.1.0 saved none
-        if temperature != self.temperature:
-            self.set_temperature(temperature)
+        if temperature != self.temperature or self.blend not in (None, blend):
+            self.hold(temperature, blend)
         torch.manual_seed(hash((self.config.seed, self.current_epoch, batch_idx, self.global_rank)))
 
     def count_readable(self, readable: Tensor) -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from odconv.app.pages.colours import FAINT, GATES, INK, LEAST_RANGE
-from odconv.app.pages.drawing import add_bars
+from odconv.app.pages.drawing import MOST_PARTS, add_bars
+from odconv.attentions.kernels import usage
 from odconv.layers import Attentions
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 EXPLANATION = (
     "A row is an image: what stays the same down a column does not depend on the image, what changes does. "
     "± is the standard deviation.\nKernels: a bar's parts are their shares. The others: dark is low, bright is high; "
-    "channels and filters stand in the order of their means."
+    "channels, filters and cells stand in the order of their means."
 )
 
 
@@ -117,8 +118,12 @@ def draw_images(axes: "Axes", layer: str, images: Tensor | None, titles: Sequenc
 
 
 def draw_shares(axes: "Axes", values: Tensor) -> None:
-    """Draw the share of each kernel, (B, n), as one bar per image."""
-    add_bars(axes, values.float(), 0, 0.94 * axes.get_xlim()[1], [row + 0.1 for row in range(len(values))], 0.8)
+    """Draw the share of each kernel, (B, n), or of each cell, (B, m, n), as one bar per image; of many, as a strip."""
+    shares = usage(values.float())
+    if shares.shape[1] > MOST_PARTS:
+        draw_strips(axes, shares)
+    else:
+        add_bars(axes, shares, 0, 0.94 * axes.get_xlim()[1], [row + 0.1 for row in range(len(values))], 0.8)
 
 
 def draw_taps(axes: "Axes", values: Tensor) -> None:

@@ -119,6 +119,10 @@ def add_frames(axes: "Axes", boxes: Iterable[Box]) -> None:
     add_boxes(axes, boxes, facecolor="none", edgecolor=GRID, linewidth=0.6)
 
 
+MOST_PARTS = 16
+"""Parts of a bar that can be told from each other."""
+
+
 def add_bars(axes: "Axes", shares: Tensor, x: float, width: float, edges: Sequence[float], height: float) -> np.ndarray:
     """Add shares (rows, n) as bars, the longest of which is as wide as given.
 

@@ -33,6 +33,7 @@ CURVES = (
     Curve("Average precision in validation, %", {"ap": "boxes", "mask_ap": "masks"}),
     Curve("Learning rate", {"lr": ""}),
     Curve("Temperature after the epoch", {"temperature": ""}),
+    Curve("Blend after the epoch", {"blend": ""}),
     Curve("Images a second in training", {"images_per_second": ""}),
     Curve("Share of the training time spent waiting for images, %", {"data_wait": ""}, factor=100),
 )

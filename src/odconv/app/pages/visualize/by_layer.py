@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from odconv.app.pages.attention_figure import colour_scale
 from odconv.app.pages.colours import FAINT, GATES, INK, LEAST_RANGE, LESS, MORE
-from odconv.app.pages.drawing import WIDTH, Drawing, add_bars, add_frames, on_paper
+from odconv.app.pages.drawing import MOST_PARTS, WIDTH, Drawing, add_bars, add_frames, on_paper
+from odconv.attentions.kernels import usage
 from odconv.attentions.measurement import Layer
 from odconv.attentions.verdicts import deviation
 
@@ -51,10 +52,20 @@ def colour_range(layers: Sequence[Layer]) -> float:
     largest = [
         float(np.quantile(relative(values).abs().numpy(), 0.99))
         for layer in layers
-        for kind, values in layer.attentions.items()
-        if kind != "kernel"
+        for kind, values in drawn_values(layer).items()
+        if not is_bar(kind, values)
     ]
     return min(1.0, max([LEAST_RANGE, *largest]))
+
+
+def drawn_values(layer: Layer) -> dict[str, Tensor]:
+    """Return what is drawn of a layer's attentions, (B, ...): of the pieces of kernels what they take of each cell."""
+    return {kind: usage(values) if kind == "kernel" else values for kind, values in layer.attentions.items()}
+
+
+def is_bar(kind: str, values: Tensor) -> bool:
+    """Return whether an attention is drawn as a bar of shares, which can be told from each other."""
+    return kind == "kernel" and values.shape[1] <= MOST_PARTS
 
 
 def relative(values: Tensor) -> Tensor:
@@ -82,19 +93,19 @@ def fill(axes: "Axes", layer: Layer, rows: Rows, scale: float) -> None:
         axes.text(0.12 + BOX, y + BOX / 2, word, va="center", size=7, color=INK)
     axes.text(0.05, 0.14, layer.shape, va="center", size=8, color=FAINT)
     x = 0.22 + BOX + 0.058 * max(map(len, words))
-    kinds = list(reversed(layer.attentions))
-    fixed = {"kernel": 0.95, "spatial": 0.46}
+    drawn = drawn_values(layer)
+    kinds = list(reversed(drawn))
+    fixed = {"spatial": 0.46} | {kind: 0.95 for kind, values in drawn.items() if is_bar(kind, values)}
     strips = [kind for kind in kinds if kind not in fixed]
     room = WIDTH - 0.05 - x - sum(fixed[kind] + 0.12 for kind in kinds if kind in fixed) - 0.12 * (len(strips) - 1)
     for kind in kinds:
         width = fixed.get(kind) or room / len(strips)
-        values = layer.attentions[kind]
-        shape = "x".join(map(str, values.shape[1:]))
+        values, shape = drawn[kind], "x".join(map(str, layer.attentions[kind].shape[1:]))
         axes.text(x, TOP - 0.3, kind, size=8, weight="bold", color=INK)
         axes.text(x, TOP - 0.17, shape, size=7, color=FAINT)
         axes.text(x, TOP - 0.05, f"±{100 * deviation(layer.rows[kind]):.1f} %", size=7, color=INK)
         shown = torch.cat([values.mean(0, keepdim=True), values[rows.indices]]).float()
-        if kind == "kernel":
+        if is_bar(kind, values):
             ends = add_bars(axes, shown, x, width, [y + 0.02 for y in edges], BOX - 0.04)
             axes.vlines(ends[0, :-1], edges[1] - 0.03, edges[-1] + BOX + 0.03, color=INK, linewidth=0.6)
         else:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from odconv.app.pages.colours import FAINT, INK
-from odconv.app.pages.drawing import WIDTH, Drawing, add_bars, add_frames, on_paper
+from odconv.app.pages.drawing import MOST_PARTS, WIDTH, Drawing, add_bars, add_frames, on_paper
 from odconv.app.pages.visualize.by_layer import diverging, shorten
 from odconv.app.pages.visualize.overview import class_share
+from odconv.attentions.kernels import usage
 from odconv.attentions.measurement import Layer
 from odconv.attentions.statistics import mixture_entropy
 
@@ -26,14 +27,20 @@ MOST_LAYERS, MOST_CLASSES = 12, 32
 
 
 def draw_similarity(layers: Sequence[Layer]) -> Drawing | None:
-    """Draw the cosines of each layer's kernels as a small matrix; None where no layer has several."""
-    mixed = [layer for layer in layers if len(layer.similarity) > 1]
+    """Draw the cosines of each layer's kernels as a small matrix; None where no layer has several.
+
+    Layers that share cells have one, under the name of the first.
+    """
+    first = {id(layer.similarity): layer for layer in reversed(layers)}
+    mixed = [layer for layer in layers if len(layer.similarity) > 1 and first[id(layer.similarity)] is layer]
     if not mixed:
         return None
     across = per_line(mixed, SIDE)
     lines = -(-len(mixed) // across)
     return on_paper(
-        "How alike the kernels of a layer are", (SIDE + 0.42) * lines + 0.3, partial(fill_similarity, layers=mixed)
+        f"How alike the {mixed[0].part}s of a layer are",
+        (SIDE + 0.42) * lines + 0.3,
+        partial(fill_similarity, layers=mixed),
     )
 
 
@@ -71,9 +78,11 @@ def draw_shares(layers: Sequence[Layer], classes: Sequence[str]) -> Drawing | No
         classes: the class of each.
 
     Returns:
-        The drawing; None where no layer mixes several kernels in shares that differ, or there are too many classes.
+        The drawing; None where no layer mixes several kernels, but not too many, in shares that differ, or there are
+        too many classes.
     """
-    shares = {layer.name: class_share(layer.rows["kernel"]) for layer in layers if len(layer.similarity) > 1}
+    mixed = [layer for layer in layers if 1 < len(layer.similarity) <= MOST_PARTS]
+    shares = {layer.name: class_share(layer.rows["kernel"]) for layer in mixed}
     most = sorted((name for name, share in shares.items() if not isnan(share)), key=lambda name: -shares[name])
     chosen = [layer for layer in layers if layer.name in most[:MOST_LAYERS]]
     names = list(dict.fromkeys(classes))
@@ -97,7 +106,7 @@ def fill_shares(axes: "Axes", layers: Sequence[Layer], classes: Sequence[str], n
         axes.text(x, y + 0.12, layer.name, size=6.5, va="center", color=INK)
         axes.text(x, y + 0.25, f"{100 * share:.0f} % by class", size=6.5, va="center", color=FAINT)
         values = layer.attentions["kernel"].float()
-        means = torch.stack([values[of_class].mean(0) for of_class in members])
+        means = torch.stack([usage(values[of_class]).mean(0) for of_class in members])
         middles = [y + 0.36 + BAR * (row + 0.5) for row in range(len(names))]
         add_bars(axes, means, x, width - 0.4, [middle - 0.4 * BAR for middle in middles], 0.8 * BAR)
         for middle, name, of_class in zip(middles, names, members, strict=True):

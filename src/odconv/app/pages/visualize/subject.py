@@ -28,6 +28,7 @@ class Subject:
         pictures: the images.
         probabilities: what it answers to them, (B, outputs).
         layers: its dynamic layers.
+        blend: of its attentions, if it is of KernelWarehouse.
     """
 
     arch: str
@@ -37,11 +38,13 @@ class Subject:
     pictures: Pictures
     probabilities: Tensor
     layers: list[Layer]
+    blend: float | None = None
 
     @property
     def title(self) -> str:
         """The network: "od_resnet18, 4 kernels"."""
-        return f"{self.arch}, {count(max(len(layer.similarity) for layer in self.layers), 'kernel')}"
+        most = max(self.layers, key=lambda layer: len(layer.similarity))
+        return f"{self.arch}, {count(len(most.similarity), most.part)}"
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -85,6 +88,11 @@ class Subject:
                 f"The temperature of the attentions is {self.temperature:g}: they can hardly vary until training has "
                 "brought it down to 1."
             )
+        if self.blend:
+            notes.append(
+                f"The blend of the attentions is {self.blend:g}: so much of every kernel is fixed until training has "
+                "brought it down to 0."
+            )
         if any(isnan(row["mean"]) for layer in self.layers for row in layer.rows.values()):
             notes.append("The network computes values that are not numbers.")
         return notes
@@ -103,6 +111,8 @@ class Subject:
         found["in effect static"] = number(sum(layer.static for layer in self.layers), 0)
         if self.temperature is not None:
             found["temperature"] = f"{self.temperature:g}"
+        if self.blend is not None:
+            found["blend"] = f"{self.blend:g}"
         return found
 
 
