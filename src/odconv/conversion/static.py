@@ -22,6 +22,12 @@ CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {
     (2, True): nn.ConvTranspose2d,
     (3, True): nn.ConvTranspose3d,
 }
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish,
+    "silu": nn.SiLU,
+}
 
 
 class Score(NamedTuple):
@@ -185,7 +191,9 @@ def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
     if layer.kernel_bias is not None:
         mixed = layer.kernel_bias[0] if attentions.kernel is None else attentions.kernel[0] @ layer.kernel_bias.double()
         bias = mixed if bias is None else bias + mixed
-    return convolution_like(layer, kernel, bias, layer.weight)
+    conv = convolution_like(layer, kernel, bias, layer.weight)
+    activation = layer.epilogue.activation  # of a fused network
+    return conv if activation is None else nn.Sequential(conv, ACTIVATIONS[activation]())
 
 
 def convolution_like(layer: Any, kernel: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:

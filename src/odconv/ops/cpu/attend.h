@@ -9,10 +9,9 @@
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/view.h>
 
-#include <cmath>
 #include <optional>
 
-#include "simd.h"
+#include "epilogue.h"
 
 namespace odconv {
 
@@ -36,42 +35,6 @@ void apply(const M* matrix, int64_t rows, int64_t count, const T* x, const M* bi
       out[row + i] = bias ? sum + T(bias[row + i]) : sum;
     }
   }
-}
-
-// Sums of `count` numbers, or of `count` vectors that lie `step` apart, in blocks, so that rounding does not grow with count.
-template <class T>
-void sum_channels(const T* x, int64_t count, int64_t channels, typename Stored<T>::Sum* out) {
-  using S = Stored<T>;
-  using Sum = typename S::Sum;
-  constexpr int64_t L = Simd<Sum>::LANES, BLOCK = 64;
-  const int64_t whole = channels / L * L;
-  std::fill_n(out, channels, Sum(0));
-  std::vector<Sum> part(channels);
-  for (int64_t first = 0; first < count; first += BLOCK) {
-    std::fill(part.begin(), part.end(), Sum(0));
-    for (int64_t i = first; i < std::min(first + BLOCK, count); ++i) {
-      const T* in = x + i * channels;
-      for (int64_t c = 0; c < whole; c += L) Simd<Sum>::store(&part[c], Simd<Sum>::load(&part[c]) + S::load(in + c));
-      for (int64_t c = whole; c < channels; ++c) part[c] += Sum(in[c]);
-    }
-    for (int64_t c = 0; c < channels; ++c) out[c] += part[c];
-  }
-}
-
-template <class T>
-typename Stored<T>::Sum sum_run(const T* x, int64_t count) {
-  using S = Stored<T>;
-  using Sum = typename S::Sum;
-  constexpr int64_t L = Simd<Sum>::LANES, BLOCK = 4 * L;
-  typename S::Vec sums[4] = {};
-  int64_t i = 0;
-  for (; i + BLOCK <= count; i += BLOCK)
-    for (int v = 0; v < 4; ++v) sums[v] += S::load(x + i + v * L);
-  const typename S::Vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  Sum sum = 0;
-  for (; i < count; ++i) sum += Sum(x[i]);
-  for (int l = 0; l < L; ++l) sum += all[l];
-  return sum;
 }
 
 // The mean of each channel, (B, C), of maps of any layout, in float32 or float64.

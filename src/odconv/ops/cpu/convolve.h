@@ -19,7 +19,7 @@
 //       for each panel, for each tile
 //         if the panel begins a sample: mix packed              -> mixed
 //         accumulate window x mixed                             -> sums[position][lane]
-//     for each tile, for each panel: add the bias, write the sums into the map
+//     for each tile, for each panel: apply the epilogue (epilogue.h), write the sums into the map
 //
 // gradients, of kernels and attentions: the product is transposed, positions are what is summed over.
 //
@@ -34,6 +34,7 @@
 // change Plan. To change a block's size, change the constants below; to change an order in memory, pack and unpack.
 #pragma once
 
+#include "epilogue.h"
 #include "kernels.h"
 #include "maps.h"
 
@@ -82,14 +83,6 @@ struct Gates {
   const T *shares, *taps, *rows, *lanes;  // (B, n), (B, taps), (B, groups * rows), (B, groups * lanes)
 };
 
-// What is added to each filter, of all samples or one of each.
-template <class T>
-struct Bias {
-  const T* data;
-  int64_t sample_step;
-  const T* of_sample(int64_t sample) const { return data ? data + sample * sample_step : nullptr; }
-};
-
 template <class T>
 Scales<T> scales_of(const Gates<T>& gates, const Kernels<T>& kernels, int64_t groups, int64_t group, int64_t sample,
                     const Tile& tile) {
@@ -129,12 +122,27 @@ struct Operands {
 
 // ---- outputs -------------------------------------------------------------------------------------------------------
 
-// Add the bias to the sums of a panel, [position][lane].
+// Apply the epilogue to the sums of a panel, [position][lane], whose first lane is filter `filter`.
 template <class T>
-void add_bias(const T* bias, const Tile& tile, int64_t positions, T* sums) {
-  const int64_t width = tile.vectors * Simd<T>::LANES;
-  for (int64_t p = 0; bias && p < positions; ++p)
-    for (int64_t l = 0; l < tile.lanes; ++l) sums[p * width + l] += bias[tile.first_lane + l];
+void finish(const Epilogue<T>& epilogue, const Tile& tile, const Panel& panel, int64_t filter, T* sums) {
+  using S = Simd<T>;
+  constexpr int L = S::LANES;
+  if (epilogue.is_empty()) return;
+  alignas(VECTOR_BYTES) T bias[VECTORS * L] = {};
+  if (epilogue.bias.data) std::copy_n(epilogue.bias.of_sample(panel.sample) + filter, tile.lanes, bias);
+  const int64_t length = panel.phase->count[2], lines = panel.positions() / length, first = panel.first * panel.phase->count[1];
+  with_activation(epilogue.activation, [&](auto activate) {
+    for (int64_t i = 0; i < lines; ++i) {
+      alignas(VECTOR_BYTES) T line[VECTORS * L] = {};
+      for (int64_t k = 0; k < length; ++k)
+        for (int v = 0; v < tile.vectors; ++v, sums += L) {
+          const typename S::Vec y = activate(S::load(sums) + S::load(bias + v * L));
+          S::store(sums, y);
+          S::store(line + v * L, S::load(line + v * L) + y);
+        }
+      if (T* to = epilogue.line(panel.sample, first + i)) std::copy_n(line, tile.lanes, to + filter);
+    }
+  });
 }
 
 // Write the sums of a panel, [position][lane], to its places in a map, from `channel` on.
@@ -179,7 +187,7 @@ Plan plan_of(const Kernels<T>& kernels, const std::vector<Panel>& panels, int64_
 // Convolve every sample of `source` with its own mixed kernel, into `out`.
 template <class T>
 void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& kernels, int64_t groups, const Gates<T>& gates,
-              const Bias<T>& bias, int64_t batch, const std::vector<Phase>& phases) {
+              const Epilogue<T>& epilogue, int64_t batch, const std::vector<Phase>& phases) {
   constexpr int L = Simd<T>::LANES;
   const std::vector<Span> rows = row_blocks(kernels, 1), lanes = lane_blocks(kernels);
   const int64_t n = kernels.n, taps = kernels.taps, blocks = lanes.size();
@@ -237,9 +245,9 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
         const Tile tile = tile_of<T>(rows[0], lanes[side.first + c]);
         T* from = sums + c * positions * VECTORS * L;
         for (const Panel* panel = first; panel < last; from += panel->positions() * tile.vectors * L, ++panel) {
-          const T* of_group = bias.data ? bias.of_sample(panel->sample) + group * kernels.lanes : nullptr;
-          add_bias<T>(of_group, tile, panel->positions(), from);
-          store<T>(from, tile, *panel, out, group * kernels.lanes + tile.first_lane, operands.offsets);
+          const int64_t filter = group * kernels.lanes + tile.first_lane;
+          finish<T>(epilogue, tile, *panel, filter, from);
+          store<T>(from, tile, *panel, out, filter, operands.offsets);
         }
       }
     }

@@ -6,9 +6,10 @@
 namespace odconv {
 
 // The sums of P positions, each `jump` numbers after the one before, for V vectors of channels: taps at `from` a position.
-template <class T, int P, int V>
+// What is written is added to `line` too.
+template <class T, int P, int V, class A>
 void multiply_taps(const T* x, int64_t jump, const std::vector<int64_t>& from, const typename Stored<T>::Sum* const* kernels,
-                   const typename Stored<T>::Sum* bias, T* y, int64_t channels) {
+                   const typename Stored<T>::Sum* bias, T* y, int64_t channels, typename Stored<T>::Sum* line) {
   using S = Stored<T>;
   constexpr int L = Simd<typename S::Sum>::LANES;
   typename S::Vec sums[P][V] = {};
@@ -22,17 +23,23 @@ void multiply_taps(const T* x, int64_t jump, const std::vector<int64_t>& from, c
       for (int p = 0; p < P; ++p) sums[p][v] += weight * S::load(at + p * jump + v * L);
     }
   }
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      S::store(y + p * channels + v * L, bias ? sums[p][v] + Simd<typename S::Sum>::load(bias + v * L) : sums[p][v]);
+  for (int v = 0; v < V; ++v) {
+    typename S::Vec all = Simd<typename S::Sum>::load(line + v * L);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const typename S::Vec sum = A()(bias ? sums[p][v] + Simd<typename S::Sum>::load(bias + v * L) : sums[p][v]);
+      S::store(y + p * channels + v * L, sum);
+      all += sum;
+    }
+    Simd<typename S::Sum>::store(line + v * L, all);
+  }
 }
 
 // Convolve each channel of a map, [sample][position][channel], with its own kernel, [sample][tap][channel], of at least a
 // vector of channels. The last vector may overlap the one before.
-template <class T>
-void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::Sum* kernels, const Bias<typename Stored<T>::Sum>& bias,
+template <class T, class A>
+void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::Sum* kernels, const Epilogue<typename Stored<T>::Sum>& epilogue,
                         int64_t channels, int64_t batch, const Phase& phase, T* y) {
   using Sum = typename Stored<T>::Sum;
   constexpr int L = Simd<Sum>::LANES, P = 4, V = 4;
@@ -59,6 +66,7 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
       for (int64_t c = 0; c < channels;) {
         const int vectors = channels - c >= V * L ? V : 1;
         c = std::min(c, channels - vectors * L);
+        alignas(VECTOR_BYTES) Sum line[V * L] = {};
         from.clear(), weights.clear();
         for (const Tap* tap : met) {
           from.push_back(tap->offset[0] * step[0] + tap->offset[1] * step[1] + tap->offset[2] * step[2]);
@@ -67,9 +75,10 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
         auto run = [&](int64_t k, bool block, const std::vector<int64_t>& at, const std::vector<const Sum*>& of) {
           const T* a = in + k * jump + c;
           T* to = out + k * channels + c;
-          const Sum* add = bias.data ? bias.of_sample(b) + c : nullptr;
-          auto multiply = vectors == V ? (block ? multiply_taps<T, P, V> : multiply_taps<T, 1, V>) : (block ? multiply_taps<T, P, 1> : multiply_taps<T, 1, 1>);
-          multiply(a, jump, at, of.data(), add, to, channels);
+          const Sum* add = epilogue.bias.data ? epilogue.bias.of_sample(b) + c : nullptr;
+          auto multiply = vectors == V ? (block ? multiply_taps<T, P, V, A> : multiply_taps<T, 1, V, A>)
+                                       : (block ? multiply_taps<T, P, 1, A> : multiply_taps<T, 1, 1, A>);
+          multiply(a, jump, at, of.data(), add, to, channels, line);
         };
         auto border = [&](int64_t k) {
           some.clear(), chosen.clear();
@@ -84,6 +93,7 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
         for (; k + P <= last; k += P) run(k, true, from, weights);
         for (; k < last; ++k) run(k, false, from, weights);
         for (; k < count[2]; ++k) border(k);
+        if (Sum* sums = epilogue.line(b, task % lines)) std::copy_n(line, vectors * L, sums + c);
         c += vectors * L;
       }
     }

@@ -200,23 +200,32 @@ void mix_half(const Kernels<T>& kernels, const Block& block, const Gates<float>&
   }
 }
 
-// Write the sums of one position, times the filter attention, plus the bias.
-template <class T>
-void store_half(const float* sums, const float* filter, const float* bias, int64_t count, T* out) {
+// What each filter of a block is multiplied by and plus, and the sums of the line that is written; full vectors of each.
+struct Lanes {
+  alignas(VECTOR_BYTES) float filter[FILTERS], bias[FILTERS], line[FILTERS];
+};
+
+// Write the sums of one position, times the filter attention, plus the bias, activated, and add them to the line's.
+template <class T, class A>
+void store_half(const float* sums, int64_t count, Lanes& lanes, T* out) {
   using S = Simd<float>;
-  int64_t l = 0;
-  for (; l + S::LANES <= count; l += S::LANES) {
-    S::Vec sum = S::load(sums + l);
-    if (filter) sum *= S::load(filter + l);
-    Stored<T>::store(out + l, bias ? sum + S::load(bias + l) : sum);
+  for (int64_t l = 0; l < count; l += S::LANES) {
+    const S::Vec y = A()(S::load(sums + l) * S::load(lanes.filter + l) + S::load(lanes.bias + l));
+    S::store(lanes.line + l, S::load(lanes.line + l) + y);
+    if (l + S::LANES <= count) {
+      Stored<T>::store(out + l, y);
+    } else {
+      T rest[S::LANES];
+      Stored<T>::store(rest, y);
+      std::copy_n(rest, count - l, out + l);
+    }
   }
-  for (; l < count; ++l) out[l] = T((filter ? sums[l] * filter[l] : sums[l]) + (bias ? bias[l] : 0));
 }
 
 // Convolve every sample of a channels-last map, [sample][position][channel], with its own mixed kernel.
-template <class T>
+template <class T, class A>
 void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int64_t groups, const Gates<float>& gates,
-                   const Bias<float>& bias, int64_t batch, const Phase& phase, T* y) {
+                   const Epilogue<float>& epilogue, int64_t batch, const Phase& phase, T* y) {
   constexpr int L = Simd<float>::LANES;
   const int64_t channels = groups * kernels.rows, filters = groups * kernels.lanes, taps = kernels.taps;
   const int64_t positions = size[0] * size[1] * size[2], outputs = phase.count[0] * phase.count[1] * phase.count[2];
@@ -267,10 +276,13 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int6
           for (int64_t i = 0; i < n; ++i)
             pack_pairs<T>(here.data + i * here.size + lanes.first * here.lane_step, here.lane_step, block, scratch.blend, packed + i * block.packed());
         mix_half<T>(here, block, gates, sample, own, packs_first, packed, scratch, mixed);
-        const float* filter = gates.lanes ? gates.lanes + own * kernels.lanes + lanes.first : nullptr;
-        const float* add = bias.data ? bias.of_sample(sample) + group * kernels.lanes + lanes.first : nullptr;
+        const int64_t first = group * kernels.lanes + lanes.first;
+        Lanes per;
+        std::fill_n(per.filter, FILTERS, 1.0f), std::fill_n(per.bias, FILTERS, 0.0f), std::fill_n(per.line, FILTERS, 0.0f);
+        if (gates.lanes) std::copy_n(gates.lanes + own * kernels.lanes + lanes.first, lanes.count, per.filter);
+        if (epilogue.bias.data) std::copy_n(epilogue.bias.of_sample(sample) + first, lanes.count, per.bias);
         const T* map = maps + task % samples * padded + group * kernels.rows;
-        T* to = y + sample * outputs * filters + group * kernels.lanes + lanes.first;
+        T* to = y + sample * outputs * filters + first;
         for (int64_t p = 0; p < padding.wide;) {
           const int64_t rest = padding.wide - p, rows = rest < FEW ? rest : std::min(POSITIONS, rest / FEW * FEW);
           for (const Run& run : runs)
@@ -281,7 +293,12 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int6
             const int64_t i = (p + r) / (padding.extent[1] * padding.extent[2]), j = (p + r) / padding.extent[2] % padding.extent[1],
                           k = (p + r) % padding.extent[2];
             if (j >= phase.count[1] || k >= phase.count[2]) continue;  // the end of a line
-            store_half<T>(sums + r * block.width, filter, add, lanes.count, to + ((i * phase.count[1] + j) * phase.count[2] + k) * filters);
+            const int64_t line = i * phase.count[1] + j;
+            store_half<T, A>(sums + r * block.width, lanes.count, per, to + (line * phase.count[2] + k) * filters);
+            if (float* whole = k + 1 == phase.count[2] ? epilogue.line(sample, line) : nullptr) {
+              std::copy_n(per.line, lanes.count, whole + first);
+              std::fill_n(per.line, FILTERS, 0.0f);
+            }
           }
           p += rows;
         }

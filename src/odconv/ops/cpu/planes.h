@@ -24,9 +24,9 @@ namespace odconv {
 // One filter a channel, on contiguous maps of one or two axes: vectors run over positions. A plane is copied with zeros
 // around it and taken apart by its coordinates modulo the stride, so that each tap reads it in one run. There are n kernels
 // to mix, or one for each sample.
-template <class T>
+template <class T, class A>
 void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, bool per_sample, int64_t channels, const Gates<T>& gates,
-                     const Bias<T>& bias, int64_t batch, const Phase& phase, const Axes& stride, T* y) {
+                     const Epilogue<T>& epilogue, int64_t batch, const Phase& phase, const Axes& stride, T* y) {
   using S = Simd<T>;
   constexpr int L = S::LANES, BLOCK = 4;
   const int64_t taps = phase.taps.size(), plane = size[0] * size[2], outputs = phase.count[0] * phase.count[2];
@@ -90,9 +90,14 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
           for (int v = 0; v < BLOCK; ++v) block[v] += kernel[t] * S::load(padded + from[t] + q + v * L);
         for (int v = 0; v < BLOCK; ++v) S::store(sums + q + v * L, block[v]);
       }
-      const T add = bias.data ? bias.of_sample(b)[c] : T(0);
-      for (int64_t i = 0; i < phase.count[0]; ++i)
-        for (int64_t k = 0; k < phase.count[2]; ++k) y[task * outputs + i * phase.count[2] + k] = sums[i * pitch + k] + add;
+      const T add = epilogue.bias.data ? epilogue.bias.of_sample(b)[c] : T(0);
+      T total = 0;
+      for (int64_t i = 0; i < phase.count[0]; ++i) {
+        T* line = y + task * outputs + i * phase.count[2];
+        for (int64_t k = 0; k < phase.count[2]; ++k) line[k] = A()(sums[i * pitch + k] + add);
+        if (epilogue.line_sums) total += sum_run<T>(line, phase.count[2]);
+      }
+      if (epilogue.line_sums) epilogue.line(b, 0)[c] = total;  // a plane is one line
     }
   });
 }
