@@ -66,15 +66,15 @@ struct SiLU {
   V operator()(V x) const { return x / (1 + exponential(V{} - x)); }
 };
 
-// Call `body` with the activation of that name.
+// What `body` returns for the activation of that name: mostly a function made for it.
 template <class F>
-void with_activation(std::string_view name, F body) {
+auto with_activation(std::string_view name, F body) {
   if (name == "none") return body(Identity());
   if (name == "relu") return body(ReLU());
   if (name == "relu6") return body(ReLU6());
   if (name == "hardswish") return body(Hardswish());
   TORCH_CHECK(name == "silu", "odconv: activation must be none, relu, relu6, hardswish or silu, got ", name);
-  body(SiLU());
+  return body(SiLU());
 }
 
 // ---- sums ------------------------------------------------------------------------------------------------------------
@@ -136,5 +136,73 @@ struct Epilogue {
   bool is_empty() const { return !bias.data && activation == "none" && !line_sums; }
   T* line(int64_t sample, int64_t index) const { return line_sums ? line_sums + (sample * lines + index) * filters : nullptr; }
 };
+
+// ---- writing ---------------------------------------------------------------------------------------------------------
+
+// What some filters are multiplied by and plus, and the sums of the line that is being written.
+template <class T>
+struct Lanes {
+  static constexpr int64_t MOST = 64;
+  alignas(VECTOR_BYTES) T filter[MOST], bias[MOST], line[MOST];
+
+  // From `first` on, `count` of them.
+  Lanes(const Epilogue<T>& epilogue, const T* filters, int64_t sample, int64_t first, int64_t count) {
+    std::fill_n(filter, MOST, T(1)), std::fill_n(bias, MOST, T(0)), std::fill_n(line, MOST, T(0));
+    if (filters) std::copy_n(filters, count, filter);
+    if (epilogue.bias.data) std::copy_n(epilogue.bias.of_sample(sample) + first, count, bias);
+  }
+
+  // Give the sums of a line away, where they are wanted, and begin another one.
+  void end_line(T* to, int64_t count) {
+    if (to) std::copy_n(line, count, to);
+    std::fill_n(line, MOST, T(0));
+  }
+};
+
+// Write V vectors of the sums of some positions of a line, times the filters, plus the bias, activated, and add them to the line's.
+// The last vector has `last` lanes.
+template <class T, class A, int V>
+void write_vectors(const typename Stored<T>::Sum* sums, int64_t width, int64_t positions, int64_t last, Lanes<typename Stored<T>::Sum>& lanes,
+                   int64_t first, T* out, int64_t step) {
+  using S = Simd<typename Stored<T>::Sum>;
+  constexpr int L = S::LANES;
+  typename S::Vec filter[V], bias[V], line[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    filter[v] = S::load(lanes.filter + first + v * L);
+    bias[v] = S::load(lanes.bias + first + v * L);
+    line[v] = S::load(lanes.line + first + v * L);
+  }
+  for (int64_t p = 0; p < positions; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const typename S::Vec y = A()(S::load(sums + p * width + v * L) * filter[v] + bias[v]);
+      line[v] += y;
+      if (v + 1 < V || last == L) {
+        Stored<T>::store(out + p * step + v * L, y);
+      } else {
+        T rest[L];
+        Stored<T>::store(rest, y);
+        std::copy_n(rest, last, out + p * step + v * L);
+      }
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) S::store(lanes.line + first + v * L, line[v]);
+}
+
+// The same for `count` lanes, in as many vectors as that takes.
+template <class T, class A>
+void write_positions(const typename Stored<T>::Sum* sums, int64_t width, int64_t positions, int64_t count, Lanes<typename Stored<T>::Sum>& lanes,
+                     T* out, int64_t step) {
+  constexpr int L = Simd<typename Stored<T>::Sum>::LANES;
+  for (int64_t l = 0; l < count; l += 4 * L) {
+    const int64_t vectors = std::min<int64_t>(4, ceil_div(count - l, L)), last = std::min<int64_t>(L, count - l - (vectors - 1) * L);
+    auto write = vectors == 4   ? write_vectors<T, A, 4>
+                 : vectors == 3 ? write_vectors<T, A, 3>
+                 : vectors == 2 ? write_vectors<T, A, 2>
+                                : write_vectors<T, A, 1>;
+    write(sums + l, width, positions, last, lanes, l, out + l, step);
+  }
+}
 
 }  // namespace odconv

@@ -177,11 +177,8 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
     using T = decltype(zero);
     const Kernels<T> kernels = {weight.const_data_ptr<T>(), per_sample ? 1 : weight.size(0), one, channels, filters, taps, taps,
                                 channels * taps, per_sample ? one : 0};
-    with_activation(extras.activation, [&](auto activate) {
-      convolve_half<T, decltype(activate)>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, g.groups, gates,
-                                           epilogue_of<float>(extras), x.size(0),
-                                           forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
-    });
+    convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, g.groups, gates, epilogue_of<float>(extras),
+                     x.size(0), forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
   };
   x.scalar_type() == at::kHalf ? run(at::Half()) : run(at::BFloat16());
   return out.movedim(-1, 1).contiguous(x.suggest_memory_format());
@@ -191,17 +188,17 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
 Tensor conv_depthwise(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
                       const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g) {
   auto in_sums = [&](const Optional& tensor) { return tensor && is_half(x) ? Optional(tensor->to(at::kFloat)) : tensor; };
-  const Tensor mixed = mixed_depthwise(*in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), x.size(0));
-  const Tensor by_tap = mixed.transpose(1, 2).contiguous(), last = x.movedim(1, -1).contiguous();
-  const Tensor out = empty_channels_last(size, x.options());
+  const Optional kernels = in_sums(weight), shares = in_sums(kernel), taps = in_sums(spatial), rows = in_sums(channel), lanes = in_sums(filter);
+  const int64_t tap_count = g.kernel[0] * g.kernel[1] * g.kernel[2];
+  const Tensor last = x.movedim(1, -1).contiguous(), out = empty_channels_last(size, x.options());
+  const Tensor mixed = at::empty({x.size(0), tap_count, g.groups}, kernels->options());
   auto run = [&](auto zero) {
     using T = decltype(zero);
     using Sum = typename Stored<T>::Sum;
-    with_activation(extras.activation, [&](auto activate) {
-      convolve_depthwise<T, decltype(activate)>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), by_tap.const_data_ptr<Sum>(),
-                                                epilogue_of<Sum>(extras), g.groups, x.size(0),
-                                                forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
-    });
+    const Gates<Sum> gates = {numbers<Sum>(shares), numbers<Sum>(taps), numbers<Sum>(rows), numbers<Sum>(lanes)};
+    mix_taps<Sum>(kernels->const_data_ptr<Sum>(), weight.size(0), !kernel && weight.size(0) > 1, tap_count, g.groups, gates, x.size(0), mixed.mutable_data_ptr<Sum>());
+    convolve_depthwise<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), mixed.const_data_ptr<Sum>(), epilogue_of<Sum>(extras),
+                          g.groups, x.size(0), forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
   };
   switch (x.scalar_type()) {
     case at::kHalf: run(at::Half()); break;
@@ -226,10 +223,8 @@ Tensor conv_dense(const Tensor& x, const Tensor& weight, const Optional& kernel,
     const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
     const Phase phase = forward_phase(g, three(at::IntArrayRef(size).slice(2), 1));
     if (planes)
-      return with_activation(extras.activation, [&](auto activate) {
-        convolve_planes<T, decltype(activate)>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, g.groups, gates,
-                                               epilogue_of<T>(extras), x.size(0), phase, g.stride, y.mutable_data_ptr<T>());
-      });
+      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, g.groups, gates,
+                                epilogue_of<T>(extras), x.size(0), phase, g.stride, y.mutable_data_ptr<T>());
     const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
     convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), map_of<T>(y, y.mutable_data_ptr<T>()), kernels, g.groups, gates,
                 epilogue_of<T>(extras), x.size(0), {phase});
@@ -277,7 +272,7 @@ std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, con
   const bool planes = !over_channels && !is_half(x) && by_plane(x, weight, groups) && x.suggest_memory_format() == at::MemoryFormat::Contiguous;
   const Axes count = three(at::IntArrayRef(size).slice(2), 1);
   Extras extras = {in_sums(bias), activation, {}};
-  const bool by_line = means && x.dim() > 3;  // a map of one axis has no lines to sum
+  const bool by_line = means && count[1] * count[2] > 1;  // a map of one axis has no lines to sum
   if (by_line) extras.line_sums = at::empty({size[0], planes ? 1 : count[0] * count[1], size[1]}, x.options().dtype(is_half(x) ? at::kFloat : x.scalar_type()));
   const Tensor y = over_channels ? conv_depthwise(x, weight, kernel, spatial, channel, filter, extras, size, g)
                    : is_half(x)  ? conv_half(x, weight, kernel, spatial, channel, filter, extras, size, g)
