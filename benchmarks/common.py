@@ -32,7 +32,7 @@ def published_conv(
     attentions: Attentions,
     bias: Tensor | None,
     geometry: Geometry,
-    backend: str = "auto",
+    **_: Any,
 ) -> Tensor:
     """The operator as published, in the place of :func:`odconv.ops.dynamic_conv.compute`.
 
@@ -56,9 +56,7 @@ def published_conv(
         y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), mixed, None, *geometry)
         y = y.view(batch, -1, *y.shape[2:])
     y = y if filter is None else y * filter[:, :, None, None]
-    if bias is None:
-        return y
-    return y + (bias if bias.dim() == 1 else kernel @ bias)[..., None, None]
+    return y if bias is None else y + bias[..., None, None]
 
 
 @contextmanager

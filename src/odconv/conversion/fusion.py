@@ -1,18 +1,22 @@
-"""Folding batch norm into convolutions, exactly: what follows the filter attention is a scale and a shift."""
+"""Folding batch norm and activations into convolutions: what follows the filter attention is a scale and a shift."""
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from odconv.conversion.static import ACTIVATIONS
 from odconv.layers import DynamicConv
 from odconv.layers.warehouse_conv import KWConv, KWLinear
+from odconv.ops.epilogue import Epilogue, finished
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 STATIC = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NAMES = {kind: name for name, kind in ACTIVATIONS.items()}
+TWICE = ("relu", "relu6")  # change nothing when they are called twice
 
 
 class Tracer(fx.Tracer):
@@ -23,14 +27,57 @@ class Tracer(fx.Tracer):
         return isinstance(module, DynamicConv | KWConv | KWLinear | BatchNorm) or super().is_leaf_module(module, name)
 
 
+class Activated(nn.Module):
+    """An activation that a network calls in several places, left out behind layers that have activated already.
+
+    Args:
+        activation: a module that changes nothing when it is called twice.
+        name: its name in an epilogue.
+    """
+
+    def __init__(self, activation: nn.Module, name: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x activated."""
+        return x if finished(x).activation == self.name else self.activation(x)
+
+
+class Part(NamedTuple):
+    """A part of a network that could be traced, and the modules that are called in it, by node."""
+
+    module: nn.Module
+    modules: dict[fx.Node, Any]
+
+    def once(self, node: fx.Node) -> bool:
+        """Return whether a node is the only call of its module."""
+        return sum(module is self.modules[node] for module in self.modules.values()) == 1
+
+    def before(self, node: fx.Node) -> fx.Node | None:
+        """Return the call whose output is what a call takes, and alone takes."""
+        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        return source if isinstance(source, fx.Node) and source in self.modules and len(source.users) == 1 else None
+
+    def put(self, node: fx.Node, module: nn.Module) -> None:
+        """Put another module in the place of the one that a node calls."""
+        self.module.set_submodule(str(node.target), module)
+        self.modules[node] = module
+
+
 def fuse(model: nn.Module) -> nn.Module:
-    """Fold every batch norm into the convolution before it, dynamic or static, in place.
+    """Fold every batch norm, and activations, into the convolution before, in place.
 
     The network then computes what it did in evaluation mode, up to rounding, for every input. A batch norm is folded
     where it alone takes what the convolution gives, and each of the two is called once; others stay. An identity takes
     its place, or the activation that timm's batch norm holds, so that all other layers keep their names. Batch norm
     within attentions stays: it is on vectors. So does what follows KernelWarehouse's layers, whose kernels are made of
     cells that other layers use too.
+
+    ReLU, ReLU6, Hardswish and SiLU that alone follow a dynamic layer become part of it, too: on the CPU, without
+    gradients, it activates what it writes, and leaves the means of its maps for the attention of the next dynamic
+    layer. A hook that changes maps in place between two such layers is not seen by that attention.
 
     What comes before what is found by `torch.fx`; where it cannot trace a network, a detector for example, it looks at
     its parts one by one.
@@ -48,28 +95,18 @@ def fuse(model: nn.Module) -> nn.Module:
     if training := [name for name, part in model.named_modules() if isinstance(part, BatchNorm) and part.training]:
         raise ValueError(f"model must be in evaluation mode, got batch norm in training mode: {training[0]}")
     owners = Counter(child for part in model.modules() for child in part._modules.values())
-    for parent, name, conv, bn in list(_find_pairs(model)):
-        rest = besides(bn)
-        if owners[conv] == owners[bn] == 1 and bn.running_mean is not None and rest is not None:
-            if isinstance(conv, DynamicConv):
-                fold_batch_norm(conv, bn)
-            else:
-                _fold_into_static(conv, bn)
-            parent.set_submodule(name, rest)
+    for part in list(_traced_parts(model)):
+        for node in part.modules:
+            _fold_norm(part, node, owners)
+        for node in part.modules:
+            _fold_activation(part, node, owners)
+        for node in part.modules:
+            _hand_on_means(part, node)
     return model
 
 
-def besides(bn: Any) -> nn.Module | None:
-    """Return what is left of a batch norm that was folded; None for a class that may do anything else."""
-    if type(bn).__module__.startswith("torch.nn."):
-        return nn.Identity()
-    if type(bn).__name__ == "BatchNormAct2d":  # timm's, with an activation and dropout behind it
-        return nn.Sequential(bn.drop, bn.act)
-    return None
-
-
-def _find_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Any]]:
-    """Yield convolutions and the batch norm that alone follows: a part of the network, its name there, and the two."""
+def _traced_parts(model: nn.Module) -> Iterator[Part]:
+    """Yield the network, or those of its parts that can be traced."""
     try:
         nodes = [node for node in Tracer().trace(model).nodes if node.op == "call_module"]
     except Exception as error:  # whatever the network does with what is no tensor
@@ -84,17 +121,75 @@ def _find_pairs(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Any]]:
                 "odconv.conversion.fusion.fold_batch_norm folds pairs"
             ) from error
         for child in parts:
-            yield from _find_pairs(child)
+            yield from _traced_parts(child)
         return
-    modules = {node: model.get_submodule(str(node.target)) for node in nodes}
-    called = Counter(modules.values())
-    for node in nodes:
-        before = node.args[0] if node.args else None
-        if isinstance(before, fx.Node) and before in modules and len(before.users) == 1:
-            conv, bn = modules[before], modules[node]
-            kinds = isinstance(bn, BatchNorm) and (isinstance(conv, DynamicConv) or type(conv) in STATIC)
-            if kinds and called[conv] == called[bn] == 1:
-                yield model, str(node.target), conv, bn
+    yield Part(model, {node: model.get_submodule(str(node.target)) for node in nodes})
+
+
+def _fold_norm(part: Part, node: fx.Node, owners: Counter[Any]) -> None:
+    """Fold a batch norm into the convolution before it, if it is one and can be."""
+    bn, source = part.modules[node], part.before(node)
+    if source is None or not isinstance(bn, BatchNorm) or bn.running_mean is None:
+        return
+    conv, rest = part.modules[source], besides(bn)
+    if rest is None or not (isinstance(conv, DynamicConv) or type(conv) in STATIC):
+        return
+    if part.once(node) and part.once(source) and owners[conv] == owners[bn] == 1:
+        if isinstance(conv, DynamicConv):
+            if conv.epilogue.activation is not None:
+                return
+            fold_batch_norm(conv, bn)
+        else:
+            _fold_into_static(conv, bn)
+        part.put(node, rest)
+
+
+def besides(bn: Any) -> nn.Module | None:
+    """Return what is left of a batch norm that was folded; None for a class that may do anything else."""
+    if type(bn).__module__.startswith("torch.nn."):
+        return nn.Identity()
+    if type(bn).__name__ == "BatchNormAct2d":  # timm's, with an activation and dropout behind it
+        return bn.act if type(bn.drop) is nn.Identity else nn.Sequential(bn.drop, bn.act)
+    return None
+
+
+def _fold_activation(part: Part, node: fx.Node, owners: Counter[Any]) -> None:
+    """Make an activation part of the dynamic layer before it, if it is one and can be."""
+    activation, source = part.modules[node], _layer_before(part, node)
+    name = activation.name if isinstance(activation, Activated) else NAMES.get(type(activation))
+    if name is None or source is None or not part.once(source):
+        return
+    layer = part.modules[source]
+    if owners[layer] != 1 or layer.epilogue.activation is not None:
+        return
+    if part.once(node) and owners[activation] == 1:
+        part.put(node, nn.Identity())
+    elif name in TWICE:  # called in other places, or by other names, too
+        every = [other for other, module in part.modules.items() if module is activation]
+        kept = activation if isinstance(activation, Activated) else Activated(activation, name)
+        for other in every:
+            part.put(other, kept)
+    else:
+        return
+    layer.epilogue = Epilogue(name)
+
+
+def _hand_on_means(part: Part, node: fx.Node) -> None:
+    """Let a dynamic layer take the means of its input's maps from the layer that writes them, if that can tell."""
+    layer = part.modules[node]
+    if isinstance(layer, DynamicConv) and layer.context_channels is None and (source := _layer_before(part, node)):
+        before = part.modules[source]
+        if before.epilogue.activation is not None and not before.transposed and not layer.attention.takes_means:
+            before.epilogue = before.epilogue._replace(means=True)
+            layer.attention.takes_means = True
+
+
+def _layer_before(part: Part, node: fx.Node) -> fx.Node | None:
+    """Return the call of a dynamic layer whose output, unchanged but for its epilogue, is what a call takes."""
+    source = part.before(node)
+    while source is not None and type(part.modules[source]) in (nn.Identity, Activated):
+        source = part.before(source)
+    return source if source is not None and isinstance(part.modules[source], DynamicConv) else None
 
 
 def _fold_into_static(conv: Any, bn: Any) -> None:
@@ -120,7 +215,7 @@ def fold_batch_norm(layer: DynamicConv, bn: BatchNorm) -> DynamicConv:
 
     Raises:
         TypeError: layer is not dynamic, or bn is not a batch norm.
-        ValueError: bn has another number of channels, or no running statistics.
+        ValueError: bn has another number of channels, or no running statistics; or the layer activates what it gives.
     """
     if isinstance(layer, KWConv):
         raise TypeError(f"a {type(layer).__name__} has no filters of its own to scale: other layers use its cells too")
@@ -128,6 +223,8 @@ def fold_batch_norm(layer: DynamicConv, bn: BatchNorm) -> DynamicConv:
         raise TypeError(f"layer must be a dynamic layer, got {type(layer).__name__}")
     if not isinstance(bn, BatchNorm):
         raise TypeError(f"bn must be a batch norm, got {type(bn).__name__}")
+    if layer.epilogue.activation is not None:
+        raise ValueError(f"layer must not activate what it gives, got one with {layer.epilogue.activation}")
     if bn.num_features != layer.out_channels:
         raise ValueError(f"bn must have the layer's {layer.out_channels} output channels, got {bn.num_features}")
     if bn.running_mean is None or bn.running_var is None:

@@ -21,6 +21,12 @@ CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {
     (2, True): nn.ConvTranspose2d,
     (3, True): nn.ConvTranspose3d,
 }
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish,
+    "silu": nn.SiLU,
+}
 
 
 class Score(NamedTuple):
@@ -176,7 +182,9 @@ def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
     if (rows := getattr(layer, "kernel_bias", None)) is not None:
         mixed = rows[0] if attentions.kernel is None else attentions.kernel[0] @ rows.double()
         bias = mixed if bias is None else bias + mixed
-    return convolution_like(layer, layer.kernels(attentions, torch.float64)[0], bias, parts)
+    conv = convolution_like(layer, layer.kernels(attentions, torch.float64)[0], bias, parts)
+    activation = layer.epilogue.activation if isinstance(layer, DynamicConv) else None  # of a fused network
+    return conv if activation is None else nn.Sequential(conv, ACTIVATIONS[activation]())
 
 
 def convolution_like(layer: Any, kernel: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:

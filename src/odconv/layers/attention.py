@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from odconv.layers.starts import check_start, draw_calm, draw_published
 from odconv.ops import cpu
 from odconv.ops.contract import Attentions, is_exporting, is_traced
+from odconv.ops.epilogue import finished
 
 NORMS = ("batch", "group", "layer", "none")
 Pointwise = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -60,7 +61,13 @@ class Attention(PoolingAttention):
         dtype: dtype of the parameters. The attention is computed in at least float32 whatever it is.
 
     The `fc` and the heads are 1x1 convolutions only to keep the keys and shapes of published checkpoints.
+
+    Attributes:
+        takes_means: whether the layer before leaves the means of its maps beside them, in a network that
+            :func:`odconv.fuse` fused.
     """
+
+    takes_means: bool = False
 
     def __init__(
         self,
@@ -356,8 +363,11 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
     if any(tensor is None or tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in own):
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
+    pooled = finished(x).means if attention.takes_means and attention.extent is None else None
+    if pooled is None:
+        pooled = cpu.pool(x) if attention.extent is None else pool(x, attention.extent, dtype)
     gates = cpu.attend(
-        cpu.pool(x) if attention.extent is None else pool(x, attention.extent, dtype),
+        pooled,
         fc,
         statistics,
         0.0 if norm is None else norm.eps,

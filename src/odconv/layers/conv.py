@@ -11,8 +11,9 @@ from odconv.layers.attention import Attention
 from odconv.layers.per_sample import PerSampleConv, Size
 from odconv.layers.starts import draw_kernels, mixture_size
 from odconv.ops.contract import Attentions, check_map, positive
-from odconv.ops.dynamic_conv import compute
+from odconv.ops.dynamic_conv import compute, mixed_bias
 from odconv.ops.eager import mixed_kernels
+from odconv.ops.epilogue import NO_EPILOGUE, Epilogue
 
 ATTENTIONS = ("channel", "filter", "spatial", "kernel")
 
@@ -29,10 +30,12 @@ class DynamicConv(PerSampleConv):
         bias: (O), or None.
         kernel_bias: a bias for each kernel, mixed as these are, (n, O), or None.
         attention: what computes the attentions from the input, or from a context.
+        epilogue: what follows the convolution, in a network that :func:`odconv.fuse` fused; nothing in a new layer.
     """
 
     part = "kernel"
     mixed_bias: ClassVar[bool] = False
+    epilogue: Epilogue = NO_EPILOGUE
     attention: Attention
 
     def __init__(
@@ -119,8 +122,7 @@ class DynamicConv(PerSampleConv):
         attentions = self._attend(x, context)
         x, geometry = self.padded(x)
         check_map(x, self.kernel_size, geometry)
-        y = compute(x, self.weight, attentions, self.bias if self.kernel_bias is None else self.kernel_bias, geometry)
-        return self._add_static_bias(y)
+        return compute(x, self.weight, attentions, self._mixed_bias(attentions), geometry, epilogue=self.epilogue)
 
     def _attend(self, x: Tensor, context: Tensor | None) -> Attentions:
         """Return the attentions of each sample, after checking the shapes."""
@@ -143,11 +145,12 @@ class DynamicConv(PerSampleConv):
             )
         return self.attention(context[..., None] if context.dim() == 2 else context)
 
-    def _add_static_bias(self, y: Tensor) -> Tensor:
-        """Return the static bias that stands beside a mixed one, where batch norm has been folded."""
-        if self.bias is None or self.kernel_bias is None:
-            return y
-        return y + self.bias.to(y.dtype).view(-1, *(1,) * self.dims)
+    def _mixed_bias(self, attentions: Attentions) -> Tensor | None:
+        """Return the bias of all samples, (O), or of each, (B, O); a layer that was fused may have both."""
+        mixed = mixed_bias(self.kernel_bias, attentions.kernel)
+        if mixed is None or self.bias is None:
+            return self.bias if mixed is None else mixed
+        return mixed + self.bias.to(mixed.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DynamicConv":
         # `Module.to(memory_format=...)` takes a weight of five axes for that of a 3-d convolution: fn meets the kernels
@@ -180,6 +183,7 @@ class DynamicConv(PerSampleConv):
         parts = [super().extra_repr()]
         parts += [f"kernel_num={self.kernel_num}"]
         parts += [f"context_channels={self.context_channels}"] if self.context_channels is not None else []
+        parts += [f"activation={self.epilogue.activation}"] if self.epilogue.activation is not None else []
         factors = {"gain": self.attention.gain, "kernel_gain": self.attention.kernel_gain}
         parts += [f"{name}={round(value, 4)}" for name, value in factors.items() if value != 1]
         return ", ".join(parts)

@@ -10,6 +10,8 @@ from odconv.layers.conv import ATTENTIONS, DynamicConv, _CondConv, _DyConv, _ODC
 from odconv.layers.per_sample import Size
 from odconv.ops import dynamic_conv_transpose
 from odconv.ops.contract import per_axis
+from odconv.ops.dynamic_conv import add_bias
+from odconv.ops.epilogue import activate
 
 
 class DynamicConvTranspose(DynamicConv):
@@ -50,14 +52,13 @@ class DynamicConvTranspose(DynamicConv):
             x,
             self.weight,
             **attentions._asdict(),
-            bias=self.bias if self.kernel_bias is None else self.kernel_bias,
             stride=self.stride,
             padding=self.padding,
             output_padding=self.output_padding if output_size is None else self._padding_to(x, output_size),
             dilation=self.dilation,
             groups=self.groups,
         )
-        return self._add_static_bias(y)
+        return activate(add_bias(y, self._mixed_bias(attentions)), self.epilogue)
 
     def _padding_to(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
         """Return the output padding that leads to a map of `output_size`."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from odconv.ops import cpu, eager, flops, traced
 from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, per_axis
+from odconv.ops.epilogue import NO_EPILOGUE, Epilogue, Finished, activate, finish
 from odconv.ops.policy import choose, is_differentiated
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
@@ -78,7 +79,7 @@ def dynamic_conv(
     attentions = Attentions(kernel, spatial, channel, filter)
     check_shapes(x, weight, attentions, bias, groups)
     x, geometry = checked_geometry(x, tuple(weight.shape[3:]), stride, padding, dilation, groups)
-    return compute(x, weight, attentions, bias, geometry, backend)
+    return compute(x, weight, attentions, mixed_bias(bias, kernel), geometry, backend)
 
 
 def per_sample_conv(
@@ -160,8 +161,12 @@ def compute(
     geometry: Geometry,
     backend: str = "auto",
     per_sample: bool = False,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
-    """Compute :func:`dynamic_conv`, or :func:`per_sample_conv`, of arguments that fit: layers, which check theirs."""
+    """Compute :func:`dynamic_conv`, or :func:`per_sample_conv`, of arguments that fit: layers, which check theirs.
+
+    A bias is one of all samples, (O), or one of each, (B, O).
+    """
     flops.watch()
     dtype = compute_dtype(x, weight)
     if x.dtype != dtype or weight.dtype != dtype:
@@ -175,15 +180,20 @@ def compute(
             logger.debug("backend %s for x %s and weight %s: %s", backend, tuple(x.shape), tuple(weight.shape), why)
     else:
         check_backend(backend, x, per_sample)
+    bias = None if bias is None else bias.to(dtype)
+    if backend == "cpu" and epilogue.activation and not torch.is_grad_enabled():
+        means = epilogue.means and not torch.compiler.is_compiling()
+        y, found = cpu.convolve_fused(x, weight, attentions, geometry, bias, epilogue.activation, means)
+        return finish(y, Finished(epilogue.activation, found))
     if backend == "cpu":  # which adds the bias to what it writes
-        return cpu.convolve(x, weight, attentions, geometry, mixed_bias(bias, attentions.kernel, dtype))
+        return activate(cpu.convolve(x, weight, attentions, geometry, bias), epilogue)
     run = (PER_SAMPLE if per_sample else BACKENDS)[backend]
     if backend in EAGER and differentiated:
         y = recomputed(run, x, weight, attentions, geometry, per_sample)
     else:
         y = run(x, weight, attentions, geometry)
 
-    return add_bias(y, bias, attentions.kernel)
+    return activate(add_bias(y, bias), epilogue)
 
 
 def check_backend(backend: str, x: Tensor, per_sample: bool) -> None:
@@ -197,18 +207,14 @@ def check_backend(backend: str, x: Tensor, per_sample: bool) -> None:
         raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
 
 
-def mixed_bias(bias: Tensor | None, kernel: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def mixed_bias(bias: Tensor | None, kernel: Tensor | None) -> Tensor | None:
     """Return a bias as what is added to all samples, (O), or to each, (B, O): one of (n, O) is mixed by `kernel`."""
-    if bias is None:
-        return None
-    bias = bias.to(dtype)
-    return bias if bias.dim() == 1 or kernel is None else kernel @ bias
+    return bias if bias is None or bias.dim() == 1 or kernel is None else kernel @ bias.to(kernel.dtype)
 
 
-def add_bias(y: Tensor, bias: Tensor | None, kernel: Tensor | None) -> Tensor:
-    """Return y plus a bias, (O), (n, O) mixed by `kernel`, or (B, O) where that is None, in y's dtype."""
-    bias = mixed_bias(bias, kernel, y.dtype)
-    return y if bias is None else y + eager.over_map(bias if bias.dim() == 2 else bias[None], y)
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y plus a bias, (O) or (B, O), in y's dtype."""
+    return y if bias is None else y + eager.over_map(bias.to(y.dtype) if bias.dim() == 2 else bias.to(y.dtype)[None], y)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

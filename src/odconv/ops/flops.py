@@ -28,6 +28,7 @@ def register() -> None:
 
     ops = torch.ops.odconv
     register_flop_formula([ops.conv, ops.triton_conv])(forward)
+    register_flop_formula(ops.conv_fused)(fused)
     register_flop_formula([ops.conv_backward, ops.triton_conv_backward])(backward)
     register_flop_formula(ops.attend)(attend)
     for mode in _get_current_dispatch_mode_stack():  # each has the formulas that were there when it was made
@@ -52,6 +53,11 @@ def forward(
     mixing = x[0] * passes * math.prod(weight)
     scaled = (channel is not None) * math.prod(x) + (filter is not None) * math.prod(out_shape)
     return 2 * (convolution(weight, out_shape) + mixing + scaled)
+
+
+def fused(*arguments: Any, out_shape: Sequence[Shape], **_: Any) -> int:
+    """Count as :func:`forward`; there is an output besides."""
+    return forward(*arguments, out_shape=out_shape[0])
 
 
 def backward(

@@ -72,7 +72,7 @@ def mixed_conv(
         y = apply(step, x, parts, given)
     else:
         y = in_parts(run, x, parts, given, geometry, math.prod(kernel_shape))
-    return add_bias(y, bias, None)
+    return add_bias(y, bias)
 
 
 def in_parts(run: Backend, x: Tensor, parts: Tensor, attentions: Attentions, geometry: Geometry, kernel: int) -> Tensor:

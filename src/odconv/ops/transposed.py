@@ -17,7 +17,7 @@ from odconv.ops.contract import (
     check_shapes,
     per_axis,
 )
-from odconv.ops.dynamic_conv import add_bias, compute_dtype
+from odconv.ops.dynamic_conv import add_bias, compute_dtype, mixed_bias
 from odconv.ops.eager import mix, over_map
 from odconv.ops.policy import choose_transposed
 from odconv.ops.reference import TRANSPOSED, by_sample
@@ -88,7 +88,7 @@ def dynamic_conv_transpose(
     elif backend == "grouped" and x.shape[0] == 0:
         raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
     y = BACKENDS[backend](x, weight, attentions, geometry)
-    return add_bias(y, bias, attentions.kernel)
+    return add_bias(y, mixed_bias(bias, attentions.kernel))
 
 
 def check_output(x: Tensor, taps: tuple[int, ...], geometry: Geometry, extra: tuple[int, ...]) -> None:

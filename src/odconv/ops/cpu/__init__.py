@@ -37,6 +37,7 @@ ARGUMENTS = (
 )
 OPERATORS = torch.library.Library("odconv", "FRAGMENT")  # what they are is known before they are compiled
 OPERATORS.define(f"conv({ARGUMENTS}, Tensor? bias) -> Tensor")
+OPERATORS.define(f"conv_fused({ARGUMENTS}, Tensor? bias, str activation, bool means) -> (Tensor, Tensor)")
 OPERATORS.define("pool(Tensor x) -> Tensor")
 OPERATORS.define(
     f"conv_backward(Tensor grad, {ARGUMENTS}, bool to_x, bool to_weights) "
@@ -121,6 +122,32 @@ def convolve(
         None if bias is None else bias.reshape(-1, weight.shape[1]).contiguous(),
     )
     return y
+
+
+def convolve_fused(
+    x: Tensor,
+    weight: Tensor,
+    attentions: Attentions,
+    geometry: Geometry,
+    bias: Tensor | None,
+    activation: str,
+    means: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Convolve as :func:`convolve` and activate what is written, without gradients.
+
+    Returns:
+        (B, O, *map), and, where `means` are asked for, the mean of each of its maps, (B, O), in float32 or float64.
+    """
+    y, found = torch.ops.odconv.conv_fused(
+        x,
+        weight.contiguous(),
+        *(None if a is None else a.contiguous() for a in attentions),
+        *geometry,
+        None if bias is None else bias.reshape(-1, weight.shape[1]).contiguous(),
+        activation,
+        means,
+    )
+    return y, found if means else None
 
 
 def pool(x: Tensor) -> Tensor:
@@ -209,6 +236,13 @@ def _fake(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
 
 
+def _fake_fused(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *arguments, _, means = rest
+    y = _fake(x, weight, *arguments)
+    found = x.new_empty(y.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32)) if means else x.new_empty(0)
+    return y, found
+
+
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, to_x, to_weights = rest
     batch = x.shape[0]
@@ -229,6 +263,7 @@ def _fake_attend(pooled: Tensor, fc: Tensor | None, norm: list, eps: float, weig
 
 
 torch.library.register_fake("odconv::conv", _fake)
+torch.library.register_fake("odconv::conv_fused", _fake_fused)
 torch.library.register_fake("odconv::conv_backward", _fake_backward)
 torch.library.register_fake("odconv::attend", _fake_attend)
 torch.library.register_fake("odconv::pool", _fake_pool)

@@ -3,16 +3,10 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/movedim.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/narrow.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/softmax.h>
-#include <ATen/ops/view.h>
 
-#include <cmath>
 #include <optional>
 
-#include "simd.h"
+#include "epilogue.h"
 
 namespace odconv {
 
@@ -38,40 +32,21 @@ void apply(const M* matrix, int64_t rows, int64_t count, const T* x, const M* bi
   }
 }
 
-// Sums of `count` numbers, or of `count` vectors that lie `step` apart, in blocks, so that rounding does not grow with count.
+// gain / (1 + exp(-x)), in place.
 template <class T>
-void sum_channels(const T* x, int64_t count, int64_t channels, typename Stored<T>::Sum* out) {
-  using S = Stored<T>;
-  using Sum = typename S::Sum;
-  constexpr int64_t L = Simd<Sum>::LANES, BLOCK = 64;
-  const int64_t whole = channels / L * L;
-  std::fill_n(out, channels, Sum(0));
-  std::vector<Sum> part(channels);
-  for (int64_t first = 0; first < count; first += BLOCK) {
-    std::fill(part.begin(), part.end(), Sum(0));
-    for (int64_t i = first; i < std::min(first + BLOCK, count); ++i) {
-      const T* in = x + i * channels;
-      for (int64_t c = 0; c < whole; c += L) Simd<Sum>::store(&part[c], Simd<Sum>::load(&part[c]) + S::load(in + c));
-      for (int64_t c = whole; c < channels; ++c) part[c] += Sum(in[c]);
-    }
-    for (int64_t c = 0; c < channels; ++c) out[c] += part[c];
-  }
+void sigmoid(T* x, int64_t count, T gain) {
+  using S = Simd<T>;
+  int64_t i = 0;
+  for (; i + S::LANES <= count; i += S::LANES) S::store(x + i, gain / (1 + exponential(-S::load(x + i))));
+  for (; i < count; ++i) x[i] = gain / (1 + exponential(-x[i]));
 }
 
 template <class T>
-typename Stored<T>::Sum sum_run(const T* x, int64_t count) {
-  using S = Stored<T>;
-  using Sum = typename S::Sum;
-  constexpr int64_t L = Simd<Sum>::LANES, BLOCK = 4 * L;
-  typename S::Vec sums[4] = {};
-  int64_t i = 0;
-  for (; i + BLOCK <= count; i += BLOCK)
-    for (int v = 0; v < 4; ++v) sums[v] += S::load(x + i + v * L);
-  const typename S::Vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  Sum sum = 0;
-  for (; i < count; ++i) sum += Sum(x[i]);
-  for (int l = 0; l < L; ++l) sum += all[l];
-  return sum;
+void softmax(T* x, int64_t count) {
+  const T most = *std::max_element(x, x + count);
+  T sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += x[i] = exponential(x[i] - most);
+  for (int64_t i = 0; i < count; ++i) x[i] /= sum;
 }
 
 // The mean of each channel, (B, C), of maps of any layout, in float32 or float64.
@@ -117,13 +92,12 @@ inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optio
   int64_t outputs = 0;
   for (const at::Tensor& weight : weights) outputs += weight.size(0);
   const int64_t work = hidden * (outputs + (fc ? channels : 0));
-  at::Tensor logits = at::empty({batch * outputs}, pooled.options());  // those of a head lie together, to be its gates
   std::vector<at::Tensor> gates;
+  for (const at::Tensor& weight : weights) gates.push_back(at::empty({batch, weight.size(0)}, pooled.options()));
   auto run = [&](auto zero) {
     using M = decltype(zero);
     using T = typename Stored<M>::Sum;
     const T* x = pooled.const_data_ptr<T>();
-    T* out = logits.mutable_data_ptr<T>();
     at::parallel_for(0, batch, std::max<int64_t>(1, 65536 / work), [&](int64_t begin, int64_t end) {
       std::vector<T> z(hidden);
       for (int64_t b = begin; b < end; ++b) {
@@ -139,13 +113,12 @@ inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optio
           }
           in = z.data();
         }
-        T* to = out;
         for (size_t i = 0; i < weights.size(); ++i) {
           const int64_t size = weights[i].size(0);
-          T* row = to + b * size;
+          T* row = gates[i].mutable_data_ptr<T>() + b * size;
           apply<M>(weights[i].const_data_ptr<M>(), size, hidden, in, biases[i].const_data_ptr<M>(), row);
           for (int64_t o = 0; o < size; ++o) row[o] /= T(divisor);
-          to += batch * size;
+          gains[i] == 0 ? softmax(row, size) : sigmoid(row, size, T(gains[i]));
         }
       }
     });
@@ -155,14 +128,6 @@ inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optio
     case at::kBFloat16: run(at::BFloat16()); break;
     case at::kDouble: run(double()); break;
     default: run(float());
-  }
-  int64_t first = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const int64_t size = weights[i].size(0);
-    at::Tensor gate = logits.narrow(0, first, batch * size).view({batch, size});
-    gate = gains[i] == 0 ? gate.softmax(1) : gate.sigmoid_();
-    gates.push_back(gains[i] == 0 || gains[i] == 1 ? gate : gate.mul_(gains[i]));
-    first += batch * size;
   }
   return gates;
 }

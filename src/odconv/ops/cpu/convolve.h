@@ -19,7 +19,8 @@
 //       for each panel, for each tile
 //         if the panel begins a sample: mix packed              -> mixed
 //         accumulate window x mixed                             -> sums[position][lane]
-//     for each tile, for each panel: add the bias, write the sums into the map
+//     for each tile, for each panel: apply the epilogue (epilogue.h), write the sums into the map; where there is one block of
+//     rows, directly after they were accumulated
 //
 // gradients, of kernels and attentions: the product is transposed, positions are what is summed over.
 //
@@ -34,6 +35,7 @@
 // change Plan. To change a block's size, change the constants below; to change an order in memory, pack and unpack.
 #pragma once
 
+#include "epilogue.h"
 #include "kernels.h"
 #include "maps.h"
 
@@ -82,14 +84,6 @@ struct Gates {
   const T *shares, *taps, *rows, *lanes;  // (B, n), (B, taps), (B, groups * rows), (B, groups * lanes)
 };
 
-// What is added to each filter, of all samples or one of each.
-template <class T>
-struct Bias {
-  const T* data;
-  int64_t sample_step;
-  const T* of_sample(int64_t sample) const { return data ? data + sample * sample_step : nullptr; }
-};
-
 template <class T>
 Scales<T> scales_of(const Gates<T>& gates, const Kernels<T>& kernels, int64_t groups, int64_t group, int64_t sample,
                     const Tile& tile) {
@@ -129,25 +123,34 @@ struct Operands {
 
 // ---- outputs -------------------------------------------------------------------------------------------------------
 
-// Add the bias to the sums of a panel, [position][lane].
-template <class T>
-void add_bias(const T* bias, const Tile& tile, int64_t positions, T* sums) {
-  const int64_t width = tile.vectors * Simd<T>::LANES;
-  for (int64_t p = 0; bias && p < positions; ++p)
-    for (int64_t l = 0; l < tile.lanes; ++l) sums[p * width + l] += bias[tile.first_lane + l];
-}
-
-// Write the sums of a panel, [position][lane], to its places in a map, from `channel` on.
-template <class T>
-void store(const T* sums, const Tile& tile, const Panel& panel, const Map<T>& out, int64_t channel, std::vector<int64_t>& offsets) {
+// Write the sums of a panel, [position][lane], to its places in a map, from channel `filter` on, after the epilogue. Channels that lie
+// apart get them by a transposition.
+template <class T, class W>
+void store(T* sums, const Tile& tile, const Panel& panel, const Map<T>& out, const Epilogue<T>& epilogue, W write, int64_t filter,
+           std::vector<int64_t>& offsets) {
   const int64_t width = tile.vectors * Simd<T>::LANES, positions = panel.positions();
   const Phase& phase = *panel.phase;
-  T* to = out.data + panel.sample * out.batch_step + channel * out.channel_step + panel.first * phase.stride[0] * out.step[0];
+  const bool last = out.channel_step == 1;
+  T* to = out.data + panel.sample * out.batch_step + filter * out.channel_step + panel.first * phase.stride[0] * out.step[0];
   for (int a = 0; a < 3; ++a) to += phase.origin[a] * out.step[a];
   offsets_of(panel, phase.stride, out.step, offsets);
-  if (out.channel_step != 1 && is_run(offsets))
+  if (last || !epilogue.is_empty()) {
+    Lanes<T> lanes(epilogue, nullptr, panel.sample, filter, tile.lanes);
+    const int axis = phase.count[1] * phase.count[2] > 1 ? 2 : 0;  // a map of one axis is one line
+    const int64_t length = axis == 2 ? phase.count[2] : positions, first = panel.first * phase.count[1];
+    for (int64_t i = 0; i < positions / length; ++i) {
+      T* line = sums + i * length * width;
+      if (last)
+        write(line, width, length, tile.lanes, lanes, to + offsets[i * length], phase.stride[axis] * out.step[axis]);
+      else
+        write(line, width, length, width, lanes, line, width);
+      T* whole = epilogue.line(panel.sample, first + i);
+      lanes.end_line(whole ? whole + filter : nullptr, tile.lanes);
+    }
+  }
+  if (!last && is_run(offsets))
     transpose_block<T>(sums, width, positions, tile.lanes, to, out.channel_step);
-  else
+  else if (!last)
     for (int64_t p = 0; p < positions; ++p)
       for (int64_t l = 0; l < tile.lanes; ++l) to[offsets[p] + l * out.channel_step] = sums[p * width + l];
 }
@@ -179,19 +182,25 @@ Plan plan_of(const Kernels<T>& kernels, const std::vector<Panel>& panels, int64_
 // Convolve every sample of `source` with its own mixed kernel, into `out`.
 template <class T>
 void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& kernels, int64_t groups, const Gates<T>& gates,
-              const Bias<T>& bias, int64_t batch, const std::vector<Phase>& phases) {
+              const Epilogue<T>& epilogue, int64_t batch, const std::vector<Phase>& phases) {
   constexpr int L = Simd<T>::LANES;
   const std::vector<Span> rows = row_blocks(kernels, 1), lanes = lane_blocks(kernels);
   const int64_t n = kernels.n, taps = kernels.taps, blocks = lanes.size();
-  const std::vector<Panel> panels = panels_of(phases, batch, ceil_div(at::get_num_threads(), batch * blocks * groups));
+  const bool whole = rows.size() == 1;  // every sum is complete at once, and is written while it lies in the cache
+  const std::vector<Panel> panels = panels_of(phases, batch, ceil_div(at::get_num_threads(), batch * blocks * groups),
+                                              whole && taps == 1 ? FEW_POSITIONS : PANEL_POSITIONS);
   if (panels.empty()) return;  // a gradient that nothing reaches
   const Plan plan = plan_of(kernels, panels, groups, batch, blocks);
   const int64_t sides = plan.lanes.size(), pieces = plan.panels.size(), packs = plan.blended ? 1 : n;
 
+  const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_positions<T, decltype(activate)>; });
   at::parallel_for(0, groups * sides * pieces, 1, [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
     Operands<T> operands;
     std::vector<int64_t> order;
+    auto finish = [&](const Tile& tile, const Panel& panel, int64_t group, T* from) {
+      store<T>(from, tile, panel, out, epilogue, write, group * kernels.lanes + tile.first_lane, operands.offsets);
+    };
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / (sides * pieces);
       const Span side = plan.lanes[task / pieces % sides], piece = plan.panels[task % pieces];
@@ -199,7 +208,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
       Kernels<T> here = kernels.of_sample(first->sample).of_group(group);
       if (plan.blended) here = blend<T>(here, lanes[side.first], gates.shares + first->sample * n, scratch.blend);
       int64_t positions = 0;
-      for (const Panel* panel = first; panel < last; ++panel) positions += panel->positions();
+      for (const Panel* panel = first; panel < last; ++panel) positions = whole ? std::max(positions, panel->positions()) : positions + panel->positions();
       T* sums = scratch.out.get(positions * side.count * VECTORS * L);  // [tile][position][lane]
 
       for (const Span& span : rows) {
@@ -225,21 +234,20 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
               mix<T>(packed + c * packs * most, packs, taps, tile, scales, mixed + c * most);
             }
             operands.read_taps(*panel->phase, window, tile);
-            T* to = sums + c * positions * VECTORS * L + done * tile.vectors * L;
+            T* to = whole ? sums : sums + c * positions * VECTORS * L + done * tile.vectors * L;
             const bool accumulate = span.first > 0;
             multiply<T>(operands.positions.data(), operands.positions.size(), tile.vectors, mixed + c * most, operands.steps, to,
                         accumulate);
+            if (whole) finish(tile, *panel, group, to);
           }
         }
       }
 
-      for (int64_t c = 0; c < side.count; ++c) {
+      for (int64_t c = 0; c < side.count && !whole; ++c) {
         const Tile tile = tile_of<T>(rows[0], lanes[side.first + c]);
         T* from = sums + c * positions * VECTORS * L;
         for (const Panel* panel = first; panel < last; from += panel->positions() * tile.vectors * L, ++panel) {
-          const T* of_group = bias.data ? bias.of_sample(panel->sample) + group * kernels.lanes : nullptr;
-          add_bias<T>(of_group, tile, panel->positions(), from);
-          store<T>(from, tile, *panel, out, group * kernels.lanes + tile.first_lane, operands.offsets);
+          finish(tile, *panel, group, from);
         }
       }
     }
@@ -307,6 +315,8 @@ const T* read_gradient(const Map<const T>& grad, int64_t channel, const Tile& ti
   offsets_of(panel, panel.phase->stride, grad.step, offsets);
   if (grad.channel_step != 1 && is_run(offsets))
     transpose_block<T>(from, grad.channel_step, tile.lanes, positions, out, width);
+  else if (grad.channel_step == 1)
+    for (int64_t p = 0; p < positions; ++p) std::copy_n(from + offsets[p], tile.lanes, out + p * width);
   else
     for (int64_t p = 0; p < positions; ++p)
       for (int64_t l = 0; l < tile.lanes; ++l) out[p * width + l] = from[offsets[p] + l * grad.channel_step];

@@ -1,41 +1,114 @@
-// Depth-wise layers on channels-last maps: vectors run over channels, and nothing is copied.
+// Depth-wise layers on channels-last maps: vectors run over channels. Numbers of 16 bits are widened a line at a time, once for
+// all taps; others are read where they lie.
 #pragma once
+
+#include <optional>
 
 #include "convolve.h"
 
 namespace odconv {
 
+// The kernels of a depth-wise layer with all attentions, [sample][tap][channel], of n kernels or one of each sample,
+// [kernel][channel][tap].
+template <class T>
+void mix_taps(const T* kernels, int64_t n, bool per_sample, int64_t taps, int64_t channels, const Gates<T>& gates, int64_t batch, T* out) {
+  const int64_t count = per_sample ? batch : n;
+  std::vector<T> by_tap(count * taps * channels), scale(channels);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t c = 0; c < channels; ++c) by_tap[(i * taps + t) * channels + c] = kernels[(i * channels + c) * taps + t];
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t c = 0; c < channels; ++c)
+      scale[c] = (gates.rows ? gates.rows[b * channels + c] : T(1)) * (gates.lanes ? gates.lanes[b * channels + c] : T(1));
+    for (int64_t t = 0; t < taps; ++t, out += channels) {
+      const T tap = gates.taps ? gates.taps[b * taps + t] : T(1);
+      const T* kernel = &by_tap[(per_sample ? b : 0) * taps * channels + t * channels];
+      for (int64_t c = 0; c < channels; ++c) out[c] = (gates.shares ? gates.shares[b * n] : T(1)) * kernel[c];
+      for (int64_t i = 1; i < n && !per_sample; ++i)
+        for (int64_t c = 0; c < channels; ++c) out[c] += gates.shares[b * n + i] * kernel[i * taps * channels + c];
+      for (int64_t c = 0; c < channels; ++c) out[c] *= tap * scale[c];
+    }
+  }
+}
+
 // The sums of P positions, each `jump` numbers after the one before, for V vectors of channels: taps at `from` a position.
-template <class T, int P, int V>
-void multiply_taps(const T* x, int64_t jump, const std::vector<int64_t>& from, const typename Stored<T>::Sum* const* kernels,
-                   const typename Stored<T>::Sum* bias, T* y, int64_t channels) {
+// What is written is added to `line` too.
+template <class T, class In, int P, int V, class A>
+void multiply_taps(const In* x, int64_t jump, const std::vector<int64_t>& from, const typename Stored<T>::Sum* const* kernels,
+                   const typename Stored<T>::Sum* bias, T* y, int64_t channels, typename Stored<T>::Sum* line) {
   using S = Stored<T>;
   constexpr int L = Simd<typename S::Sum>::LANES;
   typename S::Vec sums[P][V] = {};
   const int64_t taps = from.size(), *offsets = from.data();
   for (int64_t t = 0; t < taps; ++t) {
-    const T* at = x + offsets[t];
+    const In* at = x + offsets[t];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const typename S::Vec weight = Simd<typename S::Sum>::load(kernels[t] + v * L);
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) sums[p][v] += weight * S::load(at + p * jump + v * L);
+      for (int p = 0; p < P; ++p) sums[p][v] += weight * Stored<In>::load(at + p * jump + v * L);
     }
   }
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      S::store(y + p * channels + v * L, bias ? sums[p][v] + Simd<typename S::Sum>::load(bias + v * L) : sums[p][v]);
+  for (int v = 0; v < V; ++v) {
+    typename S::Vec all = Simd<typename S::Sum>::load(line + v * L);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      const typename S::Vec sum = A()(bias ? sums[p][v] + Simd<typename S::Sum>::load(bias + v * L) : sums[p][v]);
+      S::store(y + p * channels + v * L, sum);
+      all += sum;
+    }
+    Simd<typename S::Sum>::store(line + v * L, all);
+  }
 }
+
+// Lines of a map, (size[2], channels), in the dtype of sums, the last ones that taps met.
+template <class T>
+class Lines {
+ public:
+  using Sum = typename Stored<T>::Sum;
+  Lines(int64_t numbers, const Phase& phase) : numbers_(numbers) {
+    for (int a = 0; a < 2; ++a) slots_[a] = phase.high[a] + 1 - phase.low[a];
+    held_.assign(slots_[0] * slots_[1], nullptr);
+    data_ = Scratch<Sum>::mine().window.get(held_.size() * numbers);
+  }
+  const Sum* data() const { return data_; }
+
+  // Where the line at (row, column), which begins at x, lies in data().
+  int64_t at(int64_t row, int64_t column, const T* x) {
+    const int64_t slot = row % slots_[0] * slots_[1] + column % slots_[1];
+    if (held_[slot] != x) {
+      Sum* to = data_ + slot * numbers_;
+      constexpr int L = Simd<Sum>::LANES;
+      int64_t i = 0;
+      for (; i + L <= numbers_; i += L) Simd<Sum>::store(to + i, Stored<T>::load(x + i));
+      for (; i < numbers_; ++i) to[i] = Sum(x[i]);
+      held_[slot] = x;
+    }
+    return slot * numbers_;
+  }
+
+ private:
+  int64_t numbers_, slots_[2];
+  std::vector<const T*> held_;
+  Sum* data_;
+};
 
 // Convolve each channel of a map, [sample][position][channel], with its own kernel, [sample][tap][channel], of at least a
 // vector of channels. The last vector may overlap the one before.
 template <class T>
-void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::Sum* kernels, const Bias<typename Stored<T>::Sum>& bias,
+void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::Sum* kernels, const Epilogue<typename Stored<T>::Sum>& epilogue,
                         int64_t channels, int64_t batch, const Phase& phase, T* y) {
   using Sum = typename Stored<T>::Sum;
+  constexpr bool widens = !std::is_same_v<T, Sum>;
+  using In = std::conditional_t<widens, Sum, T>;
   constexpr int L = Simd<Sum>::LANES, P = 4, V = 4;
+  // for one position and P of them, of one vector and V of them
+  const auto multiply = with_activation(epilogue.activation, [](auto activate) {
+    using A = decltype(activate);
+    return std::array{std::array{&multiply_taps<T, In, 1, 1, A>, &multiply_taps<T, In, 1, V, A>},
+                      std::array{&multiply_taps<T, In, P, 1, A>, &multiply_taps<T, In, P, V, A>}};
+  });
   const Axes& count = phase.count;
   const Axes step = {size[1] * size[2] * channels, size[2] * channels, channels};
   const int64_t taps = phase.taps.size(), jump = phase.jump[2] * channels;
@@ -44,32 +117,42 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
   const int64_t last = std::clamp<int64_t>((size[2] - 1 - phase.high[2] + phase.jump[2]) / phase.jump[2], first, count[2]);
   const int64_t lines = count[0] * count[1], grain = std::max<int64_t>(1, 32768 / (count[2] * channels * taps));
   at::parallel_for(0, batch * lines, grain, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> from, some;
+    std::vector<int64_t> starts, from, some;  // of the line that a tap meets, and with the tap's place in it
     std::vector<const Tap*> met;
     std::vector<const Sum*> weights, chosen;
+    std::optional<Lines<T>> widened;
+    if (widens) widened.emplace(size[2] * channels, phase);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / lines, i = task % lines / count[1], j = task % count[1];
-      const T* in = x + b * size[0] * step[0] + i * phase.jump[0] * step[0] + j * phase.jump[1] * step[1];
+      const T* map = x + b * size[0] * step[0];
+      const In* lines_at;
+      if constexpr (widens)
+        lines_at = widened->data();
+      else
+        lines_at = map;
       T* out = y + task * count[2] * channels;
-      met.clear();
+      met.clear(), starts.clear();
       for (const Tap& tap : phase.taps) {
         const int64_t row = i * phase.jump[0] + tap.offset[0], column = j * phase.jump[1] + tap.offset[1];
-        if (row >= 0 && row < size[0] && column >= 0 && column < size[1]) met.push_back(&tap);
+        if (row < 0 || row >= size[0] || column < 0 || column >= size[1]) continue;
+        const int64_t start = row * step[0] + column * step[1];
+        met.push_back(&tap);
+        starts.push_back(widens ? widened->at(row, column, map + start) : start);
       }
       for (int64_t c = 0; c < channels;) {
         const int vectors = channels - c >= V * L ? V : 1;
         c = std::min(c, channels - vectors * L);
+        alignas(VECTOR_BYTES) Sum line[V * L] = {};
         from.clear(), weights.clear();
-        for (const Tap* tap : met) {
-          from.push_back(tap->offset[0] * step[0] + tap->offset[1] * step[1] + tap->offset[2] * step[2]);
-          weights.push_back(kernels + (b * taps + tap->index) * channels + c);
+        for (size_t t = 0; t < met.size(); ++t) {
+          from.push_back(starts[t] + met[t]->offset[2] * channels);
+          weights.push_back(kernels + (b * taps + met[t]->index) * channels + c);
         }
         auto run = [&](int64_t k, bool block, const std::vector<int64_t>& at, const std::vector<const Sum*>& of) {
-          const T* a = in + k * jump + c;
+          const In* a = lines_at + k * jump + c;
           T* to = out + k * channels + c;
-          const Sum* add = bias.data ? bias.of_sample(b) + c : nullptr;
-          auto multiply = vectors == V ? (block ? multiply_taps<T, P, V> : multiply_taps<T, 1, V>) : (block ? multiply_taps<T, P, 1> : multiply_taps<T, 1, 1>);
-          multiply(a, jump, at, of.data(), add, to, channels);
+          const Sum* add = epilogue.bias.data ? epilogue.bias.of_sample(b) + c : nullptr;
+          multiply[block][vectors == V](a, jump, at, of.data(), add, to, channels, line);
         };
         auto border = [&](int64_t k) {
           some.clear(), chosen.clear();
@@ -84,6 +167,7 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
         for (; k + P <= last; k += P) run(k, true, from, weights);
         for (; k < last; ++k) run(k, false, from, weights);
         for (; k < count[2]; ++k) border(k);
+        if (Sum* sums = epilogue.line(b, task % lines)) std::copy_n(line, vectors * L, sums + c);
         c += vectors * L;
       }
     }

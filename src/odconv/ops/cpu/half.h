@@ -16,7 +16,7 @@ namespace odconv {
 
 constexpr int64_t POSITIONS = 256;        // of one product: their sums stay in the cache
 constexpr int64_t FEW = 32;               // a rest of fewer positions is a product of its own, so that few kinds are generated
-constexpr int64_t FILTERS = 64;           // of one product
+constexpr int64_t FILTERS = Lanes<float>::MOST;  // of one product
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // of the n kernels of these filters, which stay in the cache from sample to sample
 constexpr int64_t CHUNK = 256;            // numbers of a filter that are packed at a time, or two channels' taps
 constexpr int64_t PADDED_BYTES = 1 << 25; // of padded maps at a time, or one sample's
@@ -200,26 +200,14 @@ void mix_half(const Kernels<T>& kernels, const Block& block, const Gates<float>&
   }
 }
 
-// Write the sums of one position, times the filter attention, plus the bias.
-template <class T>
-void store_half(const float* sums, const float* filter, const float* bias, int64_t count, T* out) {
-  using S = Simd<float>;
-  int64_t l = 0;
-  for (; l + S::LANES <= count; l += S::LANES) {
-    S::Vec sum = S::load(sums + l);
-    if (filter) sum *= S::load(filter + l);
-    Stored<T>::store(out + l, bias ? sum + S::load(bias + l) : sum);
-  }
-  for (; l < count; ++l) out[l] = T((filter ? sums[l] * filter[l] : sums[l]) + (bias ? bias[l] : 0));
-}
-
 // Convolve every sample of a channels-last map, [sample][position][channel], with its own mixed kernel.
 template <class T>
 void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int64_t groups, const Gates<float>& gates,
-                   const Bias<float>& bias, int64_t batch, const Phase& phase, T* y) {
+                   const Epilogue<float>& epilogue, int64_t batch, const Phase& phase, T* y) {
   constexpr int L = Simd<float>::LANES;
   const int64_t channels = groups * kernels.rows, filters = groups * kernels.lanes, taps = kernels.taps;
   const int64_t positions = size[0] * size[1] * size[2], outputs = phase.count[0] * phase.count[1] * phase.count[2];
+  const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_positions<T, decltype(activate)>; });
   const Padding padding = padding_of(size, channels, phase);
   const int64_t padded = padding.part * phase.jump[0] * phase.jump[1] * phase.jump[2] * padding.channels;
 
@@ -267,21 +255,28 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int6
           for (int64_t i = 0; i < n; ++i)
             pack_pairs<T>(here.data + i * here.size + lanes.first * here.lane_step, here.lane_step, block, scratch.blend, packed + i * block.packed());
         mix_half<T>(here, block, gates, sample, own, packs_first, packed, scratch, mixed);
-        const float* filter = gates.lanes ? gates.lanes + own * kernels.lanes + lanes.first : nullptr;
-        const float* add = bias.data ? bias.of_sample(sample) + group * kernels.lanes + lanes.first : nullptr;
+        const int64_t first = group * kernels.lanes + lanes.first;
+        Lanes<float> per(epilogue, gates.lanes ? gates.lanes + own * kernels.lanes + lanes.first : nullptr, sample, first, lanes.count);
         const T* map = maps + task % samples * padded + group * kernels.rows;
-        T* to = y + sample * outputs * filters + group * kernels.lanes + lanes.first;
+        T* to = y + sample * outputs * filters + first;
         for (int64_t p = 0; p < padding.wide;) {
           const int64_t rest = padding.wide - p, rows = rest < FEW ? rest : std::min(POSITIONS, rest / FEW * FEW);
           for (const Run& run : runs)
             at::native::cpublas::brgemm(rows, block.width, run.taps * block.pairs() * 2, padding.channels, block.width, block.width,
                                         &run != runs.data(), map + (run.from + p) * padding.channels,
                                         mixed + run.tap * block.pairs() * block.width * 2, sums);
-          for (int64_t r = 0; r < rows; ++r) {
-            const int64_t i = (p + r) / (padding.extent[1] * padding.extent[2]), j = (p + r) / padding.extent[2] % padding.extent[1],
-                          k = (p + r) % padding.extent[2];
-            if (j >= phase.count[1] || k >= phase.count[2]) continue;  // the end of a line
-            store_half<T>(sums + r * block.width, filter, add, lanes.count, to + ((i * phase.count[1] + j) * phase.count[2] + k) * filters);
+          for (int64_t r = 0; r < rows;) {  // the rest of a line at a time
+            const int64_t i = (p + r) / padding.extent[2] / padding.extent[1], j = (p + r) / padding.extent[2] % padding.extent[1],
+                          k = (p + r) % padding.extent[2], line = i * phase.count[1] + j;
+            const int64_t within = std::min(rows - r, padding.extent[2] - k), positions = std::min(within, phase.count[2] - k);
+            if (j < phase.count[1] && positions > 0) {
+              write(sums + r * block.width, block.width, positions, lanes.count, per, to + (line * phase.count[2] + k) * filters, filters);
+              if (k + positions == phase.count[2]) {
+                float* whole = epilogue.line(sample, line);
+                per.end_line(whole ? whole + first : nullptr, lanes.count);
+              }
+            }
+            r += within;
           }
           p += rows;
         }

@@ -32,14 +32,15 @@ struct Panel {
   int64_t positions() const { return (last - first) * phase->count[1] * phase->count[2]; }
 };
 
-constexpr int64_t PANEL_POSITIONS = 1024;  // outputs of a panel: what it reads, and its sums, stay in the cache
+constexpr int64_t PANEL_POSITIONS = 1024;  // outputs of a panel: what it reads, and its sums, stay in the second-level cache
+constexpr int64_t FEW_POSITIONS = 128;     // or in the first, where a panel reads nothing that another one does
 
-inline std::vector<Panel> panels_of(const std::vector<Phase>& phases, int64_t batch, int64_t least) {
+inline std::vector<Panel> panels_of(const std::vector<Phase>& phases, int64_t batch, int64_t least, int64_t positions = PANEL_POSITIONS) {
   std::vector<Panel> panels;
   for (int64_t b = 0; b < batch; ++b)
     for (const Phase& phase : phases) {
       const int64_t lines = phase.count[0], line = phase.count[1] * phase.count[2];
-      const int64_t count = std::min(lines, std::max(least, ceil_div(lines * line, PANEL_POSITIONS)));
+      const int64_t count = std::min(lines, std::max(least, ceil_div(lines * line, positions)));
       for (int64_t i = 0; i < count; ++i) panels.push_back({b, &phase, lines * i / count, lines * (i + 1) / count});
     }
   return panels;

@@ -12,7 +12,7 @@
 // sums has one order. Those of kernels and attentions run over the batch; they are the same from run to run.
 //
 // simd.h has the microkernel, kernels.h tiles of kernels, maps.h what meets what; convolve.h puts them together and explains
-// the whole, half.h does so in bfloat16 and float16. planes.h is for depth-wise layers, depthwise.h for those on channels-last
+// the whole, half.h does so in bfloat16 and float16; epilogue.h is what is done to outputs besides. planes.h is for depth-wise layers, depthwise.h for those on channels-last
 // maps, attend.h for the attention; this file makes operators of them.
 
 #include <ATen/Parallel.h>
@@ -141,47 +141,64 @@ std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, con
   return attend(pooled, fc, norm, eps, weights, biases, gains, temperature);
 }
 
-// In bfloat16 and float16: on matrix units where there are any for the dtype, else in float32.
-Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
-                 const Optional& filter, const Optional& bias, const std::vector<int64_t>& size, const Geometry& g) {
-  const bool per_sample = !kernel && weight.size(0) > 1;
-  const int64_t filters = weight.size(1) / g.groups, channels = weight.size(2), one = weight.numel() / weight.size(0);
-  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
-  auto in_float = [](const Optional& tensor) { return tensor ? Optional(tensor->to(at::kFloat)) : tensor; };
-  const Optional shares = in_float(kernel), by_tap = in_float(spatial), by_channel = in_float(channel), by_filter = in_float(filter), add = in_float(bias);
-  const Gates<float> gates = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
-  const Tensor last = x.movedim(1, -1).contiguous();
+// What is done to the outputs, in the dtype of sums: the bias, the activation, and where the sums of lines go, or nowhere.
+struct Extras {
+  Optional bias;
+  std::string_view activation;
+  Tensor line_sums;  // (B, lines, O), or undefined
+};
+
+template <class T>
+Epilogue<T> epilogue_of(const Extras& extras) {
+  const Tensor& sums = extras.line_sums;
+  return {bias_of<T>(extras.bias), extras.activation, sums.defined() ? sums.mutable_data_ptr<T>() : nullptr,
+          sums.defined() ? sums.size(1) : 0, sums.defined() ? sums.size(2) : 0};
+}
+
+// A map of that shape, (B, O, *map), in memory with its channels last.
+Tensor empty_channels_last(at::IntArrayRef size, const at::TensorOptions& options) {
   std::vector<int64_t> shape = {size[0]};
   shape.insert(shape.end(), size.begin() + 2, size.end());
   shape.push_back(size[1]);
-  const Tensor out = at::empty(shape, x.options());
+  return at::empty(shape, options);
+}
+
+// In bfloat16 and float16: on matrix units where there are any for the dtype, else in float32.
+Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
+                 const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g) {
+  const int64_t filters = weight.size(1) / g.groups, channels = weight.size(2), taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
+  const int64_t one = weight.numel() / weight.size(0);
+  const bool per_sample = !kernel && weight.size(0) > 1;
+  auto in_float = [](const Optional& tensor) { return tensor ? Optional(tensor->to(at::kFloat)) : tensor; };
+  const Optional shares = in_float(kernel), by_tap = in_float(spatial), by_channel = in_float(channel), by_filter = in_float(filter);
+  const Gates<float> gates = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
+  const Tensor last = x.movedim(1, -1).contiguous(), out = empty_channels_last(size, x.options());
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = {weight.const_data_ptr<T>(), per_sample ? 1 : weight.size(0), one, channels, filters, taps, taps,
                                 channels * taps, per_sample ? one : 0};
-    convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, g.groups, gates, bias_of<float>(add), x.size(0),
-                     forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
+    convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, g.groups, gates, epilogue_of<float>(extras),
+                     x.size(0), forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
   };
   x.scalar_type() == at::kHalf ? run(at::Half()) : run(at::BFloat16());
-  const Tensor y = out.movedim(-1, 1);
-  return y.contiguous(x.suggest_memory_format());
+  return out.movedim(-1, 1).contiguous(x.suggest_memory_format());
 }
 
 // Depth-wise, on channels-last maps.
 Tensor conv_depthwise(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
-                      const Optional& filter, const Optional& bias, const std::vector<int64_t>& size, const Geometry& g) {
+                      const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g) {
   auto in_sums = [&](const Optional& tensor) { return tensor && is_half(x) ? Optional(tensor->to(at::kFloat)) : tensor; };
-  const Tensor mixed = mixed_depthwise(*in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), x.size(0));
-  const Optional add = in_sums(bias);
-  const Tensor by_tap = mixed.transpose(1, 2).contiguous(), last = x.movedim(1, -1).contiguous();
-  std::vector<int64_t> shape = {size[0]};
-  shape.insert(shape.end(), size.begin() + 2, size.end());
-  shape.push_back(size[1]);
-  const Tensor out = at::empty(shape, x.options());
+  const Optional kernels = in_sums(weight), shares = in_sums(kernel), taps = in_sums(spatial), rows = in_sums(channel), lanes = in_sums(filter);
+  const int64_t tap_count = g.kernel[0] * g.kernel[1] * g.kernel[2];
+  const Tensor last = x.movedim(1, -1).contiguous(), out = empty_channels_last(size, x.options());
+  const Tensor mixed = at::empty({x.size(0), tap_count, g.groups}, kernels->options());
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    convolve_depthwise<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), by_tap.const_data_ptr<typename Stored<T>::Sum>(),
-                          bias_of<typename Stored<T>::Sum>(add), g.groups, x.size(0), forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
+    using Sum = typename Stored<T>::Sum;
+    const Gates<Sum> gates = {numbers<Sum>(shares), numbers<Sum>(taps), numbers<Sum>(rows), numbers<Sum>(lanes)};
+    mix_taps<Sum>(kernels->const_data_ptr<Sum>(), weight.size(0), !kernel && weight.size(0) > 1, tap_count, g.groups, gates, x.size(0), mixed.mutable_data_ptr<Sum>());
+    convolve_depthwise<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), mixed.const_data_ptr<Sum>(), epilogue_of<Sum>(extras),
+                          g.groups, x.size(0), forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
   };
   switch (x.scalar_type()) {
     case at::kHalf: run(at::Half()); break;
@@ -192,42 +209,81 @@ Tensor conv_depthwise(const Tensor& x, const Tensor& weight, const Optional& ker
   return out.movedim(-1, 1).contiguous(x.suggest_memory_format());
 }
 
-Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
-            const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
-            at::IntArrayRef dilation, int64_t groups, const Optional& bias) {
-  const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
-  TORCH_CHECK(!bias || (bias->dim() == 2 && (bias->size(0) == 1 || bias->size(0) == size[0]) && bias->size(1) == size[1] && is_plain(*bias, x)),
-              "odconv: bias must be contiguous numbers (1 or B, O) in the dtype of x");
-  const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
-  const bool depthwise = weight.size(1) == groups && weight.size(2) == 1;
-  if (depthwise && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous()))
-    return conv_depthwise(x, weight, kernel, spatial, channel, filter, bias, size, g);
-  if (is_half(x)) {
-    if (at::native::cpublas::could_pack(x.scalar_type()) && (groups == 1 || weight.size(2) % 2 == 0))
-      return conv_half(x, weight, kernel, spatial, channel, filter, bias, size, g);
-    auto in_float = [](const Optional& tensor) { return tensor ? Optional(tensor->to(at::kFloat)) : tensor; };
-    return conv(x.to(at::kFloat), weight.to(at::kFloat), in_float(kernel), in_float(spatial), in_float(channel), in_float(filter),
-                stride, padding, dilation, groups, in_float(bias)).to(x.scalar_type());
-  }
+// In float32 and float64.
+Tensor conv_dense(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
+                  const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g, bool planes) {
   Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
-  const int64_t filters = weight.size(1) / groups, channels = weight.size(2);
+  const int64_t filters = weight.size(1) / g.groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
   const bool per_sample = !kernel && weight.size(0) > 1;
   const int64_t n = per_sample ? 1 : weight.size(0);
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const T* data = weight.const_data_ptr<T>();
-    const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
     const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
-    const auto out = map_of<T>(y, y.mutable_data_ptr<T>());
-    if (by_plane(x, weight, groups) && y.is_contiguous())
-      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, groups, gates, bias_of<T>(bias),
-                                x.size(0), forward_phase(g, out.size), g.stride, y.mutable_data_ptr<T>());
-    convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), out, kernels, groups, gates, bias_of<T>(bias), x.size(0),
-                {forward_phase(g, out.size)});
+    const Phase phase = forward_phase(g, three(at::IntArrayRef(size).slice(2), 1));
+    if (planes)
+      return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, g.groups, gates,
+                                epilogue_of<T>(extras), x.size(0), phase, g.stride, y.mutable_data_ptr<T>());
+    const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
+    convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), map_of<T>(y, y.mutable_data_ptr<T>()), kernels, g.groups, gates,
+                epilogue_of<T>(extras), x.size(0), {phase});
   };
   x.scalar_type() == at::kDouble ? run(double()) : run(float());
   return y;
+}
+
+// The means of maps, (B, O), of the sums of their lines, which are in one order.
+Tensor means_of(const Tensor& line_sums, int64_t positions) {
+  const int64_t lines = line_sums.size(1), filters = line_sums.size(2);
+  Tensor means = at::empty({line_sums.size(0), filters}, line_sums.options());
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const T* in = line_sums.const_data_ptr<T>();
+    T* out = means.mutable_data_ptr<T>();
+    at::parallel_for(0, line_sums.size(0), std::max<int64_t>(1, 32768 / (lines * filters)), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        sum_channels<T>(in + b * lines * filters, lines, filters, out + b * filters);
+        for (int64_t o = 0; o < filters; ++o) out[b * filters + o] /= T(positions);
+      }
+    });
+  };
+  line_sums.scalar_type() == at::kDouble ? run(double()) : run(float());
+  return means;
+}
+
+// The convolution and its epilogue; the means are undefined where they are not wanted.
+std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
+                                      const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
+                                      at::IntArrayRef dilation, int64_t groups, const Optional& bias, std::string_view activation,
+                                      bool means) {
+  const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
+  TORCH_CHECK(!bias || (bias->dim() == 2 && (bias->size(0) == 1 || bias->size(0) == size[0]) && bias->size(1) == size[1] && is_plain(*bias, x)),
+              "odconv: bias must be contiguous numbers (1 or B, O) in the dtype of x");
+  const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
+  const bool depthwise = weight.size(1) == groups && weight.size(2) == 1;
+  const bool over_channels = depthwise && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous());
+  auto in_sums = [&](const Optional& tensor) { return tensor && is_half(x) ? Optional(tensor->to(at::kFloat)) : tensor; };
+  if (is_half(x) && !over_channels && !(at::native::cpublas::could_pack(x.scalar_type()) && (groups == 1 || weight.size(2) % 2 == 0))) {
+    auto [y, found] = conv_fused(x.to(at::kFloat), *in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), stride,
+                                 padding, dilation, groups, in_sums(bias), activation, means);
+    return {y.to(x.scalar_type()), found};
+  }
+  const bool planes = !over_channels && !is_half(x) && by_plane(x, weight, groups) && x.suggest_memory_format() == at::MemoryFormat::Contiguous;
+  const Axes count = three(at::IntArrayRef(size).slice(2), 1);
+  Extras extras = {in_sums(bias), activation, {}};
+  const bool by_line = means && count[1] * count[2] > 1;  // a map of one axis has no lines to sum
+  if (by_line) extras.line_sums = at::empty({size[0], planes ? 1 : count[0] * count[1], size[1]}, x.options().dtype(is_half(x) ? at::kFloat : x.scalar_type()));
+  const Tensor y = over_channels ? conv_depthwise(x, weight, kernel, spatial, channel, filter, extras, size, g)
+                   : is_half(x)  ? conv_half(x, weight, kernel, spatial, channel, filter, extras, size, g)
+                                 : conv_dense(x, weight, kernel, spatial, channel, filter, extras, size, g, planes);
+  return {y, by_line ? means_of(extras.line_sums, count[0] * count[1] * count[2]) : means ? pool(y) : Tensor()};
+}
+
+Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
+            const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+            const Optional& bias) {
+  return std::get<0>(conv_fused(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups, bias, "none", false));
 }
 
 Gradients conv_backward(
@@ -258,7 +314,7 @@ Gradients conv_backward(
       const auto out = map_of<T>(x_grad, x_grad.mutable_data_ptr<T>());
       const Kernels<T> kernels = {data, n, one, filters, channels, taps, channels * taps, taps, per_sample ? one : 0};
       const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
-      convolve<T>(upstream, out, kernels, groups, gates, {nullptr, 0}, batch, phases);
+      convolve<T>(upstream, out, kernels, groups, gates, {}, batch, phases);
     }
     if (to_weights) {
       weight_grad = at::empty_like(weight);
@@ -285,11 +341,21 @@ Gradients conv_backward(
   return {x_grad, weight_grad, kernel_grad, spatial_grad, channel_grad, filter_grad};
 }
 
+// As the operator's schema has it: an operator returns no undefined tensor.
+std::tuple<Tensor, Tensor> conv_fused_checked(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
+                                              const Optional& channel, const Optional& filter, at::IntArrayRef stride,
+                                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, const Optional& bias,
+                                              std::string_view activation, bool means) {
+  auto [y, found] = conv_fused(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups, bias, activation, means);
+  return {y, means ? found : at::empty({0}, x.options())};
+}
+
 }  // namespace
 }  // namespace odconv
 
 TORCH_LIBRARY_IMPL(odconv, CPU, library) {
   library.impl("conv", odconv::conv);
+  library.impl("conv_fused", odconv::conv_fused_checked);
   library.impl("conv_backward", odconv::conv_backward);
   library.impl("pool", odconv::pool_checked);
   library.impl("attend", odconv::attend_checked);

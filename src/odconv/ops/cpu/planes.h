@@ -21,12 +21,18 @@
 
 namespace odconv {
 
+// Write sums plus a bias, activated.
+template <class T, class A>
+void write_run(const T* sums, int64_t count, T bias, T* out) {
+  for (int64_t k = 0; k < count; ++k) out[k] = A()(sums[k] + bias);
+}
+
 // One filter a channel, on contiguous maps of one or two axes: vectors run over positions. A plane is copied with zeros
 // around it and taken apart by its coordinates modulo the stride, so that each tap reads it in one run. There are n kernels
 // to mix, or one for each sample.
 template <class T>
 void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, bool per_sample, int64_t channels, const Gates<T>& gates,
-                     const Bias<T>& bias, int64_t batch, const Phase& phase, const Axes& stride, T* y) {
+                     const Epilogue<T>& epilogue, int64_t batch, const Phase& phase, const Axes& stride, T* y) {
   using S = Simd<T>;
   constexpr int L = S::LANES, BLOCK = 4;
   const int64_t taps = phase.taps.size(), plane = size[0] * size[2], outputs = phase.count[0] * phase.count[2];
@@ -52,6 +58,7 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
     columns.push_back({std::max<int64_t>(0, ceil_div(-shift, stride[2])),
                        std::min(pitch, ceil_div(size[2] - shift, stride[2])), shift});
   }
+  const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_run<T, decltype(activate)>; });
   at::parallel_for(0, batch * channels, std::max<int64_t>(1, 32768 / (plane + outputs * taps)), [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
     const int64_t numbers = stride[0] * stride[2] * part;
@@ -90,32 +97,20 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
           for (int v = 0; v < BLOCK; ++v) block[v] += kernel[t] * S::load(padded + from[t] + q + v * L);
         for (int v = 0; v < BLOCK; ++v) S::store(sums + q + v * L, block[v]);
       }
-      const T add = bias.data ? bias.of_sample(b)[c] : T(0);
-      for (int64_t i = 0; i < phase.count[0]; ++i)
-        for (int64_t k = 0; k < phase.count[2]; ++k) y[task * outputs + i * phase.count[2] + k] = sums[i * pitch + k] + add;
+      const T add = epilogue.bias.data ? epilogue.bias.of_sample(b)[c] : T(0);
+      T total = 0;
+      for (int64_t i = 0; i < phase.count[0]; ++i) {
+        T* line = y + task * outputs + i * phase.count[2];
+        write(sums + i * pitch, phase.count[2], add, line);
+        if (epilogue.line_sums) total += sum_run<T>(line, phase.count[2]);
+      }
+      if (epilogue.line_sums) epilogue.line(b, 0)[c] = total;  // a plane is one line
     }
   });
 }
 
 inline bool by_plane(const at::Tensor& x, const at::Tensor& weight, int64_t groups) {
   return weight.size(1) == groups && weight.size(2) == 1 && x.dim() < 5 && x.is_contiguous();
-}
-
-// The kernels of a depth-wise layer with all attentions, (B, C, taps), of weights (n, C, taps) or one for each sample.
-inline at::Tensor mixed_depthwise(const at::Tensor& weight, const std::optional<at::Tensor>& kernel, const std::optional<at::Tensor>& spatial,
-                                  const std::optional<at::Tensor>& channel, const std::optional<at::Tensor>& filter, int64_t batch) {
-  const int64_t n = weight.size(0), channels = weight.size(1);
-  const at::Tensor kernels = weight.reshape({n, channels, -1});
-  at::Tensor mixed = kernels;
-  if (kernel) {  // in one order of sums, whatever the batch is: a matrix product has several
-    auto share = [&](int64_t i) { return kernel->select(1, i).view({batch, 1, 1}); };
-    mixed = share(0) * kernels[0];
-    for (int64_t i = 1; i < n; ++i) mixed = mixed + share(i) * kernels[i];
-  }
-  if (spatial) mixed = mixed * spatial->reshape({batch, 1, -1});
-  if (channel) mixed = mixed * channel->unsqueeze(2);
-  if (filter) mixed = mixed * filter->unsqueeze(2);
-  return mixed.expand({batch, channels, -1});
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
