@@ -12,6 +12,7 @@ from odconv.conversion.convert import replace_parts
 from odconv.layers import Attentions, PerSampleConv
 from odconv.layers.warehouse import Warehouse
 from odconv.layers.warehouse_conv import KWConv
+from odconv.ops.epilogue import NO_EPILOGUE
 
 CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {
     (1, False): nn.Conv1d,
@@ -183,7 +184,7 @@ def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
         mixed = rows[0] if attentions.kernel is None else attentions.kernel[0] @ rows.double()
         bias = mixed if bias is None else bias + mixed
     conv = convolution_like(layer, layer.kernels(attentions, torch.float64)[0], bias, parts)
-    activation = layer.epilogue.activation if isinstance(layer, DynamicConv) else None  # of a fused network
+    activation = getattr(layer, "epilogue", NO_EPILOGUE).activation  # of a fused network
     return conv if activation is None else nn.Sequential(conv, ACTIVATIONS[activation]())
 
 
