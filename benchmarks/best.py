@@ -1,9 +1,9 @@
 """What a user could have instead: the static network in its best way of running against ours in its own, in one run.
 
     python benchmarks/best.py                      inference of the default networks in float32 and bfloat16
-    python benchmarks/best.py --dtypes float16 --ways "folded, channels-last"
+    python benchmarks/best.py --dtypes float16 --ways plain channels-last
 
-Every way is measured for both sides, in turns: as built, with `odconv.fuse`, channels-last besides, and that under
+Every way is measured for both sides, in turns: as it is, with `odconv.fuse`, channels-last besides, and all that under
 torch.compile. The ratio of a row is to the fastest of the static network's ways in the same dtype. Rows go to
 results/best.csv.
 """
@@ -21,7 +21,7 @@ import odconv
 from odconv.models.build import split_name
 
 KEYS = ("model", "kernel_num", "batch", "size", "dtype", "way")
-WAYS = ("as built", "folded", "folded, channels-last", "compiled")
+WAYS = ("plain", "fused", "channels-last", "compiled")  # each with what the ones before it do
 BATCH = {"float32": 8}  # of other dtypes 4
 
 
@@ -29,9 +29,9 @@ def prepare(name: str, n: int | None, x: Tensor, way: str) -> Callable[[], None]
     """Return one inference of a network, or of its static architecture where n is None, in a way of running it."""
     torch.manual_seed(0)
     model = odconv.create_model(split_name(name)[1] if n is None else name, kernel_num=n).eval().to(x.dtype)
-    if way != "as built":
+    if way != "plain":
         model = odconv.fuse(model)
-    if way in ("folded, channels-last", "compiled"):
+    if way in ("channels-last", "compiled"):
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     called = torch.compile(model, fullgraph=True) if way == "compiled" else model
     return partial(infer, called, x)
