@@ -72,26 +72,6 @@ def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 # --- speed and memory
 
 
-def speed() -> str:
-    """Ours and, in brackets, the published form, as ratios to the static network in eager mode."""
-    columns = {("inference", "1"): "inference, batch 1", ("inference", "8"): "batch 8", ("inference", "32"): "batch 32"}
-    columns |= {("training", "16"): "training step, batch 16", ("memory", "16"): "peak training memory, batch 16"}
-
-    def cell(network: str, n: str, mode: str, batch: str) -> str:
-        same = {"model": f"od_{network}", "kernel_num": n, "mode": mode, "batch": batch, "compiled": "no"}
-        ours, published = (row("networks", form=form, **same)["ratio_to_static"] for form in ("ours", "published"))
-        return f"**{fixed(ours, 2)}** ({fixed(published, 1)})"
-
-    return table(
-        ["network", *columns.values()],
-        (
-            [f"{title}, ODConv {n}x", *(cell(network, n, *column) for column in columns)]
-            for network, title in NETWORKS.items()
-            for n in "14"
-        ),
-    )
-
-
 def targets() -> str:
     return table_of_targets(MODELS, rows("networks"), read_rows(RESULTS / "gpu_networks.csv"))
 
@@ -384,7 +364,7 @@ def counters() -> str:
 TABLES: dict[str, Callable[..., str]] = {
     make.__name__: make
     for make in (
-        best, speed, targets, detectors, accelerating, export, quantising, serving, accuracy, ablations, top1_by_method,
+        best, targets, detectors, accelerating, export, quantising, serving, accuracy, ablations, top1_by_method,
         starts, gradients, finetune, counters,
     )
 }  # fmt: skip
