@@ -1,6 +1,6 @@
 """The published ImageNet results of ODConv and KernelWarehouse, as data, and what is counted here."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -86,7 +86,7 @@ def count_published(row: Published) -> tuple[Profile, int]:
     Returns:
         What it costs here, and its multiply-adds as the paper counts them.
     """
-    options = {} if row.budget is None else {"budget": row.budget}
+    options: dict[str, Any] = {} if row.budget is None else {"budget": row.budget}
     with torch.device("meta"):  # nothing is drawn: the values do not matter
         model = create_model(row.name, kernel_num=row.kernel_num, **options)
     counts = profile(model.to_empty(device="cpu"), (3, 224, 224))
@@ -97,8 +97,8 @@ def count_published(row: Published) -> tuple[Profile, int]:
 def published_table() -> Table:
     """Return the published rows, and beside them what is counted here."""
     header = (
-        "network", "kernels or budget", "parameters", "published", "multiply-adds", "the paper's way", "published", "difference",
-        "top-1", "top-5",
+        "network", "kernels or budget", "parameters", "published", "multiply-adds", "the paper's way", "published",
+        "difference", "top-1", "top-5",
     )  # fmt: skip
     rows = []
     for row in PUBLISHED:
