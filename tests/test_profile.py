@@ -150,15 +150,26 @@ def test_tables():
     assert "dynamic" in drawn
 
 
-@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"{row.name} {row.kernel_num or ''}")
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(
+            row,
+            id=f"{row.name} {row.kernel_num or row.budget or ''}",
+            marks=() if row.budget in (None, 1) else pytest.mark.slow,
+        )
+        for row in PUBLISHED
+    ],
+)
 def test_published_rows(row):
     pytest.importorskip("torchvision")
     from odconv.profiling.published import count_published
 
     counts, madds = count_published(row)
     assert f"{counts.parameters / 1e6:.2f}" == f"{row.parameters:.2f}"
-    assert madds == pytest.approx(row.madds * 1e6, rel=0.02)
-    if row.kernel_num is None:
+    if row.madds is not None:
+        assert madds == pytest.approx(row.madds * 1e6, rel=0.02)
+    if row.kernel_num is None and row.madds is not None:
         assert madds == pytest.approx(row.madds * 1e6, rel=6e-4)  # as printed
 
 

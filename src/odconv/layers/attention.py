@@ -386,7 +386,7 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
 
 def has_compiled_kernel(x: Tensor) -> bool:
     """Return whether the compiled kernels for the CPU pool a map and make attentions of it: without gradients."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_exporting()) and cpu.takes(x)
+    return not (torch.is_grad_enabled() or is_exporting()) and cpu.takes(x)
 
 
 def take_factors(attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
