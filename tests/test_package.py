@@ -41,7 +41,7 @@ def test_both_hold_every_file_of_the_package(built: tuple[Path, Path]) -> None:
         for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert len([name for name in ours if name.endswith(".yaml")]) == 37
+    assert len([name for name in ours if name.endswith(".yaml")]) == 52
     archive, wheel = built
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
@@ -148,7 +148,7 @@ def test_what_is_installed_trains_by_recipes(installed: Path, tmp_path: Path) ->
     odconv = partial(run, installed)
     (place,) = run(installed.with_name("python"), "-c", "import odconv; print(odconv.__file__)")
     assert Path(place).is_relative_to(installed.parents[1])
-    assert len(odconv("recipes")) == 2 + 37
+    assert len(odconv("recipes")) == 2 + 52
     little = ("--arch", "od_mobilenetv2_050", "--epochs", "1", "--batch_size", "256")
     odconv("train", "--config", "digits_od_resnet18_1x", *little, "--out", "digits")
     assert json.loads((tmp_path / "digits/result.json").read_text())["arch"] == "od_mobilenetv2_050"

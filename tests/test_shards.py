@@ -602,7 +602,7 @@ def test_a_server_that_sends_a_byte_at_a_time_is_given_up(
 
 def test_an_index_that_does_not_end_is_given_up(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "LARGEST_INDEX", 50_000)
-    server.faults = {"/val.json": [body(bytes(100_000), 10**11)]}
+    server.faults = {"/val.json": [body(bytes(20_000_000), 10**11)]}  # more than is buffered on the way
     with pytest.raises(OSError, match="it has more than the 50,000 bytes that an index may have"):
         open_shards(server.url, need_train=False)
     assert server.asked["/val.json"] == 1

@@ -39,7 +39,7 @@ def dynamic_layers(model):
 
 def test_the_dynamic_networks_are_registered_and_the_static_ones_are_timms_own():
     prefixes = ("od_", "odl_", "dy_", "cond_", "kw_")
-    assert {*ours.NAMES} == {name for name in tiny.LISTED if name.startswith(prefixes)}
+    assert {*ours.NAMES} == {name for name in tiny.LISTED if name.startswith(prefixes)} - {"kw_convnext_tiny"}
     assert {*ours.NAMES} <= {*timm.list_models()}
     for static in ("resnet18", "resnet50", "mobilenetv2_050", "mobilenetv2_100"):
         assert timm.models.model_entrypoint(static).__module__.startswith("timm.models.")
