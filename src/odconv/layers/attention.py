@@ -23,9 +23,7 @@ Pointwise = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 POINTWISE: dict[int, type[Pointwise]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM: dict[int, type[BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-PLAIN = (*POINTWISE.values(), *BATCH_NORM.values(), nn.GroupNorm)
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-GLOBAL_HOOKS = [f"_global{hooks}" for hooks in HOOKS]
+PLAIN = frozenset((*POINTWISE.values(), *BATCH_NORM.values(), nn.GroupNorm))
 
 
 class PoolingAttention(nn.Module):
@@ -351,37 +349,47 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
     """Return what :meth:`Attention.forward` does without gradients on the CPU where the compiled kernel does it."""
     if not has_compiled_kernel(x):
         return None
-    norm, layers = attention.bn, [getattr(attention, f"{name}_fc") for name in attention.heads]
-    if not all(is_plain(layer) for layer in (attention.fc, norm, *layers) if layer is not None):
-        return None
-    if norm is not None and (not isinstance(norm, BatchNorm) or norm.training or norm.running_mean is None):
-        return None
-    statistics: list[Any] = [] if norm is None else [norm.running_mean, norm.running_var, norm.weight, norm.bias]
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    fc = None if attention.fc is None else attention.fc.weight
-    own: list[Any] = [*statistics, *weights, *biases, *([] if fc is None else [fc])]
-    if any(tensor is None or tensor.dtype != x.dtype or not tensor.is_contiguous() for tensor in own):
+    operands = plain_operands(attention, x.dtype)
+    if operands is None:
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
     pooled = finished(x).means if attention.takes_means and attention.extent is None else None
     if pooled is None:
         pooled = cpu.pool(x) if attention.extent is None else pool(x, attention.extent, dtype)
-    gates = cpu.attend(
-        pooled,
-        fc,
-        statistics,
-        0.0 if norm is None else norm.eps,
-        weights,
-        biases,
-        [attention.gain if name != "kernel" else float(attention.kernel_gate == "sigmoid") for name in attention.heads],
-        attention.temperature,
-    )
+    softmax = attention.kernel_gate == "softmax"
+    gains = [float(not softmax) if name == "kernel" else attention.gain for name in attention.heads]
+    gates = cpu.attend(pooled, *operands, gains, attention.temperature)
     if attention.factors is None:
         return tuple(gates)
     return tuple(
         attention.kernel_gain * gate if name == "kernel" else gate
         for name, gate in zip(attention.heads, gates, strict=True)
     )
+
+
+def plain_operands(
+    attention: Attention, dtype: torch.dtype
+) -> tuple[Tensor | None, list[Tensor], float, list[Tensor], list[Tensor]] | None:
+    """Return the numbers of an attention's parts as the compiled kernel takes them; None where these want to be called.
+
+    Args:
+        attention: the attention.
+        dtype: what all of them must have.
+    """
+    parts: dict[str, Any] = attention._modules
+    norm, fc, layers = parts.get("bn"), parts.get("fc"), [parts[f"{name}_fc"] for name in attention.heads]
+    for part in (fc, norm, *layers):
+        if part is not None and not is_plain(part):
+            return None
+    if norm is not None and (not isinstance(norm, BatchNorm) or norm.training or norm.running_mean is None):
+        return None
+    statistics: list[Any] = [] if norm is None else [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    hidden: list[Any] = [] if fc is None else [fc.weight]
+    for tensor in (*hidden, *statistics, *weights, *biases):
+        if tensor is None or tensor.dtype != dtype or not tensor.is_contiguous():
+            return None
+    return hidden[0] if hidden else None, statistics, 0.0 if norm is None else norm.eps, weights, biases
 
 
 def has_compiled_kernel(x: Tensor) -> bool:
@@ -410,9 +418,17 @@ def is_plain(module: Any) -> bool:
 
     Hooks (pruning, old weight norm, adapters), parametrizations and other classes want to be called.
     """
-    if type(module) not in PLAIN or "forward" in vars(module):
+    own = module.__dict__  # what is asked for each layer of each image must not cost more than its arithmetic
+    if type(module) not in PLAIN or "forward" in own:
         return False
-    return not any(getattr(module, hooks) for hooks in HOOKS) and not any(getattr(everywhere, g) for g in GLOBAL_HOOKS)
+    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]:
+        return False
+    return not (
+        everywhere._global_forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_backward_pre_hooks
+        or everywhere._global_backward_hooks
+    )
 
 
 def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
