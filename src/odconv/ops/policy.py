@@ -18,7 +18,7 @@ FEW_POSITIONS = 64
 Rows: layers_small_maps.csv, n = 4, batch 64, "shared" against "product": "128->128 4x4 k3 s1 g1" below, and
 "64->64 8x8 k3 s1 g1" above.
 """
-FEWEST_POSITIONS, MANY_SAMPLES = 4, 8
+FEWEST_POSITIONS, MANY_SAMPLES = 9, 8
 """The same, and the samples from which it holds, where the compiled kernel for the CPU mixes.
 
 Rows: layers_small_maps.csv, batch 64, "shared" against "cpu": n = 4, "256->512 2x2 k3 s2 g1" and n = 1,

@@ -27,7 +27,7 @@ class Step(NamedTuple):
     Attributes:
         run: gives the output, of x, weight, attentions and geometry.
         geometry: stride, padding, dilation and groups.
-        kernel: numbers of one sample's kernel.
+        numbers: how many numbers one sample takes meanwhile, beside its columns: those of its kernel.
         per_sample: whether weight has one kernel for each sample.
         mix: makes a kernel for each sample of weight and the kernel attention.
         differentiate: gives the gradients of x and of the kernels that `run` convolves with; None for a backend that
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
     run: Backend
     geometry: Geometry
-    kernel: int
+    numbers: int
     per_sample: bool = False
     mix: eager.Mix = eager.mix
     differentiate: Convolve | None = None
@@ -47,7 +47,10 @@ def recomputed(
 ) -> Tensor:
     """Compute what a backend does, in chunks of samples and with a backward pass that computes it again."""
     differentiate = grouped_backward if run is eager.grouped else None
-    step = Step(run, geometry, math.prod(weight.shape[1:]), per_sample, differentiate=differentiate)
+    numbers = math.prod(weight.shape[1:])
+    if run is eager.shared:  # which mixes no kernels, but n outputs
+        numbers = math.prod(weight.shape[:2]) * math.prod(x.shape[2:])
+    step = Step(run, geometry, numbers, per_sample, differentiate=differentiate)
     return apply(step, x, weight, attentions)
 
 
@@ -161,7 +164,7 @@ def _where_needed(
 def _chunks(step: Step, tensors: Tensors) -> list[Tensors]:
     """Return the samples, a few at a time: their mixed kernels or columns are what takes memory."""
     x, weight, attentions = _arguments(tensors)
-    count = samples_at_a_time(x, step.kernel, math.prod(weight.shape[3:]))
+    count = samples_at_a_time(x, step.numbers, math.prod(weight.shape[3:]))
     if x.shape[0] <= count:
         return [tensors]
     parts = [[None] * -(-x.shape[0] // count) if t is None else t.split(count) for t in (x, *attentions)]
@@ -169,13 +172,18 @@ def _chunks(step: Step, tensors: Tensors) -> list[Tensors]:
     return [list(chunk) for chunk in zip(parts[0], weights, *parts[1:], strict=True)]
 
 
-def samples_at_a_time(x: Tensor, kernel: int, taps: int) -> int:
+def samples_at_a_time(x: Tensor, numbers: int, taps: int) -> int:
     """Return how many samples' kernels, or columns, fit into the workspace; at least one."""
-    return max(1, WORKSPACE // (max(kernel, taps * math.prod(x.shape[1:])) * x.element_size()))
+    return max(1, WORKSPACE // (max(numbers, taps * math.prod(x.shape[1:])) * x.element_size()))
 
 
 def _summed(parts: Sequence[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else sum([part for part in parts[1:] if part is not None], start=parts[0])
+    total, *others = (part for part in parts if part is not None) if parts[0] is not None else (None,)
+    if total is not None and others:
+        total = total + others[0]  # another tensor, to which the rest is added where it lies
+        for part in others[1:]:
+            total += part
+    return total
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
