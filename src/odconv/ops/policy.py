@@ -21,8 +21,8 @@ Rows: layers_small_maps.csv, n = 4, batch 64, "shared" against "product": "128->
 FEWEST_POSITIONS, MANY_SAMPLES = 9, 8
 """The same, and the samples from which it holds, where the compiled kernel for the CPU mixes.
 
-Rows: layers_small_maps.csv, batch 64, "shared" against "cpu": n = 4, "256->512 2x2 k3 s2 g1" and n = 1,
-"256->256 2x2 k3 s1 g1" below; n = 4, "256->256 2x2 k3 s1 g1" above.
+Rows: layers_small_maps.csv, batch 64, training, "shared" against "cpu": n = 1, "512->512 3x3 k3 s1 g1" below and
+"256->256 6x6 k3 s1 g1" above; n = 4, "256->512 2x2 k3 s2 g1" below and "256->256 2x2 k3 s1 g1" above.
 """
 LARGE_KERNEL = 2**20
 """Numbers of a lone 1x1 kernel from which scaling a small map beats scaling the kernel, for a batch of one.
