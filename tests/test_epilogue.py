@@ -226,6 +226,37 @@ def test_a_fused_network_compiles_exports_and_becomes_static(tmp_path):
         torch.testing.assert_close(after(x), before(x), **close)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+def test_another_activation_behind_a_shared_one_is_not_passed_over(last):
+    shared = nn.ReLU6(inplace=True)
+    model = nn.Sequential(
+        *(odconv.ODConv2d(16, 32, 1), shared),
+        *(odconv.ODConv2d(32, 32, 1), nn.ReLU(inplace=True), shared),
+        odconv.ODConv2d(32, 8, 1),
+    )
+    fused, model, x = fused_and_not(model, 2, 16, 9, 9)
+    fused, model = (net.to(memory_format=torch.channels_last) if last else net for net in (fused, model))
+    assert [fused[i].epilogue.activation for i in (0, 2, 5)] == ["relu6", "relu", None]
+    assert [fused[i].attention.takes_means for i in (0, 2, 5)] == [False, True, False]
+    with torch.inference_mode():
+        x = 20 * x
+        expected = model(x)
+        assert (fused(x) - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_what_hooks_want_to_see_stays():
+    model = nn.Sequential(odconv.ODConv2d(4, 6, 1), nn.ReLU(), odconv.ODConv2d(6, 6, 1), nn.ReLU()).eval()
+    seen = []
+    model[1].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].min() < 0, output.min() < 0)))
+    model[2].register_forward_hook(lambda module, inputs, output: -output)
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(odconv.fuse(model)(x), expected, rtol=1e-5, atol=1e-6)
+    assert [type(part) for part in model] == [odconv.ODConv2d, nn.ReLU] * 2
+    assert seen == [(True, False)] * 2
+
+
 def test_gradients_of_a_fused_network():
     fused, model, x = fused_and_not(Mixed(), 2, 3, 8, 8)
     inputs = [x.clone().requires_grad_() for _ in range(2)]

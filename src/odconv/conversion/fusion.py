@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from odconv.conversion.static import ACTIVATIONS
 from odconv.layers import DynamicConv
 from odconv.layers.warehouse_conv import KWConv, KWLinear
-from odconv.ops.epilogue import Epilogue, finished
+from odconv.ops.epilogue import MODULES, Epilogue, finished
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 STATIC = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NAMES = {kind: name for name, kind in ACTIVATIONS.items()}
+NAMES = {kind: name for name, kind in MODULES.items()}
 TWICE = ("relu", "relu6")  # change nothing when they are called twice
 
 
@@ -77,7 +76,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
     ReLU, ReLU6, Hardswish and SiLU that alone follow a dynamic layer become part of it, too: on the CPU, without
     gradients, it activates what it writes, and leaves the means of its maps for the attention of the next dynamic
-    layer. A hook that changes maps in place between two such layers is not seen by that attention.
+    layer. What has hooks stays. A hook that changes maps in place between two such layers is not seen there.
 
     What comes before what is found by `torch.fx`; where it cannot trace a network, a detector for example, it looks at
     its parts one by one.
@@ -160,7 +159,8 @@ def _fold_activation(part: Part, node: fx.Node, owners: Counter[Any]) -> None:
     if name is None or source is None or not part.once(source):
         return
     layer = part.modules[source]
-    if owners[layer] != 1 or layer.epilogue.activation is not None:
+    hooked = layer._forward_hooks or activation._forward_hooks or activation._forward_pre_hooks  # which want to see it
+    if owners[layer] != 1 or layer.epilogue.activation is not None or hooked:
         return
     if part.once(node) and owners[activation] == 1:
         part.put(node, nn.Identity())
@@ -186,10 +186,13 @@ def _hand_on_means(part: Part, node: fx.Node) -> None:
 
 def _layer_before(part: Part, node: fx.Node) -> fx.Node | None:
     """Return the call of a dynamic layer whose output, unchanged but for its epilogue, is what a call takes."""
-    source = part.before(node)
-    while source is not None and type(part.modules[source]) in (nn.Identity, Activated):
+    source, activations = part.before(node), set()
+    while source is not None and type(between := part.modules[source]) in (nn.Identity, Activated):
+        if isinstance(between, Activated):
+            activations.add(between.name)
         source = part.before(source)
-    return source if source is not None and isinstance(part.modules[source], DynamicConv) else None
+    layer = None if source is None else part.modules[source]
+    return source if isinstance(layer, DynamicConv) and activations <= {layer.epilogue.activation} else None
 
 
 def _fold_into_static(conv: Any, bn: Any) -> None:

@@ -12,7 +12,7 @@ from odconv.conversion.convert import replace_parts
 from odconv.layers import Attentions, PerSampleConv
 from odconv.layers.warehouse import Warehouse
 from odconv.layers.warehouse_conv import KWConv
-from odconv.ops.epilogue import NO_EPILOGUE
+from odconv.ops.epilogue import MODULES, NO_EPILOGUE
 
 CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {
     (1, False): nn.Conv1d,
@@ -21,12 +21,6 @@ CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {
     (1, True): nn.ConvTranspose1d,
     (2, True): nn.ConvTranspose2d,
     (3, True): nn.ConvTranspose3d,
-}
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "hardswish": nn.Hardswish,
-    "silu": nn.SiLU,
 }
 
 
@@ -185,7 +179,7 @@ def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
         bias = mixed if bias is None else bias + mixed
     conv = convolution_like(layer, layer.kernels(attentions, torch.float64)[0], bias, parts)
     activation = getattr(layer, "epilogue", NO_EPILOGUE).activation  # of a fused network
-    return conv if activation is None else nn.Sequential(conv, ACTIVATIONS[activation]())
+    return conv if activation is None else nn.Sequential(conv, MODULES[activation]())
 
 
 def convolution_like(layer: Any, kernel: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:

@@ -178,11 +178,12 @@ def samples_at_a_time(x: Tensor, numbers: int, taps: int) -> int:
 
 
 def _summed(parts: Sequence[Tensor | None]) -> Tensor | None:
-    total, *others = (part for part in parts if part is not None) if parts[0] is not None else (None,)
-    if total is not None and others:
-        total = total + others[0]  # another tensor, to which the rest is added where it lies
-        for part in others[1:]:
-            total += part
+    found = [part for part in parts if part is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    total = found[0] + found[1]  # another tensor, to which the rest is added where it lies
+    for part in found[2:]:
+        total += part
     return total
 
 

@@ -112,7 +112,7 @@ def _open(run: Run) -> tuple[HubModel, dict[str, Any]]:
         options["arch"],
         **{name: options[name] for name in ("kernel_num", "reduction", "num_classes", "dropout", "stem")},
         **options["layer_options"] or {},
-        weights=checkpoint.path,
+        weights=checkpoint,
     )
     notes = {name: options[name] for name in ("image_size", "resize_size")}
     return network, notes | {"classes": checkpoint.notes["classes"]}

@@ -75,6 +75,9 @@ bool is_plain(const Tensor& tensor, const Tensor& x) {
 
 bool is_half(const Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf; }
 
+// As it is computed with: numbers of 16 bits in float32.
+Optional in_sums(const Optional& tensor) { return tensor && is_half(*tensor) ? Optional(tensor->to(at::kFloat)) : tensor; }
+
 bool are_numbers(const Tensor& x) {
   return x.layout() == at::kStrided && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
 }
@@ -169,8 +172,7 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
   const int64_t filters = weight.size(1) / g.groups, channels = weight.size(2), taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
   const int64_t one = weight.numel() / weight.size(0);
   const bool per_sample = !kernel && weight.size(0) > 1;
-  auto in_float = [](const Optional& tensor) { return tensor ? Optional(tensor->to(at::kFloat)) : tensor; };
-  const Optional shares = in_float(kernel), by_tap = in_float(spatial), by_channel = in_float(channel), by_filter = in_float(filter);
+  const Optional shares = in_sums(kernel), by_tap = in_sums(spatial), by_channel = in_sums(channel), by_filter = in_sums(filter);
   const Gates<float> gates = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
   const Tensor last = x.movedim(1, -1).contiguous(), out = empty_channels_last(size, x.options());
   auto run = [&](auto zero) {
@@ -187,7 +189,6 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
 // Depth-wise, on channels-last maps.
 Tensor conv_depthwise(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
                       const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g) {
-  auto in_sums = [&](const Optional& tensor) { return tensor && is_half(x) ? Optional(tensor->to(at::kFloat)) : tensor; };
   const Optional kernels = in_sums(weight), shares = in_sums(kernel), taps = in_sums(spatial), rows = in_sums(channel), lanes = in_sums(filter);
   const int64_t tap_count = g.kernel[0] * g.kernel[1] * g.kernel[2];
   const Tensor last = x.movedim(1, -1).contiguous(), out = empty_channels_last(size, x.options());
@@ -263,7 +264,6 @@ std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, con
   const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
   const bool depthwise = weight.size(1) == groups && weight.size(2) == 1;
   const bool over_channels = depthwise && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous());
-  auto in_sums = [&](const Optional& tensor) { return tensor && is_half(x) ? Optional(tensor->to(at::kFloat)) : tensor; };
   if (is_half(x) && !over_channels && !(at::native::cpublas::could_pack(x.scalar_type()) && (groups == 1 || weight.size(2) % 2 == 0))) {
     auto [y, found] = conv_fused(x.to(at::kFloat), *in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), stride,
                                  padding, dilation, groups, in_sums(bias), activation, means);
