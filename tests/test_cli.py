@@ -285,15 +285,15 @@ def test_bad_data(fails, tmp_path: Path) -> None:
 
 def test_bad_checkpoints(fails, tmp_path: Path) -> None:
     good, short, hostile = (tmp_path / name for name in ("good.pth", "short.pth", "hostile.pth"))
-    torch.save(create_model("od_mobilenetv2_050", kernel_num=2, num_classes=10).state_dict(), good)
+    torch.save(create_model("od_tiny", kernel_num=2, num_classes=10).state_dict(), good)
     short.write_bytes(good.read_bytes()[:100_000])
     mark = tmp_path / "was_run"
     hostile.write_bytes(pickle.dumps(Hostile(str(mark))))
     for command in (
-        ["evaluate", *DIGITS, "--arch", "od_mobilenetv2_050", "--weights"],
-        ["predict", "x.png", "--arch", "od_mobilenetv2_050", "--weights"],
+        ["evaluate", *DIGITS, "--arch", "od_tiny", "--weights"],
+        ["predict", "x.png", "--arch", "od_tiny", "--weights"],
         [*TRAIN, str(tmp_path / "resumed"), "--resume"],
-        [*TRAIN, str(tmp_path / "started"), "--arch", "od_mobilenetv2_050", "--weights"],
+        [*TRAIN, str(tmp_path / "started"), "--arch", "od_tiny", "--weights"],
     ):
         fails("missing.pth", *command, str(tmp_path / "missing.pth"))
         fails("short.pth is no PyTorch checkpoint, or damaged or cut short", *command, str(short))
@@ -303,7 +303,7 @@ def test_bad_checkpoints(fails, tmp_path: Path) -> None:
     assert not mark.exists()
     fails(
         "kernel_num is 2 in the file, 4 in the model",
-        *["evaluate", *DIGITS, "--arch", "od_mobilenetv2_050", "--kernel_num", "4", "--weights", str(good)],
+        *["evaluate", *DIGITS, "--arch", "od_tiny", "--kernel_num", "4", "--weights", str(good)],
     )
     fails("holds no state of a training run", *TRAIN, str(tmp_path / "out"), "--resume", str(good))
 

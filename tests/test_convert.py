@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from parameters import slow_except
 from torch import nn
 from torch.export import Dim, export
 from torch.nn.utils import parametrizations, prune
@@ -506,7 +507,7 @@ def test_a_network_wrapped_for_distributed_training_is_refused():
     assert not dynamic(wrapped)
 
 
-@pytest.mark.parametrize("to", METHODS)
+@pytest.mark.parametrize("to", slow_except(METHODS, "odconv"))
 def test_a_converted_network_compiles_and_exports_with_a_dynamic_batch(to):
     torch._dynamo.reset()
     model = odconv.convert(Network().eval(), to, kernel_num=2)

@@ -8,8 +8,8 @@ import re
 import pytest
 import tiny
 import torch
+from parameters import ZOO
 from torch import nn
-from zoo_names import ZOO
 
 import odconv
 
@@ -116,8 +116,8 @@ def test_levels_of_the_pyramid():
     ("name", "backbone", "kernel_num"),
     [
         ("mask_rcnn", "od_resnet18", 1),
-        ("faster_rcnn", "od_mobilenetv2_050", 1),
-        ("faster_rcnn", "dy_mobilenetv2_050", 2),
+        pytest.param(*("faster_rcnn", "od_mobilenetv2_050", 1), marks=pytest.mark.slow),
+        pytest.param(*("faster_rcnn", "dy_mobilenetv2_050", 2), marks=pytest.mark.slow),
         ("retinanet", "cond_mobilenetv2_050", 2),
         ("mask_rcnn", "mobilenetv2_050", None),
     ],

@@ -33,9 +33,9 @@ OPTIONS = {
     "max_size": 48,
     "anchor_sizes": [8, 12, 16, 24, 32],
     "options": {
-        "rpn_post_nms_top_n_train": 40,
-        "rpn_post_nms_top_n_test": 40,
-        "box_batch_size_per_image": 16,
+        "rpn_post_nms_top_n_train": 16,
+        "rpn_post_nms_top_n_test": 8,
+        "box_batch_size_per_image": 8,
     },
     "batch_size": 2,
     "test_batch": 4,
@@ -260,6 +260,7 @@ def test_a_step_in_parts_is_the_same_step(whole_steps, tmp_path: Path, accumulat
     assert distance(tmp_path / "run", whole) <= 1e-7
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_step(whole_steps, tmp_path: Path) -> None:
     options, whole = whole_steps
     process = start(

@@ -12,9 +12,8 @@ from odconv.layers import DynamicConv
 
 slow = pytest.mark.slow
 QUICK = {
-    "alexnet", "mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5",
-    "squeezenet1_1", "edgenext_xx_small", "ghostnet_050", "lcnet_035", "mobilenetv4_conv_small_035",
-    "mobilevit_xxs", "nf_regnet_b0", "resnet10t", "starnet_s050", "tinynet_e", "BasicUNet", "m5",
+    "mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "edgenext_xx_small", "lcnet_035",
+    "nf_regnet_b0", "BasicUNet", "m5",
 }  # fmt: skip
 CLASSIFICATION = {  # one of each family, and the side of its image
     "alexnet": 64, "convnext_tiny": 64, "densenet121": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64,

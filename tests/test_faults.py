@@ -55,7 +55,7 @@ def freeze_in_mid_epoch(out: Path, process: subprocess.Popen) -> None:
     ("number", "workers"),
     [
         (signal.SIGKILL, 2),
-        (signal.SIGTERM, 0),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
     ],
@@ -87,7 +87,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
         (signal.SIGTERM, {}, ()),
         pytest.param(signal.SIGTERM, {}, TORCHRUN, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, CLUSTER | {"SLURM_LOCALID": "0"}, (), marks=pytest.mark.slow),
-        (signal.SIGUSR1, CLUSTER | {"SLURM_LOCALID": "0"}, ()),
+        pytest.param(signal.SIGUSR1, CLUSTER | {"SLURM_LOCALID": "0"}, (), marks=pytest.mark.slow),
     ],
     ids=["alone", "torchrun", "SLURM", "SLURM with SIGUSR1"],
 )
@@ -132,6 +132,7 @@ def test_parts_and_averages_survive_a_kill(folder: Path, tmp_path: Path) -> None
     assert again["loss"] == pytest.approx(rows(killed)[-1]["val_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_process_that_reads_images_is_killed(folder: Path, trained: Path, out: Path) -> None:
     options = OPTIONS | RANDOM | HOT | {"data": str(folder), "out": str(out)}
     process = start(options | {"epochs": 1000})
@@ -239,6 +240,7 @@ def test_a_loss_that_is_not_a_number(copy: Path, folder: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in weights(copy / LAST).values())
 
 
+@pytest.mark.slow
 def test_an_image_is_lost_between_epochs(tmp_path: Path, out: Path) -> None:
     data = make_folder(tmp_path / "data", {"train": 8, "val": 2})
     process = start(OPTIONS | HOT | {"data": data, "out": out, "epochs": 1000})
@@ -253,6 +255,7 @@ def test_an_image_is_lost_between_epochs(tmp_path: Path, out: Path) -> None:
     assert (counts[0], counts[-1]) == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_rendezvous_that_cannot_be_reached(folder: Path, out: Path) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     environment = os.environ | place | {"LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}

@@ -257,6 +257,7 @@ print(first.get_total_flops())
 """
 
 
+@pytest.mark.slow
 def test_counting_needs_no_order(tmp_path):
     layer = odconv.ODConv2d(8, 8, 3, padding=1).eval()
     torch.save(layer, tmp_path / "layer.pt")
@@ -522,6 +523,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_fsdp2_shards_draws_and_trains_from_meta(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)

@@ -52,6 +52,7 @@ def test_mlflow(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {name: found.data.metrics[name] for name in last} == pytest.approx(last)
 
 
+@pytest.mark.slow
 def test_wandb_gives_each_training_a_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -3,9 +3,9 @@
 import pytest
 import tiny
 import torch
+from parameters import ZOO
 from torch import nn
 from torch.export import Dim, export
-from zoo_names import ZOO
 
 import odconv
 from odconv.checkpoints import save_safetensors

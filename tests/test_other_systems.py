@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from small_runs import OPTIONS, checkpoint
 
 LACKING = """
@@ -34,6 +35,7 @@ os.fsync = fsync
 """
 
 
+@pytest.mark.slow
 def test_training_where_the_system_lacks_much(folder: Path, tmp_path: Path) -> None:
     options = OPTIONS | {"data": str(tmp_path / "shards"), "out": str(tmp_path / "run"), "save_every": 3}
     commands = [

@@ -89,6 +89,7 @@ def test_the_file_is_plain_onnx_and_says_what_it_is(files):
     assert described[0] == described[1]
 
 
+@pytest.mark.slow
 def test_another_form_and_opset(tmp_path):
     path = tmp_path / "net.onnx"
     written = odconv.export_onnx(small(), path, SIZE, precision="int8", form="product", opset=20)
@@ -114,6 +115,7 @@ def test_balanced_filters_compute_the_same(method, groups):
     assert copied.attention.scale.shape == (6,)
 
 
+@pytest.mark.slow
 def test_filters_of_different_size_need_balance(model, files, tmp_path, monkeypatch):
     monkeypatch.setattr("odconv.export.onnx_file.balanced", lambda model: model)
     odconv.export_onnx(model, tmp_path / "net.onnx", SIZE, precision="int8", check=False)

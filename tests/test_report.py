@@ -297,9 +297,9 @@ def test_a_static_network_has_no_attentions(runs: dict[str, Path]) -> None:
     [
         ("config.yaml", "The options of this run are not known."),
         ("metrics.csv", "No epoch of this run has ended."),
-        ("attentions.csv", "The attentions of this run were not recorded."),
-        ("result.json", "Unfinished: "),
-        ("machine.json", "The machine of this run was not recorded."),
+        pytest.param("attentions.csv", "The attentions of this run were not recorded.", marks=pytest.mark.slow),
+        pytest.param("result.json", "Unfinished: ", marks=pytest.mark.slow),
+        pytest.param("machine.json", "The machine of this run was not recorded.", marks=pytest.mark.slow),
     ],
 )
 def test_files_that_are_missing_or_damaged(runs: dict[str, Path], name: str, said: str, tmp_path: Path) -> None:

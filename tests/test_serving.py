@@ -173,6 +173,7 @@ def test_weights_that_are_not_there(tmp_path):
     assert "there is no file" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(SERVING.glob("triton/*/config.pbtxt")), ids=lambda path: path.parent.name)
 def test_the_configuration_for_triton(config, tmp_path):
     """Triton's own parser takes it, and an exported file has the inputs and outputs that it names."""

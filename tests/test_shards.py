@@ -26,6 +26,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from parameters import slow_except
 
 pytest.importorskip("torchvision")
 
@@ -249,6 +250,7 @@ def test_killed_and_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_noticed(tmp_path: Path) -> None:
     make_split(tmp_path / "data" / "val", 500)
     out = tmp_path / "out"
@@ -430,7 +432,7 @@ def open_tars() -> int:
     return found
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", slow_except(["fork", "spawn"], "fork"))
 def test_read_in_other_processes(context: str, packed: Path) -> None:
     images = Shards(packed / "train.json")
     assert images[0]  # a file is open

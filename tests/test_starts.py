@@ -16,6 +16,7 @@ from benchmarks import starts as digits
 from benchmarks.gradients import amplification
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parameters import slow_except
 from torch import nn
 
 import odconv
@@ -151,8 +152,8 @@ def test_factors_are_positive_numbers(value: object) -> None:
         odconv.DyConv2d(4, 4, 3, kernel_gain=value)
 
 
-@pytest.mark.parametrize("prefix", ["od_", "dy_", "cond_"])
-@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("prefix", slow_except(["od_", "dy_", "cond_"], "od_"))
+@pytest.mark.parametrize("n", slow_except([1, 4], 4))
 def test_a_new_network_of_fifty_layers_amplifies_as_a_static_one(prefix: str, n: int) -> None:
     pytest.importorskip("torchvision")
     x = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ import sys
 import pytest
 import tiny
 import torch
+from parameters import slow_except
 from stirring import stirred
 from torch import nn
 
@@ -49,10 +50,10 @@ def test_the_dynamic_networks_are_registered_and_the_static_ones_are_timms_own()
 # --- what is published
 
 
-@pytest.mark.parametrize("name", [
+@pytest.mark.parametrize("name", slow_except([
     *("od_resnet18", "od_resnet50", "od_mobilenetv2_050", "od_mobilenetv2_075", "od_mobilenetv2_100"),
     *("dy_resnet18", "dy_mobilenetv2_075", "cond_resnet18", "cond_mobilenetv2_050", "odl_mobilenetv2_050"),
-])  # fmt: skip
+], "od_resnet18", "dy_mobilenetv2_075", "cond_mobilenetv2_050", "odl_mobilenetv2_050"))  # fmt: skip
 def test_a_network_computes_what_the_zoos_does_with_its_weights(name):
     own = stirred(odconv.create_model(name, kernel_num=2, num_classes=7)).double().eval()
     model = timm.create_model(name, kernel_num=2, num_classes=7).double().eval()
@@ -64,8 +65,8 @@ def test_a_network_computes_what_the_zoos_does_with_its_weights(name):
 
 
 @pytest.mark.parametrize(("name", "budget"), [
-    *(("kw_resnet18", budget) for budget in (0.25, 1)), ("kw_resnet50", 0.5),
-    *(("kw_mobilenetv2_050", budget) for budget in (0.5, 1, 4)),
+    ("kw_resnet18", 1), *(("kw_mobilenetv2_050", budget) for budget in (0.5, 4)),
+    *(pytest.param(*row, marks=pytest.mark.slow) for row in [("kw_resnet18", 0.25), ("kw_resnet50", 0.5)]),
 ])  # fmt: skip
 def test_a_network_of_kernelwarehouse_computes_what_the_zoos_does(name, budget, tmp_path):
     options = {"budget": budget, "num_classes": 1000 if budget == 0.5 else 7}  # a classifier of cells of 1000 filters
@@ -94,6 +95,7 @@ def test_features_of_kernelwarehouse():
         timm.create_model("kw_resnet18", budget=1.5)
 
 
+@pytest.mark.slow
 def test_the_deepest_network_has_the_weights_of_the_zoos():
     with torch.device("meta"):
         own, model = odconv.create_model("od_resnet152"), timm.create_model("od_resnet152")
@@ -180,7 +182,7 @@ def test_a_network_that_timm_saves_for_the_hub_comes_back(name, tmp_path):
 # --- what timm's networks do
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", slow_except(SOME, "od_mobilenetv2_050", "dy_resnet18"))
 def test_it_learns_in_every_parameter_with_checkpointed_gradients_too(name):
     model = timm.create_model(name, num_classes=42, kernel_num=SOME[name])
     x = images(size=48)
@@ -241,7 +243,7 @@ def test_features_are_as_announced_for_every_output_stride(name, stride):
     ]
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", slow_except(TWO, "od_resnet18"))
 @pytest.mark.parametrize("kind", [None, "hook", "fx"])
 def test_chosen_features_are_the_same_maps_whatever_takes_them(name, kind):
     whole = stirred(timm.create_model(name)).eval()
@@ -254,7 +256,7 @@ def test_chosen_features_are_the_same_maps_whatever_takes_them(name, kind):
         torch.testing.assert_close(given, map_)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", slow_except(SOME, "od_mobilenetv2_050", "dy_resnet18"))
 def test_intermediate_maps_are_given_and_what_comes_after_them_can_be_pruned(name):
     model = stirred(timm.create_model(name, kernel_num=SOME[name], num_classes=10)).eval()
     x = images()
@@ -360,6 +362,7 @@ def test_an_option_of_another_method_is_refused():
 # --- scripts that do not import us
 
 
+@pytest.mark.slow
 def test_a_script_finds_our_networks(tmp_path):
     (tmp_path / "beside.py").write_text("name = 'od_mobilenetv2_050'")
     script = tmp_path / "train.py"

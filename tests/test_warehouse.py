@@ -11,6 +11,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from parameters import slow_except
 from torch import nn
 
 import odconv
@@ -138,7 +139,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("config", NETWORKS)
+@pytest.mark.parametrize("config", slow_except(NETWORKS, "kw1d2x_resnet50", "kw1x_mobilenetv2_050"))
 def test_networks_compute_what_the_published_networks_compute(golden, config):
     pytest.importorskip("torchvision")
     rows = json.loads((golden / "kernelwarehouse.json").read_text())["models"]

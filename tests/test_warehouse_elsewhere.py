@@ -113,6 +113,7 @@ def test_figures_of_many_cells_and_of_few():
     assert not few.images
 
 
+@pytest.mark.slow
 def test_visualize(tmp_path, capsys):
     images = write_images(tmp_path / "images")
     weights = save_run(tmp_path / "best.ckpt", "kw_mobilenetv2_050", layer_options={"budget": 4})
@@ -127,6 +128,7 @@ def test_visualize(tmp_path, capsys):
     assert page.shows("How alike the cells of a layer are")
 
 
+@pytest.mark.slow
 def test_cells_in_eight_bits(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

@@ -70,8 +70,9 @@ def describe_attentions(model: nn.Module, recorded: Mapping[str, Attentions]) ->
 def kernel_distance(kernels: Tensor) -> Tensor:
     """Return how much kernels (n, *shape), n > 1, differ: 0 for equal ones, 1 for orthogonal ones; exactly as above."""
     kernels = kernels.float().flatten(1)
-    # the mean square distance of two is twice the variance, summed over the entries
-    return (kernels.var(0).sum() / kernels.square().sum(1).mean()).sqrt()
+    # the mean square distance of two is twice the variance, summed over the entries; var(0) takes 10 times as long
+    variance = (kernels - kernels.mean(0)).square().sum() / (len(kernels) - 1)
+    return (variance / kernels.square().sum(1).mean()).sqrt()
 
 
 def mixture_entropy(shares: Tensor) -> Tensor:
