@@ -92,39 +92,39 @@ def tidy(graph: Any, names: Sequence[str]) -> None:
                 axis.dim_param = re.sub(r"\w+", lambda found: called.get(found[0], found[0]), axis.dim_param)
 
 
-def loop_over_batch(graph: Any, image: str, outputs: Sequence[str]) -> Any:
+def loop_over_batch(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
     """Return a graph that runs the given one, of a batch of one, for each sample of a batch.
 
-    The names of the given graph's input and outputs are those of :data:`SAMPLE`.
+    The names of the given graph's inputs and outputs are those of :data:`SAMPLE`.
     """
     helper = needed("onnx").helper
-    first, whole = "first_axis", [image, *outputs]
+    first, whole, count = "first_axis", [*inputs, *outputs], len(inputs)
     inside = [f"{SAMPLE.format(name)}_unbatched" for name in whole]
-    shapes = {
-        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in (*graph.input, *graph.output)
-    }
-    kind = graph.input[0].type.tensor_type.elem_type
+    types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output)}
 
     def value(name: str, sample: str, batch: Sequence[str]) -> Any:
-        return helper.make_tensor_value_info(name, kind, [*batch, *shapes[sample][1:]])
+        shape = [axis.dim_param or axis.dim_value for axis in types[sample].shape.dim]
+        return helper.make_tensor_value_info(name, types[sample].elem_type, [*batch, *shape[1:]])
 
     samples = [SAMPLE.format(name) for name in whole]
     body = helper.make_graph(
         [
-            helper.make_node("Unsqueeze", [inside[0], first], samples[:1]),
+            *(
+                helper.make_node("Unsqueeze", [row, first], [sample])
+                for sample, row in zip(samples[:count], inside[:count], strict=True)
+            ),
             *graph.node,
             *(
                 helper.make_node("Squeeze", [sample, first], [row])
-                for sample, row in zip(samples[1:], inside[1:], strict=True)
+                for sample, row in zip(samples[count:], inside[count:], strict=True)
             ),
         ],
         "sample",
-        [value(inside[0], samples[0], [])],
-        [value(row, sample, []) for row, sample in zip(inside[1:], samples[1:], strict=True)],
+        [value(row, sample, []) for row, sample in zip(inside[:count], samples[:count], strict=True)],
+        [value(row, sample, []) for row, sample in zip(inside[count:], samples[count:], strict=True)],
         # inside, where onnxruntime takes them for constants
         [*graph.initializer, helper.make_tensor(first, 7, [1], [0])],
     )
-    loop = helper.make_node("Scan", whole[:1], whole[1:], body=body, num_scan_inputs=1)
+    loop = helper.make_node("Scan", whole[:count], whole[count:], body=body, num_scan_inputs=count)
     values = [value(name, sample, ["batch"]) for name, sample in zip(whole, samples, strict=True)]
-    return helper.make_graph([loop], "batch", values[:1], values[1:])
+    return helper.make_graph([loop], "batch", values[:count], values[count:])

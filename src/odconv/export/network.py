@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from odconv.layers import Attention
+from odconv.layers import Attention, PoolingAttention
+from odconv.layers.attention import pooling
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 TRACED = get_args(Precision)[:3]
 """Precisions of a traced network; int8 comes after that."""
 INPUT = "images"
+SIZES = "sizes"
+"""Name of the input that says which part of each image is not padding."""
 AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 
@@ -27,9 +30,27 @@ class Network(nn.Module):
         self.model = model
         self.dtype = dtype
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs in the order of :func:`named_outputs`."""
-        return tuple(output.float() for output in named_outputs(self.model(images.to(self.dtype))).values())
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the outputs in the order of :func:`named_outputs`; sizes as :func:`told`."""
+        with told(self.model, images, sizes):
+            return tuple(output.float() for output in named_outputs(self.model(images.to(self.dtype))).values())
+
+
+@contextmanager
+def told(model: nn.Module, images: Tensor, sizes: Tensor | None) -> Iterator[None]:
+    """Tell the attentions which part of each image is not padding.
+
+    Args:
+        model: the network.
+        images: what it is about to take, (B, C, *map).
+        sizes: pixels from the beginning of each axis that are not padding, (B, dims), integers; None for all.
+    """
+    if sizes is None:
+        yield
+        return
+    axes = zip(sizes.unbind(1), images.shape[2:], strict=True)
+    with pooling(model, torch.stack([size.float() / length for size, length in axes], 1)):
+        yield
 
 
 class Traced(NamedTuple):
@@ -62,6 +83,7 @@ def trace(
     dynamic_batch: bool,
     dynamic_size: bool,
     precision: Precision,
+    sizes: bool = False,
 ) -> Traced:
     """Trace a copy of a network for one sample, or for a batch of any size.
 
@@ -73,6 +95,8 @@ def trace(
         raise ValueError(f"input_size must be (C, H, W), (C, L) or (C, D, H, W), each at least 1, got {input_size!r}")
     if precision not in TRACED:
         raise ValueError(f"precision must be one of {TRACED}, got {precision!r}")
+    if sizes and not any(isinstance(part, PoolingAttention) for part in model.modules()):
+        raise ValueError("sizes are for networks with dynamic layers, whose attentions see padding; this has none")
     dtype = getattr(torch, precision)
     copied = copy.deepcopy(model).eval().requires_grad_(False).to(device, torch.float32)
     refuse_batch_statistics(copied)
@@ -81,15 +105,21 @@ def trace(
         for shape in trials(size, dynamic_batch, dynamic_size):
             with naming_layers(copied, f" for inputs of shape {shape}"):
                 outputs = list(named_outputs(copied(torch.ones(shape, device=device))))
-        dynamic = [0] * dynamic_batch + list(range(2, len(size) + 1)) * dynamic_size
-        shapes = (dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC),)
+        batch, axes = [0] * dynamic_batch, list(range(2, len(size) + 1)) * dynamic_size
+        shapes = tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in (batch + axes, batch))
         images = torch.ones(2 if dynamic_batch else 1, *size, device=device)
+        inputs = (images, whole_sizes(images)) if sizes else (images,)
         network = Network(copied.to(dtype), dtype)
         with naming_layers(copied):
-            program = torch.export.export(network, (images,), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(network, inputs, dynamic_shapes=shapes[: len(inputs)], strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names files of this machine
     return Traced(program, outputs)
+
+
+def whole_sizes(images: Tensor) -> Tensor:
+    """Return the sizes of images that are not padded, see :func:`told`."""
+    return torch.tensor([images.shape[2:]] * len(images), device=images.device)
 
 
 def trials(input_size: Sequence[int], dynamic_batch: bool, dynamic_size: bool) -> list[tuple[int, ...]]:

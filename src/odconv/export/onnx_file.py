@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from odconv.export import graph
-from odconv.export.network import AXES, INPUT, Precision, Traced, refusal, trace, trials
+from odconv.export.network import AXES, INPUT, SIZES, Precision, Traced, refusal, trace, trials
 from odconv.export.parity import TOLERANCES, verify
 from odconv.export.quantisation import balanced, quantise
 from odconv.export.written import Written, needed, writing
@@ -27,6 +27,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     *,
     dynamic_size: bool = False,
+    sizes: bool = False,
     form: Form = "loop",
     opset: int = 18,
     precision: Precision = "float32",
@@ -44,6 +45,8 @@ def export_onnx(
         input_size: shape of one input, such as (3, 224, 224).
         dynamic_batch: False for batches of one only, without a loop.
         dynamic_size: let height and width vary, as far as the network allows it.
+        sizes: add a second input, "sizes", int64 (B, 2) for images: the height and width, from the upper left corner,
+            that is not padding. The attentions pool over that part, see :func:`odconv.layers.pool_inside`.
         form: how a batch is computed by a dynamic network. "loop" takes one input after the other, which is fastest on
             CPUs; "product" takes all at once in matrix products, without the operator Scan.
         opset: version of ONNX's operators, at least 18.
@@ -77,14 +80,15 @@ def export_onnx(
         source, kind = model, precision
         if precision == "int8":
             source, kind = balanced(model), "float32"
-        traced = trace(source, cpu, input_size, dynamic_batch and not loop, dynamic_size, kind)
-        network = translate(traced, opset, loop)
+        traced = trace(source, cpu, input_size, dynamic_batch and not loop, dynamic_size, kind, sizes)
+        inputs = [INPUT, SIZES] if sizes else [INPUT]
+        network = translate(traced, inputs, opset, loop)
         graph.fold_batch_norm(network.graph)
         if precision == "int8":
             quantise(network)
         graph.tidy(network.graph, ["batch", "channels", *AXES[len(input_size) - 1]])
         if loop:
-            network.graph.CopyFrom(graph.loop_over_batch(network.graph, INPUT, traced.outputs))
+            network.graph.CopyFrom(graph.loop_over_batch(network.graph, inputs, traced.outputs))
         for key, value in (metadata or {}).items():
             network.metadata_props.add(key=key, value=json.dumps(value))
         if network.ByteSize() > LIMIT:
@@ -95,21 +99,21 @@ def export_onnx(
     return Written(path, path.stat().st_size / 1e6, traced.outputs, error)
 
 
-def translate(traced: Traced, opset: int, loop: bool) -> Any:
+def translate(traced: Traced, inputs: Sequence[str], opset: int, loop: bool) -> Any:
     """Return the traced network as a model of the package onnx, with its names or those inside of the loop.
 
     Raises:
         ValueError: ONNX has no operator for something in it; the message names the layer.
     """
-    names = [graph.SAMPLE.format(name) if loop else name for name in (INPUT, *traced.outputs)]
+    names = [graph.SAMPLE.format(name) if loop else name for name in (*inputs, *traced.outputs)]
     try:
         exported: Any = torch.onnx.export(
             traced.program,
             dynamo=True,
             verbose=False,
             opset_version=opset,
-            input_names=names[:1],
-            output_names=names[1:],
+            input_names=names[: len(inputs)],
+            output_names=names[len(inputs) :],
             custom_translation_table={torch.ops.aten.im2col.default: graph.unfold},
         )
     except torch.onnx.OnnxExporterError as error:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from odconv.export.network import SIZES
 from odconv.export.written import needed
 
 SUFFIXES = (".onnx", ".pt2")
@@ -23,16 +24,19 @@ class Opened(NamedTuple):
     """An exported file, ready to compute.
 
     Attributes:
-        compute: from a batch in float32 to the outputs, each in float32 on the CPU.
-        shape: of the input, with None for extents that may vary; None where the file does not say.
+        compute: from a batch in float32, and its sizes where the file takes them, to the outputs, each in float32 on
+            the CPU.
+        shape: of the images, with None for extents that may vary; None where the file does not say.
         outputs: names of the outputs; empty where the file does not say.
         notes: what the file says of the network: arch, classes, image_size, resize_size, mean, std.
+        takes_sizes: whether it has a second input, the sizes; see :func:`odconv.export.network.told`.
     """
 
-    compute: Callable[[Tensor], list[Tensor]]
+    compute: Callable[..., list[Tensor]]
     shape: tuple[int | None, ...] | None
     outputs: list[str]
     notes: dict[str, Any]
+    takes_sizes: bool
 
 
 def open_exported(path: Path, trust: bool = False) -> Opened:
@@ -49,7 +53,7 @@ def open_exported(path: Path, trust: bool = False) -> Opened:
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it cannot be read.
-        ValueError: it takes several inputs, or is a .pt2 file and not trusted.
+        ValueError: it has other inputs than images and sizes, or is a .pt2 file and not trusted.
         ImportError: onnxruntime is not installed.
     """
     if not path.is_file():
@@ -73,29 +77,31 @@ def _open_onnx(path: Path) -> Opened:
     with _reading(path, "onnxruntime"):
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     inputs = {given.name: given for given in session.get_inputs()}
-    name = _only(path, list(inputs))
+    name, *sizes = _known(path, list(inputs))
     kind = inputs[name].type
     if kind not in ("tensor(float)", "tensor(float16)"):
         raise ValueError(f"the input {name} of {path} must be float32 or float16, got {kind}")
     dtype = torch.float16 if "16" in kind else torch.float32
 
-    def compute(images: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(output).float() for output in session.run(None, {name: images.to(dtype).numpy()})]
+    def compute(images: Tensor, *more: Tensor | None) -> list[Tensor]:
+        given = {name: images.to(dtype).numpy()}
+        given |= {name: tensor.numpy() for name, tensor in zip(sizes, more, strict=False) if tensor is not None}
+        return [torch.from_numpy(output).float() for output in session.run(None, given)]
 
     shape = tuple(extent if isinstance(extent, int) else None for extent in inputs[name].shape)
     notes = {key: _parse(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
-    return Opened(compute, shape, [output.name for output in session.get_outputs()], notes)
+    return Opened(compute, shape, [output.name for output in session.get_outputs()], notes, bool(sizes))
 
 
 def _open_program(path: Path) -> Opened:
     extra = {NOTES: ""}
     with _reading(path, "PyTorch"):
         program = torch.export.load(path, extra_files=extra)
-    name = _only(path, [str(name) for name in program.graph_signature.user_inputs])
+    name, *sizes = _known(path, [str(name) for name in program.graph_signature.user_inputs])
     (images,) = (node.meta["val"] for node in program.graph.nodes if node.name == name)
     shape = tuple(extent if isinstance(extent, int) else None for extent in images.shape)
     notes = _entries(extra[NOTES])
-    return Opened(_calling(program.module(), images.device), shape, notes.pop("outputs", []), notes)
+    return Opened(_calling(program.module(), images.device), shape, notes.pop("outputs", []), notes, bool(sizes))
 
 
 def _open_package(path: Path) -> Opened:
@@ -105,12 +111,13 @@ def _open_package(path: Path) -> Opened:
     notes = _entries(metadata.get(KEY, ""))
     shape = notes.pop("shape", None)
     compute = _calling(package, torch.device(metadata.get("AOTI_DEVICE_KEY", "cpu")))
-    return Opened(compute, shape and tuple(shape), notes.pop("outputs", []), notes)
+    takes_sizes = bool(notes.pop("takes_sizes", False))
+    return Opened(compute, shape and tuple(shape), notes.pop("outputs", []), notes, takes_sizes)
 
 
-def _calling(network: Callable[[Tensor], Any], device: torch.device) -> Callable[[Tensor], list[Tensor]]:
-    def compute(images: Tensor) -> list[Tensor]:
-        outputs = network(images.to(device))
+def _calling(network: Callable[..., Any], device: torch.device) -> Callable[..., list[Tensor]]:
+    def compute(*inputs: Tensor | None) -> list[Tensor]:
+        outputs = network(*(tensor.to(device) for tensor in inputs if tensor is not None))
         return [output.float().cpu() for output in (outputs if isinstance(outputs, Sequence) else [outputs])]
 
     return compute
@@ -130,10 +137,11 @@ def _entries(text: str) -> dict[str, Any]:
     return notes if isinstance(notes, dict) else {}
 
 
-def _only(path: Path, inputs: list[str]) -> str:
-    if len(inputs) != 1:
+def _known(path: Path, inputs: list[str]) -> list[str]:
+    """Return the names of the inputs: that of the images, and "sizes" if the file takes them."""
+    if not inputs or inputs[1:] not in ([], [SIZES]):
         raise ValueError(f"{path} must have one input, the images, but it has {', '.join(inputs) or 'none'}")
-    return inputs[0]
+    return inputs
 
 
 @contextmanager

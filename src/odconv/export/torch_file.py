@@ -21,6 +21,7 @@ def export_torch(
     dynamic_batch: bool = True,
     *,
     dynamic_size: bool = False,
+    sizes: bool = False,
     precision: Precision = "float32",
     compiled: bool = False,
     metadata: Mapping[str, Any] | None = None,
@@ -37,6 +38,8 @@ def export_torch(
         input_size: shape of one input, such as (3, 224, 224).
         dynamic_batch: False for batches of one only.
         dynamic_size: let height and width vary, as far as the network allows it.
+        sizes: add a second input, "sizes", int64 (B, 2) for images: the height and width, from the upper left corner,
+            that is not padding. The attentions pool over that part, see :func:`odconv.layers.pool_inside`.
         precision: "float32", "float16" or "bfloat16", of weights and activations; inputs and outputs stay float32.
         compiled: compile with AOTInductor, for the machine that this runs on and the device that the model is on. It
             needs a C++ compiler.
@@ -55,11 +58,11 @@ def export_torch(
     if path.suffix != ".pt2":
         raise ValueError(f"path must end in .pt2, got {path}")
     with writing(path, ".pt2") as file:
-        traced = trace(model, device_of(model), input_size, dynamic_batch, dynamic_size, precision)
+        traced = trace(model, device_of(model), input_size, dynamic_batch, dynamic_size, precision, sizes)
         notes = {**(metadata or {}), "outputs": traced.outputs}
         if compiled:
             extents = [None if dynamic_size else extent for extent in input_size[1:]]
-            notes["shape"] = [None if dynamic_batch else 1, input_size[0], *extents]
+            notes |= {"shape": [None if dynamic_batch else 1, input_size[0], *extents], "takes_sizes": sizes}
             configs = {"aot_inductor.metadata": {KEY: json.dumps(notes)}}
             torch._inductor.aoti_compile_and_package(traced.program, package_path=str(file), inductor_configs=configs)
         else:

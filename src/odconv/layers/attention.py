@@ -300,9 +300,16 @@ def pool_inside(model: nn.Module, extent: Tensor) -> Iterator[None]:
     """
     if extent.dim() != 2 or not bool(((extent > 0) & (extent <= 1)).all()):
         raise ValueError(f"extent must be shares (B, dims) above 0 and at most 1, got {extent.tolist()}")
-    attentions = [part for part in model.modules() if isinstance(part, PoolingAttention)]
-    if any(attention.dims != extent.shape[1] for attention in attentions):
+    if any(part.dims != extent.shape[1] for part in model.modules() if isinstance(part, PoolingAttention)):
         raise ValueError(f"extent must have a share for each axis of the layers' maps, got shape {tuple(extent.shape)}")
+    with pooling(model, extent):
+        yield
+
+
+@contextmanager
+def pooling(model: nn.Module, extent: Tensor) -> Iterator[None]:
+    """Do what :func:`pool_inside` does with an extent that is right, whose values may not be known yet."""
+    attentions = [part for part in model.modules() if isinstance(part, PoolingAttention)]
     try:
         for attention in attentions:
             attention.extent = extent

@@ -8,6 +8,7 @@ from odconv.export.network import Precision
 from odconv.export.onnx_file import Form, export_onnx
 from odconv.export.torch_file import export_torch
 from odconv.export.written import Written
+from odconv.layers import PoolingAttention
 from odconv.system.devices import Device, find_device
 
 Format = Literal["onnx", "torch", "aoti"]
@@ -95,6 +96,7 @@ def export_backbone(
     device: Device = "cpu",
     batch_one: bool = False,
     dynamic_size: bool = True,
+    sizes: bool | None = None,
     verify: bool = True,
     **detector: Any,
 ) -> Written:
@@ -112,6 +114,8 @@ def export_backbone(
         device: For what torch and aoti are made: cpu, gpu, or auto for a GPU if there is one; ONNX runs anywhere.
         batch_one: Take one image at a time only.
         dynamic_size: Take images of other sizes too.
+        sizes: Take a second input, the height and width of each image without its padding, for the attentions to pool
+            over the images alone; default: as the detector's masked_pool.
         verify: Compare the file with the network before it takes its place.
         **detector: What the checkpoint does not say; see :func:`odconv.app.detect.restore.restore`.
 
@@ -127,6 +131,7 @@ def export_backbone(
     place = find_device(device)
     restored = restore(weights, **detector)
     backbone: Any = restored.model.backbone.to(place)
+    dynamic = any(isinstance(part, PoolingAttention) for part in backbone.modules())
     title = f"backbone of {restored.name}"
     notes = {"detector": restored.name, "classes": restored.classes, "mean": MEAN, "std": STD}
     return _export(
@@ -142,6 +147,7 @@ def export_backbone(
         precision=precision,
         batch_one=batch_one,
         dynamic_size=dynamic_size,
+        sizes=dynamic and restored.model.masked_pool if sizes is None else sizes,
         verify=verify,
     )
 
@@ -160,10 +166,12 @@ def _export(
     precision: Precision,
     batch_one: bool,
     dynamic_size: bool,
+    sizes: bool = False,
     verify: bool,
 ) -> Written:
     """Write a network, and say what was written."""
-    options: dict[str, Any] = {"dynamic_size": dynamic_size, "precision": precision, "check": verify, "metadata": notes}
+    options: dict[str, Any] = {"dynamic_size": dynamic_size, "sizes": sizes, "precision": precision}
+    options |= {"check": verify, "metadata": notes}
     if format == "onnx":
         written = export_onnx(model, out, size, not batch_one, form=form, opset=opset, **options)
     else:
@@ -171,7 +179,8 @@ def _export(
     kind = {"onnx": f"ONNX with opset {opset}", "torch": "torch.export", "aoti": "AOTInductor"}[format]
     batch, side = "1" if batch_one else "batch", "height, width" if dynamic_size else f"{size[1]}, {size[2]}"
     print(f"{written.path}: {title}, {kind}, {precision}, {written.megabytes:.1f} MB")
-    print(f"images ({batch}, 3, {side}) -> {', '.join(written.outputs)} {shape}".rstrip())
+    inputs = f"images ({batch}, 3, {side})" + (f", sizes ({batch}, 2)" if sizes else "")
+    print(f"{inputs} -> {', '.join(written.outputs)} {shape}".rstrip())
     if written.error is not None:
         print(f"differs from PyTorch by {written.error:.1e} of the greatest output at most")
     return written

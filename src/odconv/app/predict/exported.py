@@ -26,6 +26,8 @@ def exported_classifier(
         ValueError, OSError, ImportError: as :func:`odconv.export.opened.open_exported`.
     """
     file = open_exported(path, trust)
+    if file.takes_sizes:
+        raise ValueError(f"{path} must take images alone, but it takes their sizes too, as a detector's backbone does")
     notes = _sound(file.notes)
     batch, side = _batch_and_side(path, file.shape)
     if image_size is not None and side not in (image_size, None):
