@@ -147,7 +147,7 @@ def export_backbone(
         precision=precision,
         batch_one=batch_one,
         dynamic_size=dynamic_size,
-        sizes=dynamic and restored.model.masked_pool if sizes is None else sizes,
+        sizes=dynamic and bool(restored.model.masked_pool) if sizes is None else sizes,
         verify=verify,
     )
 
