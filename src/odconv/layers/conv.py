@@ -14,6 +14,7 @@ from odconv.ops.contract import Attentions, check_map, positive
 from odconv.ops.dynamic_conv import compute, mixed_bias
 from odconv.ops.eager import mixed_kernels
 from odconv.ops.epilogue import NO_EPILOGUE, Epilogue
+from odconv.ops.packing import Packed
 
 ATTENTIONS = ("channel", "filter", "spatial", "kernel")
 
@@ -31,11 +32,13 @@ class DynamicConv(PerSampleConv):
         kernel_bias: a bias for each kernel, mixed as these are, (n, O), or None.
         attention: what computes the attentions from the input, or from a context.
         epilogue: what follows the convolution, in a network that :func:`odconv.fuse` fused; nothing in a new layer.
+        packed: the kernels packed, in such a network; None in a new layer.
     """
 
     part = "kernel"
     mixed_bias: ClassVar[bool] = False
     epilogue: Epilogue = NO_EPILOGUE
+    packed: Packed | None = None
     attention: Attention
 
     def __init__(
@@ -122,7 +125,8 @@ class DynamicConv(PerSampleConv):
         attentions = self._attend(x, context)
         x, geometry = self.padded(x)
         check_map(x, self.kernel_size, geometry)
-        return compute(x, self.weight, attentions, self._mixed_bias(attentions), geometry, epilogue=self.epilogue)
+        bias, packed = self._mixed_bias(attentions), self.packed and self.packed.of(self.weight, self.groups)
+        return compute(x, self.weight, attentions, bias, geometry, epilogue=self.epilogue, packed=packed)
 
     def _attend(self, x: Tensor, context: Tensor | None) -> Attentions:
         """Return the attentions of each sample, after checking the shapes."""

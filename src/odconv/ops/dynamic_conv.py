@@ -162,10 +162,12 @@ def compute(
     backend: str = "auto",
     per_sample: bool = False,
     epilogue: Epilogue = NO_EPILOGUE,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`dynamic_conv`, or :func:`per_sample_conv`, of arguments that fit: layers, which check theirs.
 
-    A bias is one of all samples, (O), or one of each, (B, O).
+    A bias is one of all samples, (O), or one of each, (B, O). What `packed` holds is the weight, as
+    :func:`odconv.ops.cpu.pack` makes it, for inference.
     """
     flops.watch()
     dtype = compute_dtype(x, weight)
@@ -181,10 +183,12 @@ def compute(
     else:
         check_backend(backend, x, per_sample)
     bias = None if bias is None else bias.to(dtype)
-    if backend == "cpu" and epilogue.activation and not torch.is_grad_enabled():
+    packed = packed if packed is not None and packed.dtype == dtype else None
+    if backend == "cpu" and (epilogue.activation or packed is not None) and not torch.is_grad_enabled():
         means = epilogue.means and not torch.compiler.is_compiling()
-        y, found = cpu.convolve_fused(x, weight, attentions, geometry, bias, epilogue.activation, means)
-        return finish(y, Finished(epilogue.activation, found))
+        activation = epilogue.activation or "none"
+        y, found = cpu.convolve_fused(x, weight, attentions, geometry, bias, activation, means, packed)
+        return finish(y, Finished(epilogue.activation, found)) if epilogue.activation else y
     if backend == "cpu":  # which adds the bias to what it writes
         return activate(cpu.convolve(x, weight, attentions, geometry, bias), epilogue)
     run = (PER_SAMPLE if per_sample else BACKENDS)[backend]

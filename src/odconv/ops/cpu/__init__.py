@@ -37,7 +37,10 @@ ARGUMENTS = (
 )
 OPERATORS = torch.library.Library("odconv", "FRAGMENT")  # what they are is known before they are compiled
 OPERATORS.define(f"conv({ARGUMENTS}, Tensor? bias) -> Tensor")
-OPERATORS.define(f"conv_fused({ARGUMENTS}, Tensor? bias, str activation, bool means) -> (Tensor, Tensor)")
+OPERATORS.define(
+    f"conv_fused({ARGUMENTS}, Tensor? bias, str activation, bool means, Tensor? packed) -> (Tensor, Tensor)"
+)
+OPERATORS.define("pack(Tensor weight, int groups) -> Tensor")
 OPERATORS.define("pool(Tensor x) -> Tensor")
 OPERATORS.define(
     f"conv_backward(Tensor grad, {ARGUMENTS}, bool to_x, bool to_weights) "
@@ -132,8 +135,11 @@ def convolve_fused(
     bias: Tensor | None,
     activation: str,
     means: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Convolve as :func:`convolve` and activate what is written, without gradients.
+
+    The kernels may come packed besides, see :func:`pack`.
 
     Returns:
         (B, O, *map), and, where `means` are asked for, the mean of each of its maps, (B, O), in float32 or float64.
@@ -146,8 +152,20 @@ def convolve_fused(
         None if bias is None else bias.reshape(-1, weight.shape[1]).contiguous(),
         activation,
         means,
+        packed,
     )
     return y, found if means else None
+
+
+def pack(weight: Tensor, groups: int) -> Tensor | None:
+    """Return kernels (n, O, C/groups, *k) in the order that the compiled kernel computes with, for many calls.
+
+    None where it takes them as they are: in other dtypes than those of 16 bits on matrix units, and depth-wise.
+    """
+    if weight.dtype not in HALF or not takes(weight):
+        return None
+    packed: Tensor = torch.ops.odconv.pack(weight.detach().contiguous(), groups)
+    return packed if packed.numel() else None
 
 
 def pool(x: Tensor) -> Tensor:
@@ -237,7 +255,7 @@ def _fake(
 
 
 def _fake_fused(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *arguments, _, means = rest
+    *arguments, _, means, _ = rest
     y = _fake(x, weight, *arguments)
     found = x.new_empty(y.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32)) if means else x.new_empty(0)
     return y, found

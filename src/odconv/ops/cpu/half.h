@@ -200,9 +200,47 @@ void mix_half(const Kernels<T>& kernels, const Block& block, const Gates<float>&
   }
 }
 
-// Convolve every sample of a channels-last map, [sample][position][channel], with its own mixed kernel.
+// How many filters a block has at most.
+inline int64_t block_width(int64_t n, int64_t channels, int64_t taps) {
+  return n * FILTERS * channels * taps * 2 > BLOCK_BYTES ? FILTERS / 2 : FILTERS;
+}
+
+// Kernels packed once for many calls: those of a group after those of the one before, in blocks of so many filters, of each the n
+// kernels.
+struct Packed {
+  std::vector<Span> blocks;
+  std::vector<int64_t> from;  // where the kernels of a block begin, and where the last ones end
+};
+
+inline Packed packed_of(int64_t n, int64_t lanes, int64_t channels, int64_t taps) {
+  constexpr int L = Simd<float>::LANES;
+  Packed out = {split(lanes, ceil_div(lanes, block_width(n, channels, taps)), L), {0}};
+  for (const Span& filters : out.blocks)
+    out.from.push_back(out.from.back() + n * Block{filters, ceil_div(filters.count, L) * L, channels, taps}.packed());
+  return out;
+}
+
 template <class T>
-void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int64_t groups, const Gates<float>& gates,
+void pack_half(const Kernels<T>& kernels, int64_t groups, T* out) {
+  constexpr int L = Simd<float>::LANES;
+  const Packed packed = packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps);
+  const int64_t blocks = packed.blocks.size();
+  at::parallel_for(0, groups * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const Span& filters = packed.blocks[task % blocks];
+      const Block block = {filters, ceil_div(filters.count, L) * L, kernels.rows, kernels.taps};
+      const Kernels<T> here = kernels.of_group(task / blocks);
+      T* to = out + task / blocks * packed.from.back() + packed.from[task % blocks];
+      for (int64_t i = 0; i < kernels.n; ++i)
+        pack_pairs<T>(here.data + i * here.size + filters.first * here.lane_step, here.lane_step, block, Scratch<float>::mine().blend, to + i * block.packed());
+    }
+  });
+}
+
+// Convolve every sample of a channels-last map, [sample][position][channel], with its own mixed kernel. The kernels
+// may come packed, see pack_half.
+template <class T>
+void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, const T* packed_before, int64_t groups, const Gates<float>& gates,
                    const Epilogue<float>& epilogue, int64_t batch, const Phase& phase, T* y) {
   constexpr int L = Simd<float>::LANES;
   const int64_t channels = groups * kernels.rows, filters = groups * kernels.lanes, taps = kernels.taps;
@@ -223,11 +261,13 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int6
       runs.push_back({padding.from[t], t, 1});
 
   const int64_t threads = at::get_num_threads(), n = kernels.n;
-  const bool heavy = n * FILTERS * kernels.rows * taps * int64_t(sizeof(T)) > BLOCK_BYTES;
-  const int64_t wide = heavy || batch * groups * ceil_div(kernels.lanes, FILTERS) < threads ? FILTERS / 2 : FILTERS;
-  const std::vector<Span> blocks = split(kernels.lanes, ceil_div(kernels.lanes, wide), L);
+  const bool few = batch * groups * ceil_div(kernels.lanes, FILTERS) < threads;  // tasks, of whole blocks
+  const int64_t wide = few ? FILTERS / 2 : block_width(n, kernels.rows, taps);
+  const T* given = few ? nullptr : packed_before;
+  const Packed before = given ? packed_of(n, kernels.lanes, kernels.rows, taps) : Packed{};
+  const std::vector<Span> blocks = given ? before.blocks : split(kernels.lanes, ceil_div(kernels.lanes, wide), L);
   const int64_t at_once = std::clamp<int64_t>(PADDED_BYTES / (padded * sizeof(T)), 1, batch);
-  const bool packs_first = !kernels.per_sample() && at_once >= std::max<int64_t>(n, 2);  // n kernels once, not one a sample
+  const bool packs_first = given || (!kernels.per_sample() && at_once >= std::max<int64_t>(n, 2));  // n kernels once, not one a sample
   at::Tensor buffer;
   if (padding.copied) buffer = at::empty({at_once * padded}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
 
@@ -245,15 +285,17 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, int6
       Scratch<float>& scratch = Scratch<float>::mine();
       for (int64_t task = begin; task < end; ++task) {  // samples of one block follow each other
         const int64_t sample = start + task % samples, group = task / samples / int64_t(blocks.size()), own = sample * groups + group;
-        const Span& lanes = blocks[task / samples % blocks.size()];
+        const int64_t at = task / samples % blocks.size();
+        const Span& lanes = blocks[at];
         const Block block = {lanes, ceil_div(lanes.count, L) * L, kernels.rows, taps};
         const Kernels<T> here = kernels.of_sample(sample).of_group(group);
-        T* packed = reinterpret_cast<T*>(scratch.packed.get((packs_first ? n : 1) * block.packed() / 2));
+        T* packs = given ? nullptr : reinterpret_cast<T*>(scratch.packed.get((packs_first ? n : 1) * block.packed() / 2));
+        const T* packed = given ? given + group * before.from.back() + before.from[at] : packs;
         T* mixed = reinterpret_cast<T*>(scratch.mixed.get(block.packed() / 2));
         float* sums = scratch.out.get(POSITIONS * block.width);
-        if (packs_first && (task == begin || task % samples == 0))
+        if (packs && packs_first && (task == begin || task % samples == 0))
           for (int64_t i = 0; i < n; ++i)
-            pack_pairs<T>(here.data + i * here.size + lanes.first * here.lane_step, here.lane_step, block, scratch.blend, packed + i * block.packed());
+            pack_pairs<T>(here.data + i * here.size + lanes.first * here.lane_step, here.lane_step, block, scratch.blend, packs + i * block.packed());
         mix_half<T>(here, block, gates, sample, own, packs_first, packed, scratch, mixed);
         const int64_t first = group * kernels.lanes + lanes.first;
         Lanes<float> per(epilogue, gates.lanes ? gates.lanes + own * kernels.lanes + lanes.first : nullptr, sample, first, lanes.count);

@@ -166,20 +166,51 @@ Tensor empty_channels_last(at::IntArrayRef size, const at::TensorOptions& option
   return at::empty(shape, options);
 }
 
-// In bfloat16 and float16: on matrix units where there are any for the dtype, else in float32.
+// Whether matrix units convolve in this dtype with so many channels a group.
+bool on_matrix_units(at::ScalarType dtype, int64_t channels, int64_t groups) {
+  return at::native::cpublas::could_pack(dtype) && (groups == 1 || channels % 2 == 0);
+}
+
+// The kernels of a weight of 16 bits.
+template <class T>
+Kernels<T> kernels_of(const Tensor& weight, int64_t groups, bool per_sample) {
+  const int64_t channels = weight.size(2), one = weight.numel() / weight.size(0), taps = one / (weight.size(1) * channels);
+  return {weight.const_data_ptr<T>(), per_sample ? 1 : weight.size(0), one, channels, weight.size(1) / groups, taps, taps, channels * taps,
+          per_sample ? one : 0};
+}
+
+// Kernels packed for conv_half, or nothing where that does not take them.
+Tensor pack_kernels(const Tensor& weight, int64_t groups) {
+  TORCH_CHECK(weight.dim() > 3 && weight.dim() < 7 && weight.numel() > 0 && is_half(weight) && weight.is_contiguous() && groups > 0 &&
+                  weight.size(1) % groups == 0,
+              "odconv: weight must be contiguous numbers of 16 bits (n, O, C / groups, ...), got shape ", weight.sizes());
+  if (!on_matrix_units(weight.scalar_type(), weight.size(2), groups) || (weight.size(1) == groups && weight.size(2) == 1))
+    return at::empty({0}, weight.options());
+  Tensor out;
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Kernels<T> kernels = kernels_of<T>(weight, groups, false);
+    out = at::empty({groups * packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps).from.back()}, weight.options());
+    pack_half<T>(kernels, groups, out.mutable_data_ptr<T>());
+  };
+  weight.scalar_type() == at::kHalf ? run(at::Half()) : run(at::BFloat16());
+  return out;
+}
+
+// In bfloat16 and float16, on matrix units.
 Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
-                 const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g) {
-  const int64_t filters = weight.size(1) / g.groups, channels = weight.size(2), taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
-  const int64_t one = weight.numel() / weight.size(0);
+                 const Optional& filter, const Optional& packed, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g) {
   const bool per_sample = !kernel && weight.size(0) > 1;
   const Optional shares = in_sums(kernel), by_tap = in_sums(spatial), by_channel = in_sums(channel), by_filter = in_sums(filter);
   const Gates<float> gates = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
   const Tensor last = x.movedim(1, -1).contiguous(), out = empty_channels_last(size, x.options());
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Kernels<T> kernels = {weight.const_data_ptr<T>(), per_sample ? 1 : weight.size(0), one, channels, filters, taps, taps,
-                                channels * taps, per_sample ? one : 0};
-    convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, g.groups, gates, epilogue_of<float>(extras),
+    const Kernels<T> kernels = kernels_of<T>(weight, g.groups, per_sample);
+    TORCH_CHECK(!packed || (!per_sample && is_plain(*packed, x) &&
+                            packed->numel() == g.groups * packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps).from.back()),
+                "odconv: packed must be what pack makes of weight");
+    convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, numbers<T>(packed), g.groups, gates, epilogue_of<float>(extras),
                      x.size(0), forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
   };
   x.scalar_type() == at::kHalf ? run(at::Half()) : run(at::BFloat16());
@@ -257,16 +288,16 @@ Tensor means_of(const Tensor& line_sums, int64_t positions) {
 std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
                                       const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
                                       at::IntArrayRef dilation, int64_t groups, const Optional& bias, std::string_view activation,
-                                      bool means) {
+                                      bool means, const Optional& packed) {
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
   TORCH_CHECK(!bias || (bias->dim() == 2 && (bias->size(0) == 1 || bias->size(0) == size[0]) && bias->size(1) == size[1] && is_plain(*bias, x)),
               "odconv: bias must be contiguous numbers (1 or B, O) in the dtype of x");
   const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
   const bool depthwise = weight.size(1) == groups && weight.size(2) == 1;
   const bool over_channels = depthwise && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous());
-  if (is_half(x) && !over_channels && !(at::native::cpublas::could_pack(x.scalar_type()) && (groups == 1 || weight.size(2) % 2 == 0))) {
+  if (is_half(x) && !over_channels && !on_matrix_units(x.scalar_type(), weight.size(2), groups)) {
     auto [y, found] = conv_fused(x.to(at::kFloat), *in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), stride,
-                                 padding, dilation, groups, in_sums(bias), activation, means);
+                                 padding, dilation, groups, in_sums(bias), activation, means, {});
     return {y.to(x.scalar_type()), found};
   }
   const bool planes = !over_channels && !is_half(x) && by_plane(x, weight, groups) && x.suggest_memory_format() == at::MemoryFormat::Contiguous;
@@ -275,7 +306,7 @@ std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, con
   const bool by_line = means && count[1] * count[2] > 1;  // a map of one axis has no lines to sum
   if (by_line) extras.line_sums = at::empty({size[0], planes ? 1 : count[0] * count[1], size[1]}, x.options().dtype(is_half(x) ? at::kFloat : x.scalar_type()));
   const Tensor y = over_channels ? conv_depthwise(x, weight, kernel, spatial, channel, filter, extras, size, g)
-                   : is_half(x)  ? conv_half(x, weight, kernel, spatial, channel, filter, extras, size, g)
+                   : is_half(x)  ? conv_half(x, weight, kernel, spatial, channel, filter, packed, extras, size, g)
                                  : conv_dense(x, weight, kernel, spatial, channel, filter, extras, size, g, planes);
   return {y, by_line ? means_of(extras.line_sums, count[0] * count[1] * count[2]) : means ? pool(y) : Tensor()};
 }
@@ -283,7 +314,7 @@ std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, con
 Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
             const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
             const Optional& bias) {
-  return std::get<0>(conv_fused(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups, bias, "none", false));
+  return std::get<0>(conv_fused(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups, bias, "none", false, {}));
 }
 
 Gradients conv_backward(
@@ -345,8 +376,8 @@ Gradients conv_backward(
 std::tuple<Tensor, Tensor> conv_fused_checked(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
                                               const Optional& channel, const Optional& filter, at::IntArrayRef stride,
                                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, const Optional& bias,
-                                              std::string_view activation, bool means) {
-  auto [y, found] = conv_fused(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups, bias, activation, means);
+                                              std::string_view activation, bool means, const Optional& packed) {
+  auto [y, found] = conv_fused(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups, bias, activation, means, packed);
   return {y, means ? found : at::empty({0}, x.options())};
 }
 
@@ -357,6 +388,7 @@ TORCH_LIBRARY_IMPL(odconv, CPU, library) {
   library.impl("conv", odconv::conv);
   library.impl("conv_fused", odconv::conv_fused_checked);
   library.impl("conv_backward", odconv::conv_backward);
+  library.impl("pack", odconv::pack_kernels);
   library.impl("pool", odconv::pool_checked);
   library.impl("attend", odconv::attend_checked);
 }
