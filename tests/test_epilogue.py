@@ -100,7 +100,9 @@ def test_what_the_operator_refuses():
     x, weight, attentions, geometry = operands("one tap", torch.float32)
     with pytest.raises(RuntimeError, match="activation must be none, relu, relu6, hardswish or silu, got gelu"):
         cpu.convolve_fused(x, weight, attentions, geometry, None, "gelu", True)
-    torch.library.opcheck(torch.ops.odconv.conv_fused.default, (x, weight, *attentions, *geometry, None, "relu", True, None))
+    torch.library.opcheck(
+        torch.ops.odconv.conv_fused.default, (x, weight, *attentions, *geometry, None, "relu", True, None)
+    )
 
 
 class Mixed(nn.Module):

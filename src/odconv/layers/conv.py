@@ -125,7 +125,8 @@ class DynamicConv(PerSampleConv):
         attentions = self._attend(x, context)
         x, geometry = self.padded(x)
         check_map(x, self.kernel_size, geometry)
-        bias, packed = self._mixed_bias(attentions), self.packed and self.packed.of(self.weight, self.groups)
+        packed = None if self.packed is None else self.packed.of(self.weight, self.groups)
+        bias = self._mixed_bias(attentions)
         return compute(x, self.weight, attentions, bias, geometry, epilogue=self.epilogue, packed=packed)
 
     def _attend(self, x: Tensor, context: Tensor | None) -> Attentions:
