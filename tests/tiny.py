@@ -11,7 +11,7 @@ zoo.BACKBONES[STATIC] = zoo.Backbone(
     "mobilenet_v2", {"width_mult": 1.0, "inverted_residual_setting": SETTING}, "features.0.0"
 )
 LISTED = list(zoo.NAMES)
-zoo.NAMES.extend([STATIC, *(f"{method}_{STATIC}" for method in zoo.METHODS)])
+zoo.NAMES.extend([STATIC, *(f"{method}_{STATIC}" for method in zoo.PREFIXES)])
 
 if __name__ == "__main__":
     from odconv.app.cli import main

@@ -25,7 +25,7 @@ CONVNEXTS = {
     ),
 }
 """Networks that are there static and of KernelWarehouse alone."""
-METHODS = ("od", "odl", "dy", "cond")
+PREFIXES = ("od", "odl", "dy", "cond")
 """Prefixes of the dynamic networks; :data:`odconv.models.build.METHODS` says what they mean."""
 WAREHOUSE = "kw"
 """Prefix of the networks of KernelWarehouse, whose layers share their kernels."""
@@ -33,7 +33,7 @@ WAREHOUSE = "kw"
 NAMES = [
     *BACKBONES,
     *CONVNEXTS,
-    *(f"{method}_{backbone}" for method in (*METHODS, WAREHOUSE) for backbone in BACKBONES),
+    *(f"{method}_{backbone}" for method in (*PREFIXES, WAREHOUSE) for backbone in BACKBONES),
     *(f"{WAREHOUSE}_{backbone}" for backbone in CONVNEXTS),
 ]
 
