@@ -125,6 +125,16 @@ def test_a_network_fused_in_inference_mode_computes_the_same():
         assert not torch.equal(fused(x), y)
 
 
+def test_tensors_without_numbers_are_not_packed():
+    from torch._subclasses import FakeTensorMode
+
+    for mode in (torch.device("meta"), FakeTensorMode()):
+        with mode, torch.no_grad():
+            layer = odconv.ODConv2d(32, 48, 3, padding=1, dtype=torch.bfloat16)
+            x = torch.empty(4, 32, 9, 9, dtype=torch.bfloat16)
+            assert odconv.fuse(nn.Sequential(layer).eval())(x).shape == (4, 48, 9, 9)
+
+
 def test_the_operators():
     weight, x = plain()[0].weight.detach(), images()
     torch.library.opcheck(torch.ops.odconv.pack.default, (weight, 1), test_utils="test_schema")

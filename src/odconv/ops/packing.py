@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from odconv.ops import cpu
 from odconv.ops.contract import is_exporting, is_transformed
@@ -25,7 +25,8 @@ class Packed:
         if torch.is_grad_enabled() or is_exporting():
             return None
         if not torch.compiler.is_compiling():
-            if is_transformed() or weight.is_inference():  # whose changes are not counted
+            plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
+            if not plain or is_transformed():  # whose memory is elsewhere, or whose changes are not counted
                 return None
             key = (weight.data_ptr(), weight._version, weight.dtype, weight.shape)
             if key != self._key:
