@@ -182,7 +182,7 @@ def test_what_is_at_a_path_comes_before_names(at_hand: Path, trained: Path) -> N
 
 
 def test_a_name_that_is_not_there_names_those_that_are(at_hand: Path) -> None:
-    there = r"by name there is noise in the folder weights, which \$ODCONV_WEIGHTS names"
+    there = r"by name there is noise in the folder weights \(\$ODCONV_WEIGHTS names another\)"
     for attempt in (restore, load_classifier, read_state_dict, resolve):
         with pytest.raises(
             FileNotFoundError, match=f"nois(es)? do(es)? not exist; {there}|noises do(es)? not.*{there}"

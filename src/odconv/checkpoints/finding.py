@@ -77,7 +77,7 @@ def named(path: Path) -> str:
     if len(path.parts) > 1 or path.suffix in SUFFIXES:
         return ""
     names = ", ".join(released_names()) or "nothing"
-    return f"; by name there is {names} in the folder {weights_folder()}, which ${PLACE} names"
+    return f"; by name there is {names} in the folder {weights_folder()} (${PLACE} names another)"
 
 
 def _download(repository: str, files: Sequence[str]) -> Path:
