@@ -3,14 +3,17 @@
     python -m benchmarks.tables            writes each of them between its markers
     python -m benchmarks.tables --check    says which pages differ from their rows
 
-A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. Words behind the name, such as `epochs=10`,
-choose some of the rows. A figure in a sentence is a link to its CSV whose title names row and column,
-`[86.0](../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025 epoch=3: top1")`; it keeps its number of digits.
+A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. Words behind the name, such as `epochs=10` or
+`images='short side 375'`, choose some of the rows. A figure in a sentence is a link to its CSV whose title names row
+and column, `[86.0](../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025 epoch=3: top1")`; it keeps its number of
+digits, and a comma.
 """
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from benchmarks.accuracy.networks import METHODS
@@ -30,7 +33,7 @@ from benchmarks.targets import fixed, table_of_targets
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- rows: (\w+)([^\n]*) -->\n)(.*?)(<!-- end of rows -->)", flags=re.S)
-FIGURE = re.compile(r"\[(-?[\d.]+)\](\([^()\s]*results/(\w+)\.csv \"([^\"]*): (\w+)\"\))")
+FIGURE = re.compile(r"\[(-?[\d.,]+)\](\([^()\s]*results/(\w+)\.csv \"([^\"]*): (\w+)\"\))")
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenetv2_100": "MobileNetV2 1.0"}
 DETECTORS = {"faster_rcnn": "Faster R-CNN", "mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 DATASETS = {"imagenette": "Imagenette", "cifar10": "CIFAR-10"}
@@ -279,6 +282,121 @@ def finetune() -> str:
     return table(["start", "learning rate", "temperature", "epoch 1", "2", "3"], map(line, warm_first))
 
 
+def weights() -> str:
+    def line(one: Row) -> list[str]:
+        scores = (f"{fixed(one[score], 2)} %" for score in ("top1", "top5"))
+        return [f"[`{one['name']}`](../weights/{one['name']})", f"`{one['network']}`", one["megabytes"], *scores]
+
+    return table(["name", "network", "MB", "top-1", "top-5"], map(line, rows("weights")))
+
+
+# --- many processes
+
+KERNELS = {"static": "", "1x": "1", "2x": "2", "4x": "4"}
+STEP, BACKWARD = Decimal("0.1"), Decimal(2) / 3  # seconds, and the part of them in which DDP sends
+IMAGES, KILOBYTES = 1_281_167, Decimal("115.4")  # of ImageNet to train on
+DECODED = "short side 375, quality 98"
+
+
+def of_form(network: str, form: str) -> Row:
+    """The values that tell a network's rows in communication.csv."""
+    return {"model": network if form == "static" else f"od_{network}", "kernel_num": KERNELS[form]}
+
+
+def bandwidth() -> str:
+    """What hides the gradients of p processes behind the backward pass of a step."""
+
+    def line(network: str, form: str) -> list[str]:
+        static, own = (
+            Decimal(row("communication", kind="gradients", **of_form(network, one))["bytes"])
+            for one in ("static", form)
+        )
+        needed = (2 * Decimal(p - 1) / p * own / (BACKWARD * STEP) for p in (8, 1024))
+        sizes = fixed(str(own), 1, "1e6"), fixed(str(own / static), 2)
+        return [network, form, *sizes, *(fixed(str(one), 2, "1e9") for one in needed)]
+
+    networks = ("resnet18", "resnet50", "resnet101", "mobilenetv2_100")
+    columns = ["network", "form", "gradients, MB", "to static", "8 GPUs, GB/s", "1,024 GPUs, GB/s"]
+    return table(columns, (line(network, form) for network in networks for form in KERNELS))
+
+
+def reading() -> str:
+    """What feeds GPUs that take so many images a second each."""
+    ways, gpus = ("pil", "simplejpeg in place", "simplejpeg bytes"), (8, 64, 1024)
+    same = {"images": DECODED, "mode": "training", "kind": "loader"}
+    decoded = [Decimal(row("decoding", way=way, **same)["images_per_second"]) for way in ways]
+
+    def line(rate: int) -> list[str]:
+        figures = [(rate / core, 1) for core in decoded] + [(rate * KILOBYTES / 1000, 1)]
+        figures += [(p * rate * KILOBYTES / 10**6, 2) for p in gpus]
+        figures += [(Decimal(IMAGES) / (p * rate), 1) for p in gpus]
+        return [f"{rate:,}", *(fixed(str(figure), digits) for figure, digits in figures)]
+
+    columns = ["*r*, images a second a GPU", "cores a GPU, `pil`", *(f"`{way}`" for way in ways[1:])]
+    columns += ["data a GPU, MB/s", *(f"{p:,} GPUs, GB/s" for p in gpus)]
+    columns += ["epoch on 8, s", "on 64, s", "on 1,024, s"]
+    return table(columns, map(line, (500, 1000, 2000, 5000)))
+
+
+def communication() -> str:
+    """All-reduce, steps with and without it, and SyncBN, of two processes."""
+
+    def milliseconds(one: Row) -> str:
+        return fixed(one["median_ms"], 1 if float(one["median_ms"]) < 100 else 0)
+
+    def line(network: str, form: str) -> list[str]:
+        same = of_form(network, form)
+        alone, norms = (row("communication", kind=kind, **same) for kind in ("all-reduce", "sync_bn"))
+        static = row("communication", kind="all-reduce", **of_form(network, "static"))
+        steps = {one["way"]: one for one in rows("communication", kind="step", **same)}
+        exposed = (f"{fixed(steps[way]['exposed'], 1, '0.01')} %" if way in steps else "" for way in changes)
+        each = str(Decimal(norms["median_ms"]) / int(norms["messages"]))
+        return [
+            *(network, form, steps["plain"]["batch"], fixed(alone["bytes"], 1, "1e6"), milliseconds(alone)),
+            *(fixed(alone["median_ms"], 1, static["median_ms"]), milliseconds(steps["none"])),
+            *(milliseconds(steps["plain"]), *exposed),
+            *(norms["messages"], milliseconds(norms), fixed(each, 2)),
+        ]
+
+    changes = ("plain", "bucket view", "buckets of 5 MB", "bf16", "fp16")
+    columns = ["network", "form", "images", "gradients, MB", "all-reduce alone, ms", "to static", "step without, ms"]
+    columns += ["step with, ms", "exposed", *changes[1:], "SyncBN, messages", "SyncBN alone, ms", "a message, ms"]
+    networks = ("mobilenetv2_050", "resnet18", "resnet50")
+    return table(columns, (line(network, form) for network in networks for form in ("static", "4x")))
+
+
+def decoding() -> str:
+    """Images a second of one core."""
+    ways = ("pil", "simplejpeg in place", "simplejpeg bytes", "pil draft", "opencv bytes")
+
+    def line(mode: str, images: str, kind: str) -> list[str]:
+        found = {one["way"]: one for one in rows("decoding", images=images, mode=mode, kind=kind)}
+        rates = (f"{int(found[way]['images_per_second']):,}" if way in found else "" for way in ways)
+        one = found["pil"]
+        return [f"{mode}, {images}" + ", loader" * (kind == "loader"), one["files"], one["kilobytes"], *rates]
+
+    sides = (f"short side {side}, quality {quality}" for side, quality in ((375, 90), (375, 98), (1200, 90)))
+    whole = [(mode, images, "whole") for images in ("sample", *sides) for mode in ("training", "evaluation")]
+    loaded = [(mode, DECODED, "loader") for mode in ("training", "evaluation")]
+    columns = ["images a second of a core", "files", "kB", *(f"`{way}`" for way in ways)]
+    return table(columns, (line(*one) for one in [*sorted(whole, key=lambda one: one[0] != "training"), *loaded]))
+
+
+def decoding_steps() -> str:
+    """What the steps of reading an image take."""
+
+    def cell(step: str, way: str) -> str:
+        name = step if step == "read" else f"{way}: {step}"
+        same = {"images": DECODED, "mode": "training", "kind": "step"}
+        return next((one["median_ms"] for one in rows("decoding", **same) if one["way"] == name), "")
+
+    steps = ("read", "decode", "crop and resize", "flip half of them", "to tensor", "to float", "normalise")
+    ways = ("pil", "simplejpeg")
+    return table(
+        ["step, ms an image", *(f"`{way}`" for way in ways)], ([step, *(cell(step, w) for w in ways)] for step in steps)
+    )
+
+
 # --- counters
 
 
@@ -365,7 +483,7 @@ TABLES: dict[str, Callable[..., str]] = {
     make.__name__: make
     for make in (
         best, targets, detectors, accelerating, export, quantising, serving, accuracy, ablations, top1_by_method,
-        starts, gradients, finetune, counters,
+        starts, gradients, finetune, counters, bandwidth, reading, communication, decoding, decoding_steps, weights,
     )
 }  # fmt: skip
 
@@ -380,14 +498,15 @@ def written(page: str) -> str:
     def look_up(found: re.Match[str]) -> str:
         figure, link, name, words, column = found.groups()
         digits = len(figure.partition(".")[2])
-        return f"[{fixed(row(name, **values(words))[column], digits)}]{link}"
+        number = Decimal(fixed(row(name, **values(words))[column], digits))
+        return f"[{number:,}]{link}" if "," in figure else f"[{number}]{link}"
 
     return FIGURE.sub(look_up, MARKED.sub(write, page))
 
 
 def values(words: str) -> Row:
-    """The values by their columns, of words such as `epochs=10 seed=0`."""
-    return dict(word.split("=") for word in words.split())
+    """The values by their columns, of words such as `epochs=10 images='short side 375'`."""
+    return dict(word.split("=") for word in shlex.split(words))
 
 
 def differing() -> list[Path]:

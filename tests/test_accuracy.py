@@ -12,7 +12,7 @@ pytest.importorskip("lightning")
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import report
 from benchmarks.accuracy.cells import RECIPES, STUDIES, Recipe
-from benchmarks.accuracy.networks import ABLATIONS, METHODS, build
+from benchmarks.accuracy.networks import ABLATIONS, METHODS, STARTS, build, described
 from benchmarks.accuracy.report import (
     MAIN_SETTINGS,
     ablation_tables,
@@ -24,7 +24,10 @@ from benchmarks.accuracy.report import (
     write_report,
 )
 
+import odconv
 from odconv.app.classify.module import ClassifierTraining
+from odconv.app.classify.restore import restore
+from odconv.app.commands.release import release
 
 pytestmark = pytest.mark.slow  # of benchmarks
 
@@ -71,6 +74,20 @@ def test_every_method_builds(network):
         assert (sum(p.numel() for p in model.parameters()) > static) == (method != "static")
 
 
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("method", ["dyconv", "odconv_1x", "reduction_4", "norm_layer", "zero_heads"])
+def test_runs_say_which_network_they_train(method, start):
+    arch, options = described("mobilenetv2_050", method, start)
+    with torch.device("meta"):
+        said = odconv.create_model(arch, kernel_num=(METHODS | ABLATIONS)[method].kernel_num, **options)
+        made = build("mobilenetv2_050", method, "standard", 1000, start=start)
+    shapes = [{key: tensor.shape for key, tensor in model.state_dict().items()} for model in (said, made)]
+    assert {key: shape for key, shape in shapes[1].items() if key in shapes[0]} == shapes[0]
+    assert all(
+        key.endswith("attention.factors") for key in shapes[1].keys() - shapes[0].keys()
+    )  # files bring them along
+
+
 def test_cells_are_told_apart():
     for scale in ("small", "full"):
         cells = {cell for study in STUDIES.values() for cell in study(scale, 2)}
@@ -104,6 +121,14 @@ def test_trains_once_goes_on_and_reports(tmp_path, data, monkeypatch, capsys):
     assert static["split"] == "test"
     assert float(static["top1"]) in [100 * right / 8 for right in range(9)]
     assert not list((tmp_path / "runs").rglob("last.ckpt"))
+
+    folders = [next((tmp_path / "runs").glob(f"*_{method}_seed0_test_*")) for method in ("static", "odconv_4x")]
+    for folder, row in zip(folders, (static, dynamic), strict=True):
+        out_of_it = tmp_path / "released" / row["method"]
+        released = release(run=str(folder), out=str(out_of_it), data_note="Two colours.", precision="float32")
+        assert released["top1"] == max(float(epoch["top1"]) for epoch in rows(folder / "metrics.csv"))
+        assert "min_scale: 0.35" in (out_of_it / "README.md").read_text()
+    assert restore(str(folders[1] / "best.ckpt")).arch == "odl_mobilenetv2_050"
 
     call(monkeypatch, *arguments, "--methods", "odconv_1x", "--studies", "tuning")
     tuned = [row for row in rows(out) if row["study"] == "tuning"]

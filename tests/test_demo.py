@@ -186,7 +186,9 @@ def test_mistakes(
         assert main(["demo", *options]) in (1, 2)
         return capsys.readouterr().err
 
-    assert "make demo" in complaint()
+    monkeypatch.chdir(tmp_path)  # away from this tree's weights
+    monkeypatch.delenv("ODCONV_WEIGHTS", raising=False)
+    assert re.search("imagenette_static and .* are not in the folder weights.*`make demo`", complaint(), flags=re.S)
     weights = f"--weights={networks['weights']}"
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -1,6 +1,7 @@
 """The snippets of the documentation run, its links lead somewhere, and the site has every page and public name."""
 
 import re
+import shlex
 from functools import reduce
 from importlib import import_module
 from importlib.util import find_spec
@@ -70,6 +71,21 @@ def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
     names: dict = {}
     exec(compile(snippet, "README.md", "exec"), names)
     assert names["y"].shape == (2, 6, 5)
+
+
+def test_commands_that_are_shown_are_understood():
+    pytest.importorskip("jsonargparse")
+    pytest.importorskip("torchvision")
+    from odconv.app.cli import COMMANDS, find_command, parse_options
+
+    text = "\n".join(page.read_text() for page in [*PAGES, *ROOT.glob("weights/*/README.md")])
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.M | re.S)
+    shown = "".join(block for language, block in blocks if language in ("", "sh")).replace("\\\n", "")
+    lines = re.findall(r"^(?:.* )?odconv ((?:detect )?\S+)(.*)$", shown, flags=re.M)
+    commands = {(name, words.partition(" > ")[0]) for name, words in lines if name in COMMANDS and "..." not in words}
+    assert len({name for name, _ in commands}) > 15
+    for name, words in sorted(commands):
+        parse_options(name, find_command(name), shlex.split(words, comments=True))
 
 
 @pytest.mark.parametrize(

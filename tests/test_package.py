@@ -47,6 +47,7 @@ def test_both_hold_every_file_of_the_package(built: tuple[Path, Path]) -> None:
         names = {name.partition("/")[2] for name in file.getnames()}
     assert ours == {name.removeprefix("src/") for name in names if name.startswith("src/")}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"} <= names
+    assert not [name for name in names if name.startswith("weights")]
     with zipfile.ZipFile(wheel) as packed:
         assert ours == {name for name in packed.namelist() if name.startswith("odconv/")}
 

@@ -41,6 +41,11 @@ def test_another_row_is_another_table(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_figure_in_a_sentence_is_that_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = '(../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025 epoch=1: top1")'
     assert tables.written(f"It is [1.0]{link}, or [1]{link}.") == f"It is [80.3]{link}, or [80]{link}."
+    wanted = {"images": "short side 375, quality 98", "way": "pil", "kind": "whole", "mode": "training"}
+    rate = int(tables.row("decoding", **wanted)["images_per_second"])
+    words = " ".join(f"{name}='{value}'" for name, value in wanted.items())
+    link = f'(../benchmarks/results/decoding.csv "{words}: images_per_second")'
+    assert tables.written(f"[1,000]{link}, [1]{link}") == f"[{rate:,}]{link}, [{rate}]{link}"
     with pytest.raises(ValueError, match="has 3 rows"):
         tables.written('[1](../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025: top1")')
 

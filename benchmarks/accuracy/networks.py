@@ -73,20 +73,34 @@ def build(
     network: str, method: str, stem: str, classes: int, dropout: float = 0.0, start: Start = "settled"
 ) -> nn.Module:
     """Build a network of the zoo with a method, freshly drawn."""
-    chosen = (METHODS | ABLATIONS)[method]
+    chosen, options = (METHODS | ABLATIONS)[method], layer_options(method, start)
     create = {"num_classes": classes, "dropout": dropout, "stem": stem}
     if method == "se":
         return add_squeeze_excitation(odconv.create_model(network, **create))
-    begun = STARTS[start]
-    if start == "settled":
-        begun = {"": {}, "dy_": starts.SETTLED["dyconv"], "cond_": {}, "od_": begun}[chosen.prefix]
-    options = (begun if chosen.prefix else {}) | chosen.options
     if options.pop("warm_start", False):
         model = odconv.create_model(network, **create)
         return odconv.convert(model, kernel_num=chosen.kernel_num, **options)
     paces = dict.fromkeys(starts.PACE, 1.0) if start == "calm heads" else {}
     with patch.dict(starts.PACE, paces):
         return odconv.create_model(chosen.prefix + network, kernel_num=chosen.kernel_num, **create, **options)
+
+
+def layer_options(method: str, start: Start) -> dict[str, Any]:
+    """Return the options of the dynamic layers that a method and a start mean."""
+    chosen, begun = (METHODS | ABLATIONS)[method], STARTS[start]
+    if start == "settled":
+        begun = {"": {}, "dy_": starts.SETTLED["dyconv"], "cond_": {}, "od_": begun}[chosen.prefix]
+    return (begun if chosen.prefix else {}) | chosen.options
+
+
+def described(network: str, method: str, start: Start) -> tuple[str, dict[str, Any]]:
+    """Return the name of a network in the zoo, and what options its layers have besides."""
+    prefix, options = (METHODS | ABLATIONS)[method].prefix, layer_options(method, start)
+    options.pop("warm_start", None)  # how it begins, and not what it is
+    settled = starts.SETTLED["odconv"]
+    if prefix == "od_" and settled.items() <= options.items():
+        return f"odl_{network}", {name: value for name, value in options.items() if name not in settled}
+    return prefix + network, options
 
 
 def add_squeeze_excitation(model: nn.Module, reduction: int = 16) -> nn.Module:

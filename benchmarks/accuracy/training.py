@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from benchmarks.accuracy.cells import Cell
-from benchmarks.accuracy.networks import ABLATIONS, METHODS, build
+from benchmarks.accuracy.networks import ABLATIONS, METHODS, build, described
 from benchmarks.common import origin, subset
 
 from odconv.app.classify.config import TrainConfig
@@ -19,42 +19,23 @@ from odconv.app.data import Images, open_data
 from odconv.app.engine.layer_options import count_parameters
 from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.app.engine.resume import find_resumed
+from odconv.app.engine.run_folder import write_beginning
 from odconv.app.engine.trainer import make_training
 
 FOLDERS = {"imagenette": "imagenette96", "cifar10": "cifar10"}
 VALIDATION = 10  # one in so many training images is cut off, where recipes are chosen
 MEASURED = 2000  # so many of them at most are measured on
 SPLIT_SEED = 0  # the same images for every cell
+MIN_SCALE = 0.35  # of a crop
 
 
 def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
     """Train a cell's network in the folder `out`, or go on there; return the row."""
     recipe, method = cell.recipe, (METHODS | ABLATIONS)[cell.method]
     images, tested, classes = open_images(cell, data)
-    config = TrainConfig(
-        out=str(out),
-        arch=method.prefix + cell.network,
-        kernel_num=method.kernel_num,
-        data=str(data),
-        image_size=recipe.image_size,
-        resize_size=recipe.image_size,
-        augment=recipe.augment,
-        stem=recipe.stem,
-        dropout=recipe.dropout,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        test_batch=250,
-        lr=recipe.lr,
-        lr_decay="cos",
-        wd=recipe.wd,
-        temp_init=recipe.temp_init,
-        temp_epoch=recipe.temp_share * recipe.epochs,  # type: ignore[arg-type]  # a fraction of an epoch is fine
-        devices=1,
-        seed=cell.seed,
-        workers=workers,
-        resume="auto",
-    )
+    config = options_of(cell, data, out, workers, len(classes))
     resumed = find_resumed(config, classes, ())
+    write_beginning(config, resumed, processes=1)
     history = AccuracyHistory(out)
     trainer = make_training(config, "val_top1", [history])
     pl.seed_everything(cell.seed, verbose=False)
@@ -86,6 +67,40 @@ def train(cell: Cell, data: Path, out: Path, workers: int) -> dict[str, Any]:
     }
 
 
+def options_of(cell: Cell, data: Path, out: Path, workers: int, classes: int) -> TrainConfig:
+    """The options of `odconv train` that describe a cell's training, apart from the images of its split."""
+    recipe, method = cell.recipe, (METHODS | ABLATIONS)[cell.method]
+    arch, layer_options = described(cell.network, cell.method, recipe.start)
+    return TrainConfig(
+        out=str(out),
+        arch=arch,
+        kernel_num=method.kernel_num,
+        reduction=layer_options.pop("reduction", None),
+        init=layer_options.pop("init", "calm"),
+        layer_options=layer_options or None,
+        num_classes=classes,
+        data=str(data / FOLDERS[cell.dataset]),
+        image_size=recipe.image_size,
+        resize_size=recipe.image_size,
+        min_scale=MIN_SCALE,
+        augment=recipe.augment,
+        stem=recipe.stem,
+        dropout=recipe.dropout,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        test_batch=250,
+        lr=recipe.lr,
+        lr_decay="cos",
+        wd=recipe.wd,
+        temp_init=recipe.temp_init,
+        temp_epoch=recipe.temp_share * recipe.epochs,  # type: ignore[arg-type]  # a fraction of an epoch is fine
+        devices=1,
+        seed=cell.seed,
+        workers=workers,
+        resume="auto",
+    )
+
+
 def open_images(cell: Cell, data: Path) -> tuple[Images, Images, list[str]]:
     """The images to train on, those to measure on, and the names of the classes.
 
@@ -104,4 +119,4 @@ def open_images(cell: Cell, data: Path) -> tuple[Images, Images, list[str]]:
 
 @cache
 def opened(folder: str, image_size: int, augment: Any) -> Any:
-    return open_data(folder, image_size=image_size, resize_size=image_size, augment=augment, min_scale=0.35)
+    return open_data(folder, image_size=image_size, resize_size=image_size, augment=augment, min_scale=MIN_SCALE)

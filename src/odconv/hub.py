@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from odconv.checkpoints import load_checkpoint, save_safetensors
+from odconv.checkpoints import RELEASED, load_checkpoint, save_safetensors
 from odconv.models.build import check_described, create_model
 from odconv.profiling import profile
 from odconv.profiling.table import short
@@ -17,7 +17,7 @@ with needed_by("odconv.hub", "'odconv[models]'"):
     from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 
 START = ("weights", "warm_start", "init")
-WEIGHTS = "model.safetensors"
+WEIGHTS = RELEASED
 CONFIG = "config.json"
 CARD = """---
 {{ card_data }}

@@ -1,22 +1,54 @@
-"""Find the file that is meant: a path, or a repository on the Hugging Face Hub."""
+"""Find what is meant: a path, the name of released weights, or a repository on the Hugging Face Hub."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
-HUB_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
+RELEASED = "model.safetensors"
+"""The weights in a folder of `odconv release`."""
+
+HUB_FILES = (RELEASED, "pytorch_model.bin", "model.pth", "model.pt")
+PLACE = "ODCONV_WEIGHTS"
+"""The environment variable that names the folder in which released weights are found by name."""
+
+
+def weights_folder() -> Path:
+    """Return the folder of what has a name: that of ODCONV_WEIGHTS, or `weights` in the current one."""
+    return Path(os.environ.get(PLACE) or "weights")
+
+
+def released_names() -> list[str]:
+    """List the names of the released weights that are there."""
+    return sorted(file.parent.name for file in weights_folder().glob(f"*/{RELEASED}"))
+
+
+def find_released(weights: str | Path) -> Path:
+    """Return the folder of released weights that is meant by a name, where nothing is at that path.
+
+    Args:
+        weights: the name, a single word; or a path, which is returned as it is, and so is a name that is not there.
+    """
+    path = Path(weights)
+    return weights_folder() / path if str(path) in released_names() and not path.exists() else path
+
+
+def released_file(weights: str | Path) -> Path:
+    """Return the weights in a folder of `odconv release`, given by path or name; of other paths themselves."""
+    path = find_released(weights)
+    return file if (file := path / RELEASED).is_file() else path
 
 
 def resolve(weights: str | Path) -> Path:
-    """Find the file that is meant by a path or the name of a repository on the Hugging Face Hub.
+    """Find the file that is meant by a path, the name of released weights or that of a repository on the Hub.
 
     Args:
-        weights: a path; or "owner/name", where nothing is at that path and the name has no suffix of a checkpoint, or
-            "hf://owner/name" for the repository's model.safetensors, pytorch_model.bin, model.pth or model.pt; or
-            "hf://owner/name/file". Files of the Hub are downloaded once and kept in its own cache, which also serves
-            offline.
+        weights: a path; or the name of released weights, see :func:`find_released`; or "owner/name", where nothing is
+            at that path and the name has no suffix of a checkpoint, or "hf://owner/name" for the repository's
+            model.safetensors, pytorch_model.bin, model.pth or model.pt; or "hf://owner/name/file". Files of the Hub are
+            downloaded once and kept in its own cache, which also serves offline.
 
     Returns:
         The path of the file.
@@ -26,7 +58,7 @@ def resolve(weights: str | Path) -> Path:
         ValueError: a name that begins with hf:// and is none of the Hub's.
         ModuleNotFoundError: the Hub is meant, and huggingface_hub is not installed.
     """
-    path, name = Path(weights), str(weights)
+    path, name = released_file(weights), str(weights)
     if name.startswith("hf://"):
         on_hub = re.fullmatch(r"hf://([^/]+/[^/]+)(?:/(.+))?", name)
         if not on_hub:
@@ -37,7 +69,15 @@ def resolve(weights: str | Path) -> Path:
         return path
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(SUFFIXES):
         return _download(name, HUB_FILES)
-    raise FileNotFoundError(f"the weights {path} do not exist{similar_files(path)}")
+    raise FileNotFoundError(f"the weights {path} do not exist{similar_files(path)}{named(path)}")
+
+
+def named(path: Path) -> str:
+    """Name the released weights that are there, for a path that may have been meant as a name."""
+    if len(path.parts) > 1 or path.suffix in SUFFIXES:
+        return ""
+    names = ", ".join(released_names()) or "nothing"
+    return f"; by name there is {names} in the folder {weights_folder()} (${PLACE} names another)"
 
 
 def _download(repository: str, files: Sequence[str]) -> Path:

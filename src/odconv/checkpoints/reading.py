@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odconv.checkpoints.finding import resolve, similar_files
+from odconv.checkpoints.finding import named, released_file, resolve, similar_files
 from odconv.checkpoints.keys import FACTORS, NOTED_TEMPERATURE, attention_of, bare_names, is_temperature
 from odconv.system.text import first_few, printable
 
@@ -79,7 +79,7 @@ def read_checkpoint(weights: Weights) -> Checkpoint:
     published ODConv files, Lightning's, torchvision's). A prefix that wraps the keys, such as `module.`, is removed.
 
     Args:
-        weights: the path of the file.
+        weights: the path of the file; or of a folder of `odconv release`, or its name (:func:`find_released`).
 
     Returns:
         The checkpoint; its tensors are on the CPU.
@@ -93,9 +93,9 @@ def read_checkpoint(weights: Weights) -> Checkpoint:
     """
     if isinstance(weights, Checkpoint):
         return weights
-    path = Path(weights)
+    path = released_file(weights)
     if not path.exists():
-        raise FileNotFoundError(f"the checkpoint {path} does not exist{similar_files(path)}")
+        raise FileNotFoundError(f"the checkpoint {path} does not exist{similar_files(path)}{named(path)}")
     if path.is_dir():
         raise IsADirectoryError(f"the checkpoint {path} is a folder, not a file{similar_files(path / path.name)}")
     path.open("rb").close()  # whatever fails from here on is the fault of the content

@@ -57,7 +57,8 @@ def create_model(
             for dy_, 1/16 for kw_ (1/32 for MobileNetV2 at budgets below 1).
         num_classes: outputs of the classifier, at least 1. Default 1000.
         dropout: share dropped before the classifier, at least 0 and below 1. Default 0.
-        weights: a checkpoint to load: a path, or owner/name or hf://owner/name/file for the Hugging Face Hub, or what
+        weights: a checkpoint to load: a path, or the name of a folder of `odconv release` in the folder weights, or
+            owner/name or hf://owner/name/file for the Hugging Face Hub, or what
             :func:`odconv.checkpoints.read_checkpoint` read of it; see :func:`odconv.load_checkpoint`.
         stem: "standard", or "small" for images of about 32 pixels: a stem that keeps their size.
         warm_start: `weights` are those of the static network of the same name; the dynamic one starts from them, see

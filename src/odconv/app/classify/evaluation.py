@@ -25,8 +25,8 @@ def evaluate(
     """Measure the accuracy of a checkpoint.
 
     Args:
-        weights: A checkpoint of odconv train or a folder of odconv release, which say what network it is, or another
-            file of weights.
+        weights: A checkpoint of odconv train, or a folder of odconv release or its name, which say what network it is;
+            or another file of weights.
         data: Folder with val/ (or an archive of it), folder of CIFAR-10, or the word digits.
         test_batch: Images in a step, over all processes.
         workers: Processes that read images; default: by the number of CPU cores, at most 8.

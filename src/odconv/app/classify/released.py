@@ -12,7 +12,8 @@ from odconv.checkpoints import malformed
 from odconv.export.opened import SUFFIXES as EXPORTED
 
 NOTES = "classifier.json"
-"""What a released classifier is given and answers: image_size, resize_size, classes. Folders of HubModel lack it."""
+"""What a released classifier is given and answers: image_size, resize_size, classes (the names of their folders), and
+names (what they are called) if these say it better. Folders of HubModel lack it."""
 
 
 class Released(NamedTuple):
@@ -55,4 +56,8 @@ def read_notes(path: Path, outputs: int) -> dict[str, Any]:
         check(found)
         if not all(isinstance(name, str) for name in found["classes"]) or len(found["classes"]) > outputs:
             raise ValueError(f"{path} is malformed: classes must be at most {outputs} names, got {found['classes']!r}")
+        if names := notes.get("names"):
+            if not all(isinstance(name, str) for name in names) or len(names) != len(found["classes"]):
+                raise ValueError(f"{path} is malformed: names must be {len(found['classes'])} names, got {names!r}")
+            found["names"] = names
     return found

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from odconv.app.classify.config import Stem
 from odconv.app.classify.released import Released, open_released
 from odconv.app.engine.config import check
-from odconv.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, malformed
+from odconv.checkpoints import Checkpoint, find_checkpoint, find_released, load_checkpoint, malformed
 from odconv.conversion.warehouse import NAME
 from odconv.layers import try_temperature
 from odconv.models.build import METHODS, check_described, check_layer_options, create_model, split_name
@@ -28,10 +27,11 @@ class Restored(NamedTuple):
     Attributes:
         model: the network, in evaluation mode.
         arch: its name.
-        classes: names of its outputs; None where they are not known.
+        classes: names of its outputs, those of the folders of its data; None where they are not known.
         num_classes: number of its outputs.
         image_size: side of the images to give it, in pixels.
         resize_size: shorter side before the centre is cropped, in pixels.
+        names: what the classes are called; None where that is their names.
     """
 
     model: nn.Module
@@ -40,6 +40,7 @@ class Restored(NamedTuple):
     num_classes: int
     image_size: int
     resize_size: int
+    names: list[str] | None = None
 
 
 def restore(
@@ -56,8 +57,8 @@ def restore(
     """Build the network of a checkpoint and load it.
 
     Args:
-        weights: A checkpoint of odconv train, or a folder of odconv release, which say all of the rest, or another
-            file of weights.
+        weights: A checkpoint of odconv train, or a folder of odconv release or its name, which say all of the rest, or
+            another file of weights.
         arch: Network of the checkpoint, such as od_resnet18; default: what the checkpoint says.
         kernel_num: Kernels of its dynamic layers; default: what the checkpoint says, else that of the network.
         reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
@@ -78,7 +79,7 @@ def restore(
     """
     numbers = {"kernel_num": kernel_num, "reduction": reduction, "image_size": image_size, "resize_size": resize_size}
     check({**numbers, "temperature": temperature})
-    if (folder := Path(weights)).is_dir():
+    if (folder := find_released(weights)).is_dir():
         network = {"arch": arch, "kernel_num": kernel_num, "reduction": reduction, "stem": stem}
         if given := [name for name, value in network.items() if value is not None]:
             raise ValueError(f"config.json of {weights} says what network it is; leave out {', '.join(given)}")
@@ -143,7 +144,7 @@ def _of_folder(
     model, config, notes = released
     _set_temperature(model, config["name"], temperature)
     sizes = evaluation_sizes(image_size, resize_size, notes)
-    return Restored(model, config["name"], notes.get("classes"), config["num_classes"], *sizes)
+    return Restored(model, config["name"], notes.get("classes"), config["num_classes"], *sizes, notes.get("names"))
 
 
 def _set_temperature(model: nn.Module, arch: str, temperature: float | None) -> None:

@@ -31,8 +31,8 @@ def export(
     """Write a trained network as a file for other programs.
 
     Args:
-        weights: A checkpoint of odconv train or a folder of odconv release, which say what network it is, or another
-            file of weights.
+        weights: A checkpoint of odconv train, or a folder of odconv release or its name, which say what network it is;
+            or another file of weights.
         out: File to write; one that is there is replaced.
         format: onnx, torch for a program of torch.export, or aoti for one compiled for this machine.
         form: Of ONNX: loop computes one image after the other, product a batch at once.
@@ -60,7 +60,7 @@ def export(
     restored = restore(weights, **network)
     notes = {
         "arch": restored.arch,
-        "classes": restored.classes,
+        "classes": restored.names or restored.classes,
         "image_size": restored.image_size,
         "resize_size": restored.resize_size,
         "mean": MEAN,

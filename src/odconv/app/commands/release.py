@@ -16,11 +16,13 @@ from odconv.app.data.transforms import MEAN, STD
 from odconv.app.engine.checkpoint_io import BEST
 from odconv.app.pages.reports import read_run
 from odconv.app.pages.reports.read_run import Run
+from odconv.app.predict.names import class_names
 from odconv.checkpoints import find_checkpoint, save_safetensors
 from odconv.hub import CONFIG, WEIGHTS, HubModel
 from odconv.profiling import profile
 from odconv.profiling.table import short
 from odconv.system.files import check_writable
+from odconv.system.text import count
 
 Precision = Literal["float16", "float32"]
 
@@ -67,7 +69,13 @@ The options of `odconv train` that are not its defaults:
 
 
 def release(
-    *, run: str, out: str, data_note: str, data: str | None = None, precision: Precision = "float16"
+    *,
+    run: str,
+    out: str,
+    data_note: str,
+    data: str | None = None,
+    classes: str | None = None,
+    precision: Precision = "float16",
 ) -> dict[str, Any]:
     """Turn the best checkpoint of a run into a small folder of weights, for others.
 
@@ -77,21 +85,24 @@ def release(
             given and answers, and a card that says what was measured.
         data_note: What the network was trained on, and under which licence that is; for the card.
         data: Where these data are, for measuring what is written; default: where the run found them.
+        classes: Text file with what to call a class in each line, in the order of their folders; default: as the
+            folders are called.
         precision: Of the weights: float16 for half the size, or float32; norms, biases and temperatures keep theirs.
 
     Returns:
         What was measured: top1 and top5 (in %), loss, images, corrupt, seconds.
 
     Raises:
-        ValueError: the run is none of a classifier, or a weight is too large for float16.
-        OSError: the run or its data cannot be read, or `out` cannot be written.
+        ValueError: the run is none of a classifier, or a weight is too large for float16, or `classes` has another
+            number of lines.
+        OSError: the run, `classes` or its data cannot be read, or `out` cannot be written.
     """
     folder, told = Path(out), read_run(run)
     if "detector" in told.config or "arch" not in told.config:
         raise ValueError(f"run must be the folder of a run of odconv train, got {run}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"out must be an empty folder, or not be there, got {out}")
-    network, notes = _open(told)
+    network, notes = _open(told, classes)
     weights = _rounded(network.model.state_dict(), precision)
     check_writable(folder)
     save_safetensors(weights, folder / WEIGHTS)
@@ -104,7 +115,7 @@ def release(
     return measured
 
 
-def _open(run: Run) -> tuple[HubModel, dict[str, Any]]:
+def _open(run: Run, names: str | None) -> tuple[HubModel, dict[str, Any]]:
     """Return the network of a run's best checkpoint, and what goes into NOTES."""
     checkpoint = find_checkpoint(run.folder / BEST)
     options = checkpoint.options
@@ -115,7 +126,10 @@ def _open(run: Run) -> tuple[HubModel, dict[str, Any]]:
         weights=checkpoint,
     )
     notes = {name: options[name] for name in ("image_size", "resize_size")}
-    return network, notes | {"classes": checkpoint.notes["classes"]}
+    notes["classes"] = checkpoint.notes["classes"]
+    if names is not None:
+        notes["names"] = class_names(names, None, len(notes["classes"]))
+    return network, notes
 
 
 def _rounded(state: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
@@ -142,12 +156,13 @@ def _card(
     data_note: str,
     precision: Precision,
 ) -> str:
-    size, classes = notes["image_size"], notes["classes"]
+    size, classes = notes["image_size"], notes.get("names", notes["classes"])
     counts = profile(network.model, (3, size, size))
     facts = {
         "measured, with the weights in this folder": f"top-1 {measured['top1']:.2f} %, top-5 {measured['top5']:.2f} %, "
         f"on the {measured['images']:,} images for evaluation",
-        "the run": f"best top-1 {run.best['top1']:.2f} %, after epoch {int(run.best['epoch'])}; {run.progress} epochs; "
+        "the run": f"best top-1 {run.best['top1']:.2f} %, after epoch {int(run.best['epoch'])}, which these same "
+        f"images chose; {run.last('top1'):.2f} % after the last; {run.progress} epochs; "
         f"odconv {run.machine.get('odconv')}, PyTorch {run.machine.get('torch')}",
         "parameters": f"{counts.parameters / 1e6:.2f}M, kernels and matrices in {precision}",
         f"multiply-adds at {size} x {size}": short(counts.madds),
@@ -160,7 +175,8 @@ def _card(
         for name, value in run.config.items()
         if name not in PLACES and value != run.defaults.get(name)
     }
-    kernels = f", {network.config['kernel_num']} kernels" if network.config["kernel_num"] else ""
+    number = network.config["kernel_num"]
+    kernels = f", {count(number, 'kernel')}" if number else ""
     return CARD.format(
         title=f"{network.config['name']}{kernels}",
         version=__version__,

@@ -44,8 +44,8 @@ def visualize(
 
     Args:
         images: Files, folders, or patterns such as 'photos/*.jpg'. Subfolders of a folder are classes.
-        weights: A checkpoint of odconv train or a folder of odconv release, which say what network it is, or another
-            file of weights.
+        weights: A checkpoint of odconv train, or a folder of odconv release or its name, which say what network it is;
+            or another file of weights.
         out: Folder for attentions.html, attentions.csv and the pictures; files of the same names are replaced.
         max_images: Images to measure at most, evenly chosen from the classes.
         shown: Images to draw at most, evenly chosen from those.
@@ -71,7 +71,7 @@ def visualize(
     if not dynamic:
         raise ValueError(f"{restored.arch} is static: it has no attentions to look at")
     known = restored.classes or []
-    answers = class_names(None, known, restored.num_classes)
+    answers = class_names(None, restored.names or known, restored.num_classes)
     pictures = read(images, known, answers, max_images, restored.image_size, restored.resize_size)
     print(f"{restored.arch}: looking at {len(pictures.paths)} images", flush=True)
     model = restored.model.to(place)

@@ -9,9 +9,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HOW = """weights must be given, the checkpoint of a dynamic network, such as
-  odconv demo --weights demo/digits_od_resnet18_4x/best.ckpt --static demo/digits_resnet18/best.ckpt
-In a checkout of odconv, `make demo` trains these two in a few minutes; odconv train makes others."""
+from odconv.checkpoints import released_names, weights_folder
+
+STATIC, DYNAMIC = "imagenette_static", "imagenette_odconv_4x"
+"""The names of what is shown where nothing else is said."""
+
+HOW = f"""weights must be given, since {STATIC} and {DYNAMIC} are not in the folder {{place}}.
+They are in a checkout of odconv: call odconv demo there, or let $ODCONV_WEIGHTS name its folder weights.
+Or say what to show, a dynamic network and a static one, such as the two that `make demo` trains in a few minutes:
+  odconv demo --weights demo/digits_od_resnet18_4x/best.ckpt --static demo/digits_resnet18/best.ckpt"""
 LOCAL = ("127.0.0.1", "localhost")
 
 
@@ -28,9 +34,11 @@ def demo(
     """Open a page for the browser: drop an image, see what networks say of it, how soon, and what the attentions do.
 
     Args:
-        weights: A checkpoint of odconv train, a folder that HubModel saved, or owner/name on the Hub; these say what
-            network it is. Or another file of weights, with arch.
-        static: The same of a network to compare it with, mostly the static one; default: none.
+        weights: A checkpoint of odconv train, a folder of odconv release or its name, or owner/name on the Hub; these
+            say what network it is. Or another file of weights, with arch. Default: imagenette_odconv_4x, if it and
+            imagenette_static are in the folder weights.
+        static: The same of a network to compare it with, mostly the static one; default: imagenette_static without
+            weights, else none.
         static_arch: Name of that network; default: what its checkpoint says.
         examples: Folder of images to offer; default: some that come with scikit-learn.
         host: Address to open; with one that is not 127.0.0.1, everybody who reaches this machine can use the page.
@@ -43,7 +51,9 @@ def demo(
         ImportError: gradio is not installed.
     """
     if weights is None:
-        raise ValueError(HOW)
+        if not {STATIC, DYNAMIC} <= {*released_names()}:
+            raise ValueError(HOW.format(place=weights_folder()))
+        weights, static = DYNAMIC, static or STATIC
     check_free(host, port)
     if find_spec("gradio") is None:
         raise ImportError("the page needs gradio: pip install 'odconv[demo]'")

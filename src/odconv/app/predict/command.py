@@ -38,8 +38,8 @@ def predict(
 
     Args:
         images: Files, folders, or patterns such as 'photos/*.jpg'.
-        weights: A checkpoint of odconv train, an exported file, a folder that HubModel saved, owner/name on the Hub, or
-            another file of weights.
+        weights: A checkpoint of odconv train, an exported file, a folder of odconv release or its name, owner/name on
+            the Hub, or another file of weights.
         top: How many classes to say of each.
         out: File to write to instead of the terminal, .csv or .json.
         batch_size: Images that the network is given at a time; default: 64 on a GPU, 4 elsewhere.

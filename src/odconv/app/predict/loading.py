@@ -36,7 +36,8 @@ def load_classifier(
 
     Args:
         weights: A checkpoint of odconv train, an exported file (.onnx or .pt2), a folder of odconv release or HubModel,
-            or owner/name on the Hugging Face Hub; these say what network it is. Or another file of weights, with arch.
+            the name of one in the folder weights, or owner/name on the Hugging Face Hub; these say what network it is.
+            Or another file of weights, with arch.
         arch: Network of the weights, such as od_resnet18; default: what the checkpoint says.
         kernel_num: Kernels of its dynamic layers; default: what the checkpoint says, else that of the network.
         reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
@@ -71,7 +72,7 @@ def load_classifier(
     if arch is None and _is_repository(weights):
         weights = str(_download(weights))
     restored = restore(weights, temperature=temperature, image_size=image_size, resize_size=resize_size, **network)
-    names = class_names(classes, restored.classes, restored.num_classes)
+    names = class_names(classes, restored.names or restored.classes, restored.num_classes)
     return Classifier(
         name=restored.arch,
         compute=restored.model.to(place),

@@ -1,0 +1,67 @@
+"""The folders in weights/: small trained networks with their cards, from the runs that made them.
+
+    python -m benchmarks.accuracy --data ../shared/data --datasets imagenette --methods static odconv_1x odconv_4x \\
+        --seeds 1
+    python -m benchmarks.weights --data ../shared/data
+
+The first command, hours long, trains what is not there yet; the second one writes every folder anew, and what its
+weights reach.
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.accuracy.cells import STUDIES
+from benchmarks.common import RESULTS, origin, write_rows
+
+from odconv.app.commands.release import release
+
+ROOT = Path(__file__).parents[1]
+METHODS = {"imagenette_static": "static", "imagenette_odconv_1x": "odconv_1x", "imagenette_odconv_4x": "odconv_4x"}
+"""The folders, by the methods of benchmarks.accuracy."""
+
+CLASSES = (
+    "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck", "gas pump",
+    "golf ball", "parachute",
+)  # fmt: skip
+NOTE = (
+    "Imagenette 2 (github.com/fastai/imagenette, Apache-2.0): ten classes of ImageNet, 9,469 images to train on and "
+    "3,925 to evaluate on, here from copies of 96 x 96 pixels. The images are ImageNet's, copyright of their owners, "
+    "for non-commercial research and education."
+)
+
+
+def write(name: str, run: Path, out: Path, data: Path) -> dict[str, Any]:
+    """Release a run as a folder of this name, in the place of one that is there; return its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        classes, made = Path(folder, "classes.txt"), Path(folder, name)
+        classes.write_text("\n".join(CLASSES), encoding="utf-8")
+        measured = release(run=str(run), out=str(made), data=str(data), data_note=NOTE, classes=str(classes))
+        shutil.rmtree(out / name, ignore_errors=True)
+        shutil.copytree(made, out / name)
+    size = sum(file.stat().st_size for file in (out / name).iterdir())
+    scores = {score: f"{measured[score]:.4f}" for score in ("top1", "top5")}
+    return {"name": name, "network": measured["arch"], "megabytes": f"{size / 1e6:.2f}", **scores, **origin()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with imagenette96")
+    parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "weights", help="folder for the folders")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = {cell.method: cell for cell in STUDIES["main"]("small", 1) if cell.dataset == "imagenette"}
+    runs = {name: args.runs / cells[method].name for name, method in METHODS.items()}
+    if missing := [run.name for run in runs.values() if not (run / "done").exists()]:
+        parser.error(f"{args.runs} must hold these runs, finished: {', '.join(missing)}")
+    rows = [write(name, run, args.out, args.data / "imagenette96") for name, run in runs.items()]
+    write_rows(RESULTS / "weights.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
