@@ -77,7 +77,7 @@ def test_it_is_the_reference(problem, seed):
 @pytest.mark.parametrize(
     ("shape", "geometry"),
     [
-        ((2, 70, 130, 2, (1, 1), (9, 8)), {}),
+        pytest.param((2, 70, 130, 2, (1, 1), (9, 8)), {}, marks=pytest.mark.slow),
         ((2, 66, 17, 1, (2, 1), (9, 8)), {}),
         ((1, 17, 131, 3, (1,), (133,)), {"stride": 2}),
         ((2, 34, 68, 2, (1, 1), (3, 3), 2), {"groups": 2}),

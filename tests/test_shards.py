@@ -582,7 +582,9 @@ def trickle(start: bytes) -> Callable[[SimpleHTTPRequestHandler], None]:
     ("start", "message"),
     [
         (b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n", "it comes at less than 10,000 bytes a second"),
-        (b"HTTP/1.0 200 OK\r\nContent-Type: text/plain", "not all of it within 1 s"),
+        pytest.param(
+            b"HTTP/1.0 200 OK\r\nContent-Type: text/plain", "not all of it within 1 s", marks=pytest.mark.slow
+        ),
         (b"HTTP/1.0 200 ", "not all of it within 1 s"),
     ],
     ids=["body", "header", "status"],

@@ -69,14 +69,14 @@ def compile_only(self, *args, warmup, **options):
 triton.runtime.driver.set_active(Hopper())
 JITFunction.run = compile_only
 zeros = lambda *shape: torch.zeros(shape, dtype=dtype)
-for dtype in (torch.bfloat16, torch.float32):
-    for channels, filters, n, side, groups in ((32, 64, 4, 8, 1), (1, 3, 1, 5, 1), (16, 16, 4, 8, 16)):
-        x, weight = zeros(1, channels, side, side), zeros(n, filters, channels // groups, 3, 3)
-        kernel, spatial, channel = zeros(1, n) if n > 1 else None, zeros(1, 3, 3), zeros(1, channels)
-        arguments = (x, weight, kernel, spatial, channel, None if groups > 1 else zeros(1, filters))
-        geometry = ([2, 2], [1, 1], [1, 1], groups)
-        y = conv(*arguments, *geometry)
-        conv_backward(y, *arguments, *geometry, [True] * 6)
+problems = [(torch.bfloat16, 32, 64, 4, 8, 1), (torch.float32, 1, 3, 1, 5, 1), (torch.bfloat16, 16, 16, 4, 8, 16)]
+for dtype, channels, filters, n, side, groups in problems:
+    x, weight = zeros(1, channels, side, side), zeros(n, filters, channels // groups, 3, 3)
+    kernel, spatial, channel = zeros(1, n) if n > 1 else None, zeros(1, 3, 3), zeros(1, channels)
+    arguments = (x, weight, kernel, spatial, channel, None if groups > 1 else zeros(1, filters))
+    geometry = ([2, 2], [1, 1], [1, 1], groups)
+    y = conv(*arguments, *geometry)
+    conv_backward(y, *arguments, *geometry, [True] * 6)
 print(*sorted(compiled))
 """
 KERNELS = "conv_gradient_kernel conv_kernel depthwise_gradient_kernel depthwise_kernel mix_gradient_kernel mix_kernel"
