@@ -495,7 +495,8 @@ TABLES: dict[str, Callable[..., str]] = {
     make.__name__: make
     for make in (
         best, targets, detectors, detect_evaluated, accelerating, export, quantising, serving, accuracy, ablations,
-        top1_by_method, starts, gradients, finetune, counters, bandwidth, reading, communication, decoding, decoding_steps, weights,
+        top1_by_method, starts, gradients, finetune, counters, bandwidth, reading, communication, decoding,
+        decoding_steps, weights,
     )
 }  # fmt: skip
 
