@@ -196,7 +196,8 @@ def test_what_is_found_on_an_image_does_not_depend_on_its_neighbours(name, backb
 
 def test_a_masked_pool_sees_no_padding():
     torch.manual_seed(0)
-    model = odconv.create_detector("mask_rcnn", "dy_tiny", masked_pool=True, **SIZES).double()
+    few = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20}
+    model = odconv.create_detector("mask_rcnn", "dy_tiny", masked_pool=True, **SIZES, **few).double()
     pooled = []
     for module in model.modules():
         if isinstance(module, odconv.layers.Attention) and module.heads:
