@@ -91,6 +91,7 @@ def test_the_file_is_plain_onnx_and_says_what_it_is(files):
 
 @pytest.mark.slow
 def test_another_form_and_opset(tmp_path):
+    torch.manual_seed(0)
     path = tmp_path / "net.onnx"
     written = odconv.export_onnx(small(), path, SIZE, precision="int8", form="product", opset=20)
     assert 0 < written.error < 0.02
@@ -152,7 +153,7 @@ def test_the_command(tmp_path, capsys):
     given = ["--weights", str(tmp_path / "net.pth"), "--arch", "od_resnet18", "--kernel_num", "4", "--stem", "small"]
     given += ["--image_size", "64", "--out", str(tmp_path / "net.onnx"), "--precision", "int8"]
     assert main(["export", *given]) == 0
-    assert "od_resnet18, ONNX with opset 18, int8, 45." in capsys.readouterr().out
+    assert "od_resnet18, ONNX with opset 18, int8, 46." in capsys.readouterr().out
     assert main(["export", *given, "--format", "torch", "--out", str(tmp_path / "net.pt2")]) == 1
     assert "got 'int8'" in capsys.readouterr().err
 
