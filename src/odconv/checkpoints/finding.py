@@ -32,7 +32,10 @@ def find_released(weights: str | Path) -> Path:
         weights: the name, a single word; or a path, which is returned as it is, and so is a name that is not there.
     """
     path = Path(weights)
-    return weights_folder() / path if str(path) in released_names() and not path.exists() else path
+    if path.exists() or len(path.parts) != 1:
+        return path
+    folder = weights_folder() / path
+    return folder if (folder / RELEASED).is_file() else path
 
 
 def released_file(weights: str | Path) -> Path:

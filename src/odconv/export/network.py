@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from odconv.layers import Attention, PoolingAttention
-from odconv.layers.attention import pooling
+from odconv.layers import Attention
+from odconv.layers.attention import has_attentions, pooling
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 TRACED = get_args(Precision)[:3]
@@ -95,7 +95,7 @@ def trace(
         raise ValueError(f"input_size must be (C, H, W), (C, L) or (C, D, H, W), each at least 1, got {input_size!r}")
     if precision not in TRACED:
         raise ValueError(f"precision must be one of {TRACED}, got {precision!r}")
-    if sizes and not any(isinstance(part, PoolingAttention) for part in model.modules()):
+    if sizes and not has_attentions(model):
         raise ValueError("sizes are for networks with dynamic layers, whose attentions see padding; this has none")
     dtype = getattr(torch, precision)
     copied = copy.deepcopy(model).eval().requires_grad_(False).to(device, torch.float32)

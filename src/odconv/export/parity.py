@@ -48,9 +48,10 @@ def verify(
     worst = 0.0
     for shape in input_shapes:
         images = torch.randn(*shape, generator=random)
-        parts = [torch.randint(1, length + 1, shape[:1], generator=random) for length in shape[2:]]
-        sizes = torch.stack(parts, 1) if opened.takes_sizes else None
-        placed = images.to(device)
+        sizes, placed = None, images.to(device)
+        if opened.takes_sizes:
+            parts = [torch.randint(1, length + 1, shape[:1], generator=random) for length in shape[2:]]
+            sizes = torch.stack(parts, 1)
         with told(network, placed, None if sizes is None else sizes.to(device)):
             wanted = named_outputs(network(placed))
         for (name, value), other in zip(wanted.items(), opened.compute(images, sizes), strict=True):

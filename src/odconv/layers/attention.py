@@ -306,6 +306,11 @@ def pool_inside(model: nn.Module, extent: Tensor) -> Iterator[None]:
         yield
 
 
+def has_attentions(model: nn.Module) -> bool:
+    """Return whether something in a network pools its maps for an attention, and so sees padding."""
+    return any(isinstance(part, PoolingAttention) for part in model.modules())
+
+
 @contextmanager
 def pooling(model: nn.Module, extent: Tensor) -> Iterator[None]:
     """Do what :func:`pool_inside` does with an extent that is right, whose values may not be known yet."""

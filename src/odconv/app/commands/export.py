@@ -8,7 +8,7 @@ from odconv.export.network import Precision
 from odconv.export.onnx_file import Form, export_onnx
 from odconv.export.torch_file import export_torch
 from odconv.export.written import Written
-from odconv.layers import PoolingAttention
+from odconv.layers.attention import has_attentions
 from odconv.system.devices import Device, find_device
 
 Format = Literal["onnx", "torch", "aoti"]
@@ -131,7 +131,6 @@ def export_backbone(
     place = find_device(device)
     restored = restore(weights, **detector)
     backbone: Any = restored.model.backbone.to(place)
-    dynamic = any(isinstance(part, PoolingAttention) for part in backbone.modules())
     title = f"backbone of {restored.name}"
     notes = {"detector": restored.name, "classes": restored.classes, "mean": MEAN, "std": STD}
     return _export(
@@ -147,7 +146,7 @@ def export_backbone(
         precision=precision,
         batch_one=batch_one,
         dynamic_size=dynamic_size,
-        sizes=dynamic and bool(restored.model.masked_pool) if sizes is None else sizes,
+        sizes=bool(restored.model.masked_pool) and has_attentions(backbone) if sizes is None else sizes,
         verify=verify,
     )
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 
-from odconv.layers import PoolingAttention, pool_inside
+from odconv.layers import pool_inside
+from odconv.layers.attention import has_attentions
 
 
 class Independent:
@@ -23,7 +24,7 @@ class Independent:
         """Return losses in training mode, else the detections of each image; see torchvision's."""
         compute: Any = super().forward  # type: ignore[misc]
         own: Any = self
-        if not any(isinstance(module, PoolingAttention) for module in own.backbone.modules()):
+        if not has_attentions(own.backbone):
             return compute(images, targets)
         if own.masked_pool:
             with ExitStack() as stack:

@@ -220,6 +220,13 @@ inline Packed packed_of(int64_t n, int64_t lanes, int64_t channels, int64_t taps
   return out;
 }
 
+// Pack the n kernels of a block one after the other.
+template <class T>
+void pack_block(const Kernels<T>& kernels, const Block& block, Buffer<float>& buffer, T* out) {
+  const T* in = kernels.data + block.filters.first * kernels.lane_step;
+  for (int64_t i = 0; i < kernels.n; ++i) pack_pairs<T>(in + i * kernels.size, kernels.lane_step, block, buffer, out + i * block.packed());
+}
+
 template <class T>
 void pack_half(const Kernels<T>& kernels, int64_t groups, T* out) {
   constexpr int L = Simd<float>::LANES;
@@ -229,10 +236,8 @@ void pack_half(const Kernels<T>& kernels, int64_t groups, T* out) {
     for (int64_t task = begin; task < end; ++task) {
       const Span& filters = packed.blocks[task % blocks];
       const Block block = {filters, ceil_div(filters.count, L) * L, kernels.rows, kernels.taps};
-      const Kernels<T> here = kernels.of_group(task / blocks);
       T* to = out + task / blocks * packed.from.back() + packed.from[task % blocks];
-      for (int64_t i = 0; i < kernels.n; ++i)
-        pack_pairs<T>(here.data + i * here.size + filters.first * here.lane_step, here.lane_step, block, Scratch<float>::mine().blend, to + i * block.packed());
+      pack_block<T>(kernels.of_group(task / blocks), block, Scratch<float>::mine().blend, to);
     }
   });
 }
@@ -293,9 +298,7 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, cons
         const T* packed = given ? given + group * before.from.back() + before.from[at] : packs;
         T* mixed = reinterpret_cast<T*>(scratch.mixed.get(block.packed() / 2));
         float* sums = scratch.out.get(POSITIONS * block.width);
-        if (packs && packs_first && (task == begin || task % samples == 0))
-          for (int64_t i = 0; i < n; ++i)
-            pack_pairs<T>(here.data + i * here.size + lanes.first * here.lane_step, here.lane_step, block, scratch.blend, packs + i * block.packed());
+        if (packs && packs_first && (task == begin || task % samples == 0)) pack_block<T>(here, block, scratch.blend, packs);
         mix_half<T>(here, block, gates, sample, own, packs_first, packed, scratch, mixed);
         const int64_t first = group * kernels.lanes + lanes.first;
         Lanes<float> per(epilogue, gates.lanes ? gates.lanes + own * kernels.lanes + lanes.first : nullptr, sample, first, lanes.count);
