@@ -21,7 +21,7 @@ from small_runs import COMMAND
 import odconv
 from odconv import __version__, create_model
 from odconv.app import cli
-from odconv.app.cli import COMMANDS, Command, main, parse_options
+from odconv.app.cli import COMMANDS, Command, find_command, main, parse_options
 from odconv.app.commands.listing import find_recipes
 from odconv.app.commands.profile import profile_networks as profile
 from odconv.app.demo import networks as demo
@@ -281,6 +281,22 @@ def test_bad_data(fails, tmp_path: Path) -> None:
     fails("has no train/", *train, no_train)
     differ = make_folder(tmp_path / "differ", {"train": ("cat", "dog"), "val": ("cat", "cow")})
     fails("different classes.*dog.*cow", *train, differ)
+
+
+@pytest.mark.parametrize("command", ["detect export", "detect evaluate"])
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], None), (["--masked_pool"], True), (["--masked_pool", "false"], False), (["--masked_pool", "null"], None)],
+    ids=str,
+)
+def test_switches_whose_default_is_said_elsewhere(command: str, words: list[str], value: bool | None) -> None:
+    given = ["--weights", "x.ckpt", *words, *(["--out", "x.onnx"] if "export" in command else ["--data", "coco"])]
+    assert parse_options(command, find_command(command), given).get("masked_pool") is value
+
+
+def test_sizes_are_a_switch() -> None:
+    given = ["--weights", "x.ckpt", "--sizes", "--out", "x.onnx"]
+    assert parse_options("detect export", find_command("detect export"), given)["sizes"] is True
 
 
 def test_bad_checkpoints(fails, tmp_path: Path) -> None:

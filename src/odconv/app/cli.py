@@ -143,9 +143,15 @@ def make_parser(name: str, function: Callable[..., Any]) -> Any:
     if len(positional) < len(parameters):  # not in vain: it looks for the function in odconv too, which imports PyTorch
         parser.add_function_arguments(function, as_group=False, skip={parameter.name for parameter in positional})
     for action in parser._actions:
-        if isinstance(action.default, bool):
+        if _is_switch(action):
             action.nargs = "?"  # in the help; _arrange adds the value
     return parser
+
+
+def _is_switch(action: Any) -> bool:
+    """Return whether an option is true or false, or one of these where nothing says which."""
+    hint = getattr(action, "_typehint", None)
+    return isinstance(action.default, bool) or {*get_args(hint)} == {bool, NoneType}
 
 
 def parse_options(name: str, function: Callable[..., Any], arguments: list[str]) -> dict[str, Any]:
@@ -153,7 +159,7 @@ def parse_options(name: str, function: Callable[..., Any], arguments: list[str])
     import jsonargparse
 
     parser = make_parser(name, function)
-    switches = [action for action in parser._actions if isinstance(action.default, bool)]
+    switches = [action for action in parser._actions if _is_switch(action)]
     switch_names = {name for action in switches for name in action.option_strings}
     try:
         options = parser.parse_args(_arrange(arguments, switch_names, name in RECIPES)).as_dict()
@@ -175,7 +181,7 @@ def _arrange(arguments: Iterable[str], switches: Collection[str], recipes: bool)
             words = words[1:]
         elif recipes and word.startswith("--config="):
             first.append(word)
-        elif word in switches and words[:1] not in (["true"], ["false"]):
+        elif word in switches and words[:1] not in (["true"], ["false"], ["null"]):
             rest.append(f"{word}=true")
         else:
             rest.append(word)
