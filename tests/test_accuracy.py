@@ -28,6 +28,7 @@ import odconv
 from odconv.app.classify.module import ClassifierTraining
 from odconv.app.classify.restore import restore
 from odconv.app.commands.release import release
+from odconv.layers import PerSampleConv
 
 pytestmark = pytest.mark.slow  # of benchmarks
 
@@ -68,14 +69,14 @@ def test_every_method_builds(network):
     for method in METHODS | ABLATIONS:
         with torch.device("meta"):
             model = build(network, method, "small", 10)
-        dynamic = [m for m in model.modules() if hasattr(m, "kernel_num")]
+        dynamic = [m for m in model.modules() if isinstance(m, PerSampleConv)]
         assert bool(dynamic) == (method not in ("static", "se"))
-        assert {layer.kernel_num for layer in dynamic} <= {(METHODS | ABLATIONS)[method].kernel_num}
+        assert {getattr(layer, "kernel_num", None) for layer in dynamic} <= {(METHODS | ABLATIONS)[method].kernel_num}
         assert (sum(p.numel() for p in model.parameters()) > static) == (method != "static")
 
 
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("method", ["dyconv", "odconv_1x", "reduction_4", "norm_layer", "zero_heads"])
+@pytest.mark.parametrize("method", ["dyconv", "odconv_1x", "kw_4x", "reduction_4", "norm_layer", "zero_heads"])
 def test_runs_say_which_network_they_train(method, start):
     arch, options = described("mobilenetv2_050", method, start)
     with torch.device("meta"):

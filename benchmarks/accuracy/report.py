@@ -14,6 +14,7 @@ from scipy import stats
 
 import odconv
 from odconv.app.pages.colours import COLOURS, FAINT, INK
+from odconv.layers.attention import try_temperature
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -234,7 +235,7 @@ def measure(network: str, size: int, stem: str, batch: int) -> Iterator[Row]:
         wait(device)
 
     for model in models.values():
-        odconv.set_temperature(model.train(), 30.0)
+        try_temperature(model.train(), 30.0)
     training = alternate({name: partial(step, name) for name in models}, SECONDS, 5)
     for model in models.values():
         model.eval()
