@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,16 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     train(**OPTIONS | RANDOM, data=str(folder), out=str(out))
     return out
+
+
+DRAWN = ("test_accuracy", "test_demo", "test_report", "test_visualize")
+"""The modules that look at pictures."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave the pictures of pages empty where no test looks at them: they take longer than the runs that they show."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in DRAWN:
+            patch.setattr("odconv.app.pages.drawing.Drawing.svg", lambda drawing: "<svg></svg>")
+        yield

@@ -38,7 +38,7 @@ def assert_is_the_reference(tensors, **geometry):
 
 @pytest.mark.parametrize(
     ("dims", "groups"),
-    [(1, 6), (2, 2), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(1, 1), (1, 2), (2, 1), (2, 6)])],
+    [(1, 6), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(1, 1), (1, 2), (2, 1), (2, 2), (2, 6)])],
 )
 def test_a_kernel_for_each_sample(groups, dims):
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def problems(draw):
     return tensors, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(problem=problems(), seed=st.integers(0, 2**31))
 def test_it_is_the_reference(problem, seed):
     torch.manual_seed(seed)

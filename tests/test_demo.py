@@ -17,6 +17,7 @@ import httpx
 import pytest
 import torch
 from hostile_images import progressive
+from parameters import slow_except
 from PIL import Image
 from small_runs import COMMAND, wait_until
 
@@ -342,7 +343,7 @@ def test_drop_an_image(browse: Any, networks: dict[str, str], digit: Path) -> No
     page.wait_for_selector(".scroll", state="detached")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", slow_except(["light", "dark"], "dark"))
 def test_on_a_phone(browse: Any, digit: Path, scheme: str) -> None:
     page = browse(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     page.set_input_files("[type=file]", digit)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parameters import slow_except
 
 import odconv
 
@@ -90,10 +91,13 @@ def test_commands_that_are_shown_are_understood():
 
 @pytest.mark.parametrize(
     "page",
-    [
-        "index.md", "convert.md", "detect.md", "dimensions.md", "export.md", "networks.md", "predict.md", "report.md",
-        "visualize.md", "warehouse.md", "weights.md",
-    ],
+    slow_except(
+        [
+            "index.md", "convert.md", "detect.md", "dimensions.md", "export.md", "networks.md", "predict.md",
+            "report.md", "visualize.md", "warehouse.md", "weights.md",
+        ],
+        "index.md",
+    ),
 )  # fmt: skip
 def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     for package in ("torchvision", "safetensors", "huggingface_hub"):

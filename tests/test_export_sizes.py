@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parameters import slow_except
 from torch import nn
 
 import odconv
@@ -15,7 +16,6 @@ from odconv.export.opened import open_exported
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
-slow = pytest.mark.slow
 
 
 def small(to: str = "odconv") -> nn.Module:
@@ -38,7 +38,9 @@ def pad(images: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return batch, sizes
 
 
-@pytest.mark.parametrize("name", ["loop.onnx", "product.onnx", "program.pt2", pytest.param("aoti.pt2", marks=slow)])
+@pytest.mark.parametrize(
+    "name", slow_except(["loop.onnx", "product.onnx", "program.pt2", "aoti.pt2"], "loop.onnx", "program.pt2")
+)
 def test_padding_is_not_seen(name: str, tmp_path: Path) -> None:
     model, file = small(), tmp_path / name
     options = {"dynamic_size": True, "sizes": True}
@@ -57,7 +59,7 @@ def test_padding_is_not_seen(name: str, tmp_path: Path) -> None:
         assert (maps - model(batch)).abs().max() > 1e-3
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "precision"),
     [("dyconv", "int8"), ("condconv", "float16"), ("kernelwarehouse", "float32"), ("kernelwarehouse", "float16")],
@@ -84,7 +86,7 @@ def test_refused(tmp_path: Path) -> None:
         load_classifier(str(tmp_path / "net.onnx"))
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "inputs"), [([], 2), (["--sizes=false"], 1)])
 def test_a_detector_with_a_masked_pool(options: list[str], inputs: int, tmp_path: Path, capsys) -> None:
     torch.manual_seed(0)

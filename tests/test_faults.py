@@ -54,7 +54,7 @@ def freeze_in_mid_epoch(out: Path, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize(
     ("number", "workers"),
     [
-        (signal.SIGKILL, 2),
+        pytest.param(signal.SIGKILL, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),

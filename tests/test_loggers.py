@@ -40,6 +40,7 @@ def test_a_run_without_a_logger_has_its_report(folder: Path, tmp_path: Path) -> 
     assert "<h2>Throughput</h2>" in (tmp_path / "run/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_mlflow(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs more packages than the tests have

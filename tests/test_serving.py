@@ -158,6 +158,7 @@ def test_other_machines_are_kept_out(server):
         socket.create_connection(("127.0.0.2", port), timeout=5)
 
 
+@pytest.mark.slow
 def test_one_at_a_time_and_the_end(weights):
     with serving("--weights", str(weights), "--batch", "1") as (address, process):
         assert post(address, encoded(0))[0] == 200

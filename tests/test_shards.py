@@ -521,7 +521,7 @@ def server(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(download, "PAUSE", 0.01)
     with Server(copy) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -581,7 +581,7 @@ def trickle(start: bytes) -> Callable[[SimpleHTTPRequestHandler], None]:
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n", "it comes at less than 10,000 bytes a second"),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n", "it comes at less than 50,000 bytes a second"),
         pytest.param(
             b"HTTP/1.0 200 OK\r\nContent-Type: text/plain", "not all of it within 1 s", marks=pytest.mark.slow
         ),
@@ -594,6 +594,8 @@ def test_a_server_that_sends_a_byte_at_a_time_is_given_up(
 ) -> None:
     monkeypatch.setattr(download, "TIMEOUT", 0.5)
     monkeypatch.setattr(download, "INDEX_TIME", 1.0)
+    monkeypatch.setattr(download, "SLOWEST", 50_000)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
     server.faults = {"/val.json": [trickle(start)] * 4}
     began = time.monotonic()
     with pytest.raises(OSError, match=rf"/val\.json cannot be had: .*({message})"):

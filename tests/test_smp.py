@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from parameters import slow_except
 
 import odconv
 
@@ -24,7 +25,7 @@ def test_a_network_that_segments_learns_in_every_parameter(architecture, encoder
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", slow_except(ENCODERS, ENCODERS[0]))
 def test_the_encoder_takes_a_published_file(encoder, tmp_path):
     published = odconv.create_model(encoder, kernel_num=2)
     file = str(tmp_path / "published.pth.tar")

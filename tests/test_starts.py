@@ -208,7 +208,7 @@ def two_sides(n: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     ("optimizer", "warm_start"),
     [
         (partial(torch.optim.SGD, lr=0.1, momentum=0.9), False),
-        (partial(torch.optim.AdamW, lr=0.004), True),
+        pytest.param(partial(torch.optim.AdamW, lr=0.004), True, marks=pytest.mark.slow),
         pytest.param(partial(torch.optim.SGD, lr=0.1, momentum=0.9), True, marks=pytest.mark.slow),
         pytest.param(partial(torch.optim.AdamW, lr=0.004), False, marks=pytest.mark.slow),
     ],

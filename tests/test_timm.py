@@ -103,7 +103,7 @@ def test_the_deepest_network_has_the_weights_of_the_zoos():
     assert shapes[0] == shapes[1]
 
 
-@pytest.fixture(params=TWO)
+@pytest.fixture(params=slow_except(TWO, TWO[1]))
 def published_file(request, tmp_path):
     """A network of the zoo, and a file of its weights as the authors publish them."""
     own = stirred(odconv.create_model(request.param, kernel_num=2)).eval()

@@ -39,6 +39,7 @@ def test_published_schedule_at_every_iteration(name: str) -> None:
     epochs = 150 if "mobilenet" in name else 100
     assert (config.epochs, config.batch_size, config.accumulate) == (epochs, 256, 1)
     step = np.arange(1, epochs * batches + 1)
+    step = step[(step <= 100) | (step % batches <= 1) | (step % 97 == 0)]  # the ends of epochs, and others
     epoch = (step - 1) // batches
     if "mobilenet" in name:
         rates = 0.05 * 0.5 * (1 + np.cos(np.pi * epoch / 150))

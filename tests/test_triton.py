@@ -83,6 +83,7 @@ KERNELS = "conv_gradient_kernel conv_kernel depthwise_gradient_kernel depthwise_
 
 
 @NEEDS_TRITON
+@pytest.mark.slow
 def test_the_kernels_compile_for_hopper(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
