@@ -123,21 +123,13 @@ def test_minutes(monkeypatch, data, capsys):
 
 def test_temperature_is_set_where_it_changes(monkeypatch, data):
     temperatures = []
-    monkeypatch.setattr(study, "try_temperature", lambda model, value: temperatures.append(value))
+    monkeypatch.setattr(study.odconv, "set_temperature", lambda model, value: temperatures.append(value))
     recipe = Recipe(16, 4, 0.02, stem="small", batch_size=10, temp_init=7.0, temp_share=0.5)  # 3 steps an epoch
     trained([cell("odconv_4x", recipe=recipe)], data)
     assert temperatures == [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     temperatures.clear()
     trained([cell("odconv_4x", recipe=Recipe(16, 1, 0.02, stem="small", temp_share=0.0))], data)
     assert temperatures == []
-
-
-def test_the_blend_of_kernelwarehouse_falls(monkeypatch, data):
-    blends = []
-    monkeypatch.setattr(study, "try_blend", lambda model, value: blends.append(value))
-    recipe = Recipe(16, 20, 0.02, stem="small", batch_size=10)  # 3 steps an epoch, the blend falls in 2 epochs
-    trained([cell("kw_1x", recipe=recipe)], data)
-    assert blends == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])

@@ -63,7 +63,7 @@ def write_images(root):
 @pytest.mark.parametrize("index", [0, 2, 4])
 def test_mixed_kernels_differ_as_the_static_ones_of_single_images_do(numbers, index, monkeypatch):
     monkeypatch.setattr("odconv.attentions.kernels.NUMBERS", numbers)
-    model = Sharing().eval()
+    model = Sharing(init="published").eval()
     x, labels = torch.randn(5, 3, 9, 9), torch.tensor([0, 1, 0, 1, 1])
     kernels = torch.stack([odconv.to_static(model, [image[None]]).model.layers[index].weight.detach() for image in x])
     found = scatter_of_kernels(model.layers[index], record_attentions(model, x)[f"layers.{index}"], labels)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from benchmarks.accuracy.networks import ABLATIONS, METHODS, STARTS, Start
+from benchmarks.accuracy.networks import ABLATIONS, STARTS, Start
 
 MAIN = ("static", "dyconv", "odconv_1x", "odconv_4x", "se", "condconv", "kw_1x", "kw_4x")
 """The methods, those first that matter most if time is short."""
@@ -45,12 +45,6 @@ class Cell:
     seed: int
     recipe: Recipe
     split: Literal["test", "validation"] = "test"
-
-    @property
-    def falling(self) -> float:
-        """Epochs in which the temperature falls to 1, or KernelWarehouse's blend to 0."""
-        share = (METHODS | ABLATIONS)[self.method].blend_share or self.recipe.temp_share
-        return share * self.recipe.epochs
 
     @property
     def name(self) -> str:

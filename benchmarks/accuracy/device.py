@@ -24,12 +24,11 @@ from benchmarks.common import origin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import odconv
 from odconv.app.classify.config import TrainConfig
-from odconv.app.classify.schedule import blend, learning_rate, temperature
+from odconv.app.classify.schedule import learning_rate, temperature
 from odconv.app.data import Images, normalise, open_data
 from odconv.app.engine.layer_options import count_parameters
-from odconv.layers.attention import try_temperature
-from odconv.layers.warehouse_attention import try_blend
 
 MIN_SCALE, RATIO, TRIES = 0.35, 4 / 3, 10  # of a crop: its least area, its most ratio, and what torchvision tries
 TEST_BATCH = 250
@@ -200,8 +199,8 @@ class Network:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), self.rate, momentum=0.9, weight_decay=recipe.wd, fused=True
         )
-        self.config = schedule(cell)
-        self.held, self.loss = (1.0, 0.0), 0.0  # temperature and blend
+        self.config = schedule(recipe)
+        self.temperature, self.loss = 1.0, 0.0
         self.total = torch.zeros((), device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -214,11 +213,10 @@ class Network:
     def step(self, images: Tensor, labels: Tensor, number: int, steps: int) -> None:
         """Take a step, counted from 0, of an epoch of so many steps."""
         torch.manual_seed(hash((self.cell.seed, number)))  # of dropout, whoever else is trained
-        held = temperature(self.config, number + 1, steps), blend(self.config, number + 1, steps)
-        if held != self.held:
-            self.held = held
-            try_temperature(self.model, held[0])
-            try_blend(self.model, held[1])
+        degrees = temperature(self.config, number + 1, steps)
+        if degrees != self.temperature:
+            odconv.set_temperature(self.model, degrees)
+            self.temperature = degrees
         if self.stream is not None and number == EAGER:
             self.record(images, labels)
         if self.graph is None:
@@ -266,9 +264,8 @@ class Network:
         }
 
 
-def schedule(cell: Cell) -> TrainConfig:
-    """What the functions of :mod:`odconv.app.classify.schedule` need to know of a cell."""
-    recipe = cell.recipe
+def schedule(recipe: Recipe) -> TrainConfig:
+    """What the functions of :mod:`odconv.app.classify.schedule` need to know of a recipe."""
     return TrainConfig(
         out="",
         arch="",
@@ -277,7 +274,7 @@ def schedule(cell: Cell) -> TrainConfig:
         lr=recipe.lr,
         lr_decay="cos",
         temp_init=recipe.temp_init,
-        temp_epoch=cell.falling,  # type: ignore[arg-type]  # a fraction of an epoch is fine
+        temp_epoch=recipe.temp_share * recipe.epochs,  # type: ignore[arg-type]  # a fraction of an epoch is fine
     )
 
 

@@ -26,16 +26,12 @@ ATTENTIONS = ("channel", "filter", "spatial", "kernel")
 
 @dataclass(frozen=True)
 class Method:
-    """A method: its name in the report, the prefix of its networks in the zoo, and options of its layers.
-
-    `blend_share` is the part of the training in which KernelWarehouse's blend falls, as in its recipes.
-    """
+    """A method: its name in the report, the prefix of its networks in the zoo, and options of its layers."""
 
     title: str
     prefix: str = ""
     kernel_num: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    blend_share: float = 0.0
 
 
 def odconv_4x(title: str, **options: Any) -> Method:
@@ -49,8 +45,8 @@ METHODS = {
     "dyconv": Method("DyConv 4x", "dy_", 4),
     "odconv_1x": Method("ODConv 1x", "od_", 1),
     "odconv_4x": Method("ODConv 4x", "od_", 4),
-    "kw_1x": Method("KernelWarehouse 1x", "kw_", options={"budget": 1}, blend_share=0.1),
-    "kw_4x": Method("KernelWarehouse 4x", "kw_", options={"budget": 4}, blend_share=0.1),
+    "kw_1x": Method("KernelWarehouse 1x", "kw_", options={"budget": 1}),
+    "kw_4x": Method("KernelWarehouse 4x", "kw_", options={"budget": 4}),
 }
 ABLATIONS = {
     # without the kernel attention there is one kernel: ODConv 1x is 4x without it
@@ -92,12 +88,10 @@ def build(
 
 
 def layer_options(method: str, start: Start) -> dict[str, Any]:
-    """Return the options of the dynamic layers that a method and a start mean; KernelWarehouse has one start."""
+    """Return the options of the dynamic layers that a method and a start mean."""
     chosen, begun = (METHODS | ABLATIONS)[method], STARTS[start]
-    if chosen.prefix == "kw_":
-        begun = {}
-    elif start == "settled":
-        begun = {"": {}, "dy_": starts.SETTLED["dyconv"], "cond_": {}, "od_": begun}[chosen.prefix]
+    if start == "settled":
+        begun = {"": {}, "kw_": {}, "dy_": starts.SETTLED["dyconv"], "cond_": {}, "od_": begun}[chosen.prefix]
     return (begun if chosen.prefix else {}) | chosen.options
 
 

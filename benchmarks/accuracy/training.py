@@ -93,7 +93,7 @@ def options_of(cell: Cell, data: Path, out: Path, workers: int, classes: int) ->
         lr_decay="cos",
         wd=recipe.wd,
         temp_init=recipe.temp_init,
-        temp_epoch=cell.falling,  # type: ignore[arg-type]  # a fraction of an epoch is fine
+        temp_epoch=recipe.temp_share * recipe.epochs,  # type: ignore[arg-type]  # a fraction of an epoch is fine
         devices=1,
         seed=cell.seed,
         workers=workers,

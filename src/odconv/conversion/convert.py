@@ -29,7 +29,7 @@ FAMILIES: dict[str, list[type[DynamicConv]]] = {
     for method in ("ODConv", "CondConv", "DyConv")
 }
 WAREHOUSE: list[type[KWConv]] = [KWConv1d, KWConv2d, KWConv3d]
-WAREHOUSE_OPTIONS = ("budget", "stages", "reduction", "norm")
+WAREHOUSE_OPTIONS = ("budget", "stages", "reduction", "norm", "init")
 SHORTCUTS = {"downsample", "shortcut", "skip", "proj"}
 """Parts of the names that torchvision, timm and others give to the projections on their shortcuts."""
 
@@ -86,7 +86,7 @@ def convert(
 
     With "kernelwarehouse" the layers share the cells of a warehouse, which becomes the network's first module,
     `warehouse_manager`; the options are those of
-    :func:`~odconv.conversion.warehouse.convert_to_warehouse`: `budget`, `stages`, `reduction` and `norm`. With
+    :func:`~odconv.conversion.warehouse.convert_to_warehouse`: `budget`, `stages`, `reduction`, `norm` and `init`. With
     `warm_start` the blend is 1, and the network computes exactly what it did; see :func:`odconv.set_blend`.
 
     Args:

@@ -32,6 +32,7 @@ def convert_to_warehouse(
     stages: Sequence[str] | None = None,
     reduction: float = 1 / 16,
     norm: str = "batch",
+    init: str = "calm",
 ) -> nn.Module:
     """Do what :func:`odconv.convert` does for KernelWarehouse; see there for the other arguments.
 
@@ -45,6 +46,7 @@ def convert_to_warehouse(
             widths have so little in common that attentions would be large.
         reduction: width of the attentions' hidden layer as a share of C.
         norm: its norm, "batch" or "layer".
+        init: how the attentions are drawn, "calm" or "published".
 
     Returns:
         The model.
@@ -54,7 +56,7 @@ def convert_to_warehouse(
             warm start, or the model has a warehouse already, or a stage matches nothing.
     """
     _, pools = plan(model, include, exclude, budget, stages, reduction)
-    stock(model, pools, warm_start=warm_start, reduction=reduction, norm=norm, **ratios(budget))
+    stock(model, pools, warm_start=warm_start, reduction=reduction, norm=norm, init=init, **ratios(budget))
     return model
 
 

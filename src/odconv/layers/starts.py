@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from odconv.layers.attention import Attention
+    from odconv.layers.warehouse_attention import WarehouseAttention
 
 STARTS = ("calm", "published")
 
@@ -102,3 +103,33 @@ def draw_calm(attention: "Attention") -> None:
         head = getattr(attention, f"{name}_fc")
         nn.init.normal_(head.weight, std=LOGIT / pace * math.sqrt(2 / head.weight.shape[1]))
         nn.init.constant_(head.bias, 0.0 if name == "kernel" else math.log(share / (1 - share)))
+
+
+@torch.no_grad()
+def draw_published_warehouse(attention: "WarehouseAttention") -> None:
+    """Draw an attention of KernelWarehouse as published: Kaiming normal (fan-out, ReLU), biases 0."""
+    for layer in (attention.fc1, attention.fc2, attention.fc3):
+        if layer is not None:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    if attention.basis_bias is not None:
+        nn.init.zeros_(attention.basis_bias)
+
+
+@torch.no_grad()
+def draw_calm_warehouse(attention: "WarehouseAttention") -> None:
+    """Draw an attention of KernelWarehouse that begins at its assignment, whatever the blend, and moves slowly.
+
+    The bias is 1 for the cell that a piece is assigned to. The other logits of a row, small and normal, have sizes that
+    sum to about LOGIT: a row's shares are divided by the sum of its logits' sizes, and the more cells there are, the
+    more a row would differ from image to image.
+    """
+    draw_published_warehouse(attention)
+    rows = len(attention.place.pieces), attention.place.cells + 1
+    if isinstance(scale := attention.norm1.weight, Tensor):
+        nn.init.constant_(scale, PACE[attention.norm])
+    hidden = attention.fc2.weight.shape[1]
+    nn.init.normal_(attention.fc2.weight, std=LOGIT / rows[1] / PACE[attention.norm] * math.sqrt(2 / hidden))
+    bias = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
+    bias.view(rows).scatter_(1, attention.assignment[:, None], 1.0)

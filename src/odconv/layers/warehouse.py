@@ -49,7 +49,7 @@ class Warehouse(nn.Module):
         cell_inplane_ratio: channels of a cell as a share of the layers' greatest common divisor. Default 1.
         cell_outplane_ratio: filters of a cell likewise. Default 1.
         spatial_partition: whether each tap of a kernel is a piece of its own. Default True.
-        reduction, norm, basis_ratio: of the attentions, see
+        reduction, norm, basis_ratio, init: of the attentions, see
             :class:`~odconv.layers.warehouse_attention.WarehouseAttention`.
         device: where the parameters live.
         dtype: dtype of the parameters.
@@ -71,6 +71,7 @@ class Warehouse(nn.Module):
         reduction: float = 1 / 16,
         norm: str = "batch",
         basis_ratio: float = 1.0,
+        init: str = "calm",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -116,11 +117,12 @@ class Warehouse(nn.Module):
                 reduction=reduction,
                 norm=norm,
                 basis_ratio=basis_ratio,
+                init=init,
                 device=device,
                 dtype=dtype,
             )
             layer.join(self, number, attention)
-            draw(self.weights[number], place.start, ends[number])
+            draw(self.weights[number][place.start : ends[number]], place if init == "calm" else None)
         self.names = {name: [*own] for name, own in layers.items()}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -231,7 +233,15 @@ def assign(count: int, start: int, pool: Pool) -> tuple[Assignment, int]:
 
 
 @torch.no_grad()
-def draw(cells: Tensor, start: int, end: int) -> None:
-    """Draw the cells of a layer as those of one kernel, Kaiming normal (fan-out, ReLU)."""
-    filters, _, *window = cells.shape[1:]
-    nn.init.normal_(cells[start:end], std=math.sqrt(2 / ((end - start) * filters * math.prod(window))))
+def draw(cells: Tensor, place: Assignment | None) -> None:
+    """Draw the cells of a layer, (q, co, ci, *window), Kaiming normal (fan-out, ReLU).
+
+    Args:
+        cells: the cells.
+        place: where they lie: those that pieces are assigned to are as large as the cells of one kernel, and the others
+            like them. None, as published: all of them are the cells of one kernel.
+    """
+    count, filters, _, *window = cells.shape
+    if place is not None:
+        count = sum(cell < place.cells for cell in place.pieces)
+    nn.init.normal_(cells, std=math.sqrt(2 / (count * filters * math.prod(window))))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.layers.attention import PoolingAttention, call_in_dtype, normalise_one, pool
+from odconv.layers.starts import check_start, draw_calm_warehouse, draw_published_warehouse
 from odconv.ops.contract import Attentions, is_traced
 
 NORMS = ("batch", "layer")
@@ -46,6 +47,8 @@ class WarehouseAttention(PoolingAttention):
         reduction: width of the hidden layer as a share of C; it is 16 at least.
         norm: norm of the hidden layer: "batch", or "layer", with which that has a bias.
         basis_ratio: below 1, logits of other layers' cells are mixed of max(16, their number times this) ones.
+        init: how it is drawn: "calm", at its assignment and to train from the first step (see docs/starts.md), or
+            "published".
         device: where the parameters live.
         dtype: dtype of the parameters. The attention is computed in at least float32 whatever it is.
     """
@@ -58,6 +61,7 @@ class WarehouseAttention(PoolingAttention):
         reduction: float = 1 / 16,
         norm: str = "batch",
         basis_ratio: float = 1.0,
+        init: str = "calm",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -67,10 +71,11 @@ class WarehouseAttention(PoolingAttention):
         for name, value in (("reduction", reduction), ("basis_ratio", basis_ratio)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+        check_start(init)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = max(int(in_channels * reduction), 16)
         pieces, cells = len(assignment.pieces), assignment.cells
-        self.place = assignment
+        self.place, self.norm, self.init = assignment, norm, init
         self.basis_bias: nn.Parameter | None = None
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm == "layer", **placed)
         self.norm1: nn.Module = (nn.LayerNorm if norm == "layer" else nn.BatchNorm1d)(hidden, **placed)
@@ -91,16 +96,10 @@ class WarehouseAttention(PoolingAttention):
         self.register_load_state_dict_pre_hook(check_place)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the parameters as published: Kaiming normal (fan-out, ReLU), biases 0."""
-        for layer in (self.fc1, self.fc2, self.fc3):
-            if layer is not None:
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-        if self.basis_bias is not None:
-            nn.init.zeros_(self.basis_bias)
+        """Draw the parameters as `init` says; those of the norm are left where it is published."""
+        draw = draw_calm_warehouse if self.init == "calm" else draw_published_warehouse
+        draw(self)
 
     def set_blend(self, value: float) -> None:
         """Mix the shares with the fixed assignment from now on.

@@ -7,7 +7,7 @@ from torch import nn
 from odconv.conversion.warehouse import ratios, stock
 from odconv.models.zoo import Backbone
 
-OPTIONS = ("budget", "reduction")
+OPTIONS = ("budget", "reduction", "init")
 SETTINGS = (1, 2, 3, 4, 3, 3, 1)
 """Blocks of a MobileNetV2, setting by setting. The first block of one from the third on belongs to the stage before,
 and the last setting to that of the one before it."""
@@ -23,6 +23,7 @@ def make_warehouse(
     budget: float = 1.0,
     reduction: float | None = None,
     warm_start: bool = False,
+    init: str = "calm",
 ) -> None:
     """Put the convolutions of a static network of the zoo into a warehouse, in place, as published.
 
@@ -31,6 +32,7 @@ def make_warehouse(
         backbone: its row of the zoo.
         budget, reduction: as for :func:`plan`.
         warm_start: cut the cells from the network's kernels; for budgets of 1 and more.
+        init: how the attentions are drawn, "calm" or "published".
 
     Raises:
         ValueError: the budget is out of range or does not fit the widths.
@@ -43,7 +45,7 @@ def make_warehouse(
                 f"dropout must be 0 for MobileNetV2 of budget {budget}, published without, got {dropout.p}"
             )
         model.classifier = linear  # without dropout's place in the name
-    stock(model, pools, warm_start=warm_start, **options)
+    stock(model, pools, warm_start=warm_start, init=init, **options)
 
 
 def plan(

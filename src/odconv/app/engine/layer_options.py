@@ -41,7 +41,7 @@ def layer_options(config: RunConfig) -> dict[str, Any]:
     """Return the further options of the dynamic layers of a run: `init` and others; none for a static network."""
     given = config.layer_options or {}
     check_layer_options(config.arch, given)
-    return {"init": config.init, **given} if split_name(config.arch)[0] in METHODS else given
+    return given if split_name(config.arch)[0] is None else {"init": config.init, **given}
 
 
 def count_parameters(model: nn.Module) -> int:
