@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 import odconv
-from odconv.conversion.convert import find_family, options_of
+from odconv.conversion.convert import WAREHOUSE_OPTIONS, find_family, options_of
+from odconv.conversion.warehouse import METHOD
 
 METHODS = {  # options of odconv.convert; None stays static
     "static": None,
@@ -27,6 +28,8 @@ METHODS = {  # options of odconv.convert; None stays static
     "dyconv_4x": {"to": "dyconv"},
     "odconv_1x": {"to": "odconv", "kernel_num": 1},
     "odconv_4x": {"to": "odconv"},
+    "kernelwarehouse_1x": {"to": "kernelwarehouse", "budget": 1},
+    "kernelwarehouse_4x": {"to": "kernelwarehouse", "budget": 4},
 }
 VARIANTS = {  # further options
     "settled": {},
@@ -68,7 +71,7 @@ def network(method: str, variant: str, seed: int) -> nn.Module:
     options = METHODS[method]
     if options is None:
         return model
-    known = options_of(find_family(options["to"])[0])
+    known = WAREHOUSE_OPTIONS if options["to"] == METHOD else options_of(find_family(options["to"])[0])
     chosen = {name: value for name, value in VARIANTS[variant].items() if name in known}
     return odconv.convert(model, warm_start=False, **options | chosen)
 

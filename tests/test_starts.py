@@ -21,7 +21,7 @@ from torch import nn
 
 import odconv
 from odconv import convert
-from odconv.layers import Attention, DynamicConv
+from odconv.layers import Attention, DynamicConv, PerSampleConv
 from odconv.layers.starts import LOGIT, OPEN
 
 LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if re.fullmatch(r"(OD|Dy|Cond)Conv.*d", name)}
@@ -176,11 +176,15 @@ def test_a_new_network_learns_as_the_static_one(method: str, lr: float, steps: i
 
 
 @contextmanager
-def rearranged(layer: DynamicConv, rearrange: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def rearranged(layer: PerSampleConv, rearrange: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Let a layer compute with other attentions than those of its samples."""
-    hook = layer.attention.register_forward_hook(
-        lambda _, inputs, found: tuple(rearrange(attention).contiguous() for attention in found)
-    )
+
+    def others(_: nn.Module, inputs: tuple, found: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        if isinstance(found, torch.Tensor):
+            return rearrange(found).contiguous()
+        return tuple(rearrange(attention).contiguous() for attention in found)
+
+    hook = layer.attention.register_forward_hook(others)
     yield
     hook.remove()
 
@@ -202,7 +206,8 @@ def two_sides(n: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("to", "n"), [("odconv", 4), ("odconv", 1), (odconv.ODConv2d, 4), ("dyconv", 4), ("condconv", 8)]
+    ("to", "n"),
+    [("odconv", 4), ("odconv", 1), (odconv.ODConv2d, 4), ("dyconv", 4), ("condconv", 8), ("kernelwarehouse", 4)],
 )
 @pytest.mark.parametrize(
     ("optimizer", "warm_start"),
@@ -215,8 +220,11 @@ def two_sides(n: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 )
 def test_a_calm_layer_becomes_dynamic(to: str, n: int, optimizer: Callable, warm_start: bool) -> None:
     torch.manual_seed(0)
-    layer = convert(nn.Conv2d(8, 8, 3, padding=1), to, kernel_num=n, warm_start=warm_start)
-    steps = optimizer(layer.parameters())
+    network = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))  # which can hold a warehouse
+    number = {"budget" if to == "kernelwarehouse" else "kernel_num": n}
+    layer = convert(network, to, include="0", warm_start=warm_start, **number)[-1]
+    odconv.set_progress(network, 1.0)
+    steps = optimizer(network.parameters())
     for _ in range(600):
         x, target = two_sides(n, 32)
         loss = (layer(x) - target).square().mean()
