@@ -24,8 +24,9 @@ def load_checkpoint(model: nn.Module, path: Weights, strict: bool = True) -> Mis
 
     Where the file records the temperature at which its dynamic layers were trained, as a tensor of each attention or
     one for all beside the tensors, it is set in the model's; published files do not, and the model keeps its own.
-    Factors of gates and shares that a file holds (those of a network with a warm start) are taken over, and a warning
-    says so where the model had others. A file without them is a published one: it does not fit a model that has some.
+    Factors of gates and shares that a file holds (those of a network with a warm start) are taken over like it, and the
+    log says so (level INFO) where the model had others. A file without them is a published one: it does not fit a model
+    that has some.
 
     Args:
         model: the network.
@@ -82,7 +83,7 @@ def load_checkpoint(model: nn.Module, path: Weights, strict: bool = True) -> Mis
     model.load_state_dict(OrderedDict((own_name, state[key]) for key, own_name in fits.items()), strict=False)
     after = _factors(model)
     if changed := [f"{name}: {after[name]}, were {before[name]}" for name in after if after[name] != before[name]]:
-        logger.warning("factors of gates and shares were taken from %s: %s", path, first_few(changed, "; "))
+        logger.info("factors of gates and shares were taken from %s: %s", path, first_few(changed, "; "))
     return mismatch
 
 
