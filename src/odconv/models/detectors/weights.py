@@ -16,34 +16,6 @@ PREDICTOR = re.compile(
 """Tensors whose shape depends on the number of classes."""
 
 
-def load_backbone(network: nn.Module, weights: Weights) -> None:
-    """Load a classification checkpoint into a network whose classifier is not needed.
-
-    The classifier of the file, of any number of classes, is ignored; it may be absent. All else must fit.
-
-    Args:
-        network: a network with one linear layer, its classifier, which is replaced.
-        weights: whatever `odconv.create_model` takes: a path, or a name on the Hugging Face Hub.
-
-    Raises:
-        FileNotFoundError, ValueError, OSError: as :func:`odconv.load_checkpoint`, naming what does not fit.
-        ValueError: the network has no linear layer, or several.
-    """
-    checkpoint = find_checkpoint(weights)
-    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if len(names) != 1:
-        raise ValueError(f"the network must have one linear layer, its classifier, got {len(names)}")
-    name = names[0]
-    state = checkpoint.state
-    weight = state.get(f"{name}.weight")
-    if weight is None or weight.dim() != 2:
-        network.set_submodule(name, nn.Identity())
-    else:  # one that fits the file, so that the rest is loaded strictly
-        outputs, inputs = weight.shape
-        network.set_submodule(name, nn.Linear(inputs, outputs, bias=f"{name}.bias" in state))
-    load_checkpoint(network, checkpoint)
-
-
 def load_detector(detector: nn.Module, weights: Weights, new_predictor: bool = False) -> None:
     """Load the checkpoint of a detector: one of ours, torchvision's or mmdetection's.
 
