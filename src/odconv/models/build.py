@@ -1,12 +1,13 @@
 """The zoo: torchvision's networks with their convolutions replaced, as rows of data."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from odconv.checkpoints import Weights, find_checkpoint, load_checkpoint, size_limit
+from odconv.checkpoints import Weights, find_checkpoint, load_all_but, load_checkpoint, size_limit
 from odconv.conversion.convert import check_options, convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 from odconv.layers.starts import SETTLED
@@ -118,21 +119,10 @@ def load_all_but_classifier(network: nn.Module, weights: Weights) -> None:
         FileNotFoundError, ValueError, OSError: as :func:`odconv.load_checkpoint`, naming what does not fit.
         ValueError: the network has no linear layer, or several.
     """
-    checkpoint = find_checkpoint(weights)
-    linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if len(linear) != 1:
         raise ValueError(f"the network must have one linear layer, its classifier, got {len(linear)}")
-    ((name, classifier),) = linear.items()
-    weight = checkpoint.state.get(f"{name}.weight")
-    fitting: nn.Module = nn.Identity()
-    if weight is not None and weight.dim() == 2:  # the rest is to be loaded strictly
-        outputs, inputs = weight.shape
-        fitting = nn.Linear(inputs, outputs, bias=f"{name}.bias" in checkpoint.state)
-    network.set_submodule(name, fitting)
-    try:
-        load_checkpoint(network, checkpoint)
-    finally:
-        network.set_submodule(name, classifier)
+    load_all_but(network, find_checkpoint(weights), re.compile(rf"{re.escape(linear[0])}\."))
 
 
 def check_described(path: Path, name: str, **options: Any) -> None:
