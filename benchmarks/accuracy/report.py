@@ -278,6 +278,7 @@ def draw(main: Sequence[Row], costs: dict[tuple[str, ...], Row], path: Path) -> 
             axes.set_xlabel(label, color=INK)
             tidy(axes)
         title = f"{s['network']}, {DATASETS[s['dataset']]} at {s['image_size']} pixels, {s['epochs']} epochs"
+        title += f", start {s['start']}"
         line[0].set_title(title, loc="left", size=12, weight="bold", color=INK)
         line[0].set_ylabel("top-1, %", color=INK)
     named = {title: bar for axes in panels[:, 0] for bar, title in zip(*axes.get_legend_handles_labels(), strict=True)}
