@@ -274,7 +274,7 @@ def draw(main: Sequence[Row], costs: dict[tuple[str, ...], Row], path: Path) -> 
             ):
                 if own:
                     x = factor * float(costs[cost_key(own[0])][column])
-                    point(axes, x, [*top1(own).values()], TITLES[name], COLOURS[index])
+                    point(axes, x, [*top1(own).values()], TITLES[name], (*COLOURS, INK)[index])
             axes.set_xlabel(label, color=INK)
             tidy(axes)
         title = f"{s['network']}, {DATASETS[s['dataset']]} at {s['image_size']} pixels, {s['epochs']} epochs"
