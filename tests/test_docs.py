@@ -91,8 +91,9 @@ def test_commands_that_are_shown_are_understood():
 @pytest.mark.parametrize(
     "page",
     [
-        "index.md", "convert.md", "detect.md", "dimensions.md", "export.md", "networks.md", "predict.md", "report.md",
-        "visualize.md", "warehouse.md", "weights.md",
+        "index.md", "convert.md", "detect.md", "dimensions.md", "export.md", "layers.md", "networks.md", "predict.md",
+        "report.md", "starts.md", "visualize.md", "warehouse.md", "weights.md",
+        pytest.param("interop.md", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
