@@ -40,6 +40,7 @@ slow: $(VENV)/installed
 # docstrings are read, not imported: no PyTorch. --strict: a link that leads nowhere is an error
 docs: .venv-docs/installed
 	.venv-docs/$(PROGRAMS)/mkdocs build --strict
+	@echo "site/index.html is there; its search wants a server: python3 -m http.server -d site"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -157,6 +157,24 @@ def accelerating() -> str:
     )
 
 
+def warehouse() -> str:
+    """KernelWarehouse and its published form, all rounds, since the machine was busy."""
+    measured = {"inference, batch of 1": ("inference", "1"), "inference, batch of 8": ("inference", "8")}
+    measured["training step, batch of 8"] = ("training", "8")
+
+    def ratios(mode: str, batch: str, form: str) -> str:
+        found = rows("warehouse", mode=mode, batch=batch, form=form)
+        return ", ".join(fixed(one["ratio_to_static"], 2) for one in found)
+
+    def saved(form: str) -> str:
+        kept = [rows("warehouse", mode="training", form=one)[0]["saved_mb"] for one in (form, "static")]
+        return fixed(kept[0], 2, kept[1])
+
+    forms = ("ours", "published")
+    lines = [[title, *(ratios(*what, form) for form in forms)] for title, what in measured.items()]
+    return table(["", "ours", "published form"], [*lines, ["kept for the backward pass", *map(saved, forms)]])
+
+
 def export() -> str:
     def line(threads: str, model: str) -> list[str]:
         found = {form: row("export", form=form, model=model, batch="1", threads=threads) for form in forms}
@@ -221,13 +239,14 @@ def ablations() -> str:
 def top1_by_method(**wanted: str) -> str:
     """A line for each setting of benchmarks.accuracy, a column for each method."""
     chosen = [one for one in rows("accuracy", **wanted) if one["study"] in ("main", "longer")]
+    trained = [name for name in METHODS if any(one["method"] == name for one in chosen)]
     lines = []
     for setting, own in groups(chosen, MAIN_SETTINGS).items():
         s = dict(zip(MAIN_SETTINGS, setting, strict=True))
         by_method = groups(own, ["method"])
-        scores = [spread([*top1(by_method[(name,)]).values()]) if (name,) in by_method else "" for name in METHODS]
+        scores = [spread([*top1(by_method[(name,)]).values()]) if (name,) in by_method else "" for name in trained]
         lines.append([f"{ARCHITECTURES[s['network']]}, {DATASETS[s['dataset']]}, {s['epochs']} epochs", *scores])
-    return table(["", *(TITLES[name] for name in METHODS)], lines)
+    return table(["", *(TITLES[name] for name in trained)], lines)
 
 
 def starts() -> str:
@@ -494,8 +513,8 @@ def counters() -> str:
 TABLES: dict[str, Callable[..., str]] = {
     make.__name__: make
     for make in (
-        best, targets, detectors, detect_evaluated, accelerating, export, quantising, serving, accuracy, ablations,
-        top1_by_method, starts, gradients, finetune, counters, bandwidth, reading, communication, decoding,
+        best, targets, detectors, detect_evaluated, accelerating, warehouse, export, quantising, serving, accuracy,
+        ablations, top1_by_method, starts, gradients, finetune, counters, bandwidth, reading, communication, decoding,
         decoding_steps, weights,
     )
 }  # fmt: skip

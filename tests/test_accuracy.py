@@ -18,6 +18,7 @@ from benchmarks.accuracy.report import (
     ablation_tables,
     cost_key,
     difference,
+    draw,
     main_tables,
     seeds,
     top1,
@@ -193,6 +194,14 @@ def test_ablations_alone_are_reported():
     assert "| ODConv 4x | 1 | 52.00 |  |" in text
     assert "| 4x, no norm in the attention | 1 | 50.00 | -2.00 |" in text
     assert "| ODConv 4x, temperature 30 to 1 in the first 10 % | 1 | 10.00 | -42.00 |" in text
+
+
+def test_every_method_has_a_colour(tmp_path):
+    row = dict.fromkeys((*MAIN_SETTINGS, "device"), "1") | {"network": "resnet18", "dataset": "cifar10", "seed": "0"}
+    rows = [row | {"method": name, "top1": "50"} for name in METHODS]
+    costs = {cost_key(one): {"madds": "1e6", "training_ratio": "1", "inference_ratio": "1"} for one in rows}
+    draw(rows, costs, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
 
 
 def test_mistakes(monkeypatch, tmp_path, capsys):

@@ -539,10 +539,13 @@ def test_other_factors_than_those_of_the_model_are_said_in_words(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_safetensors(warm(2.0), tmp_path / "warm.safetensors")
+    caplog.set_level("INFO", "odconv")
     load_checkpoint(warm(2.0), tmp_path / "warm.safetensors")
     assert not caplog.messages
     load_checkpoint(warm(1.0), tmp_path / "warm.safetensors")
-    assert "1.attention: (2.0, 1.0), were (1.0, 1.0)" in caplog.text
+    (record,) = caplog.records
+    assert "1.attention: (2.0, 1.0), were (1.0, 1.0)" in record.message
+    assert record.levelname == "INFO", "every command that restores a warm start would say it"
 
 
 def test_a_published_file_does_not_fit_layers_with_factors(tmp_path: Path) -> None:

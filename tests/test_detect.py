@@ -655,12 +655,27 @@ def test_published_weights_that_do_not_fit(tmp_path):
         "faster_rcnn", "od_mobilenetv2_050", num_classes=21, weights=path, conventions="torchvision"
     )
     assert not isinstance(fine_tuned.transform, conventions.Transform)
-    with pytest.raises(ValueError, match=r"cls_score.weight is \(21, 1024\) in the file, \(81, 1024\) in the detector"):
+    with pytest.raises(ValueError, match="num_classes is 21 in the file, 81 in the model"):
         odconv.create_detector("faster_rcnn", "od_mobilenetv2_050", weights=path)
-    with pytest.raises(ValueError, match=r"mask_head\.0\.0\.weight is missing"):
+    with pytest.raises(ValueError, match=r"missing in the file: .*mask_head\.0\.0\.weight"):
         odconv.create_detector("mask_rcnn", "od_mobilenetv2_050", num_classes=21, weights=path)
     with pytest.raises(ValueError, match="not retinanet"):
         odconv.create_detector("retinanet", "od_mobilenetv2_050", weights=path)
+
+
+def test_a_new_predictor_on_a_warm_start(tmp_path):
+    network = odconv.convert(odconv.create_model("mobilenetv2_050"), kernel_num=2)
+    warm = odconv.create_detector("faster_rcnn", network, num_classes=4, temperature=10.0).eval()
+    torch.save(warm.state_dict(), tmp_path / "warm.pth")
+    options = {"kernel_num": 2, "weights": tmp_path / "warm.pth", "new_predictor": True}
+    other = odconv.create_detector("faster_rcnn", "od_mobilenetv2_050", num_classes=7, **options).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():  # gain 2 and temperature 10 are the file's
+        maps = zip(warm.backbone(x).values(), other.backbone(x).values(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in maps)
+    assert other.roi_heads.box_predictor.cls_score.out_features == 7
+    with pytest.raises(ValueError, match="keys missing in the file: roi_heads"):
+        odconv.create_detector("mask_rcnn", "od_mobilenetv2_050", num_classes=7, **options)
 
 
 def test_the_classes_that_mmdetection_notes_are_those_of_the_detector(tmp_path):

@@ -185,7 +185,7 @@ def test_evaluation_is_that_of_the_run(run: Path, coco: Path, tmp_path: Path, ca
         assert result[name] == pytest.approx(row[name], abs=1e-3)
     assert result["images"] == 5
     assert {*result["classes"]} == {"red", "blue"}
-    assert "masks" in capsys.readouterr().out
+    assert "AP by class              boxes   masks" in capsys.readouterr().out
     boxes, masks = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("bbox", "segm"))
     assert len(boxes) == len(masks) > 0
     assert {*boxes[0]} == {"image_id", "category_id", "score", "bbox"}

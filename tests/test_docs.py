@@ -64,6 +64,24 @@ def test_the_reference_has_every_public_name():
             assert reduce(getattr, name.removeprefix(module)[1:].split("."), import_module(module)), name
 
 
+def test_names_that_are_written_exist():
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which tells of names that were
+    named = {name for page in pages for name in re.findall(r"`(odconv(?:\.[a-zA-Z_]\w*)+)[`(]", page.read_text())}
+    assert len(named) > 50
+    for name in sorted(named - {"odconv.json"}):  # a file
+        parts = name.split(".")
+        if not name.startswith(("odconv.timm", "odconv.mmcv")):  # which need these
+            module = next(module for i in range(len(parts), 0, -1) if (module := imported(".".join(parts[:i]))))
+            assert reduce(getattr, name.removeprefix(module.__name__).split(".")[1:], module), name
+
+
+def imported(name):
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        return None
+
+
 def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch):
     pytest.importorskip("torchvision")
     monkeypatch.chdir(tmp_path)
@@ -93,10 +111,10 @@ def test_commands_that_are_shown_are_understood():
     "page",
     slow_except(
         [
-            "index.md", "convert.md", "detect.md", "dimensions.md", "export.md", "networks.md", "predict.md",
-            "report.md", "visualize.md", "warehouse.md", "weights.md",
+            "index.md", "convert.md", "detect.md", "dimensions.md", "export.md", "interop.md", "layers.md",
+            "networks.md", "predict.md", "report.md", "starts.md", "visualize.md", "warehouse.md", "weights.md",
         ],
-        "index.md",
+        "index.md", "layers.md", "starts.md",
     ),
 )  # fmt: skip
 def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):

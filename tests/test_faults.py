@@ -281,3 +281,14 @@ def test_somebody_elses_folder_is_left_alone(folder: Path, out: Path, trained: P
     (out / "best.ckpt").unlink()  # a run that was killed before its first checkpoint
     train(**options)
     assert (out / LAST).exists()
+
+
+def test_readers_that_an_error_left_do_not_hold_up_the_end() -> None:
+    code = """
+from odconv.app.engine.loaders import Loader
+batches = iter(Loader(range(64), batch_size=1, num_workers=2))
+next(batches)
+raise SystemExit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")

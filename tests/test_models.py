@@ -188,3 +188,22 @@ def test_a_warm_start_computes_what_the_static_network_does(tmp_path):
         odconv.create_model("od_mobilenetv2_050", warm_start=True)
     with pytest.raises(ValueError, match="mobilenetv2_050 is static: warm_start is for dynamic networks"):
         odconv.create_model("mobilenetv2_050", **options | {"kernel_num": None}, warm_start=True)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenetv2_050", "resnet18"])
+def test_a_new_classifier_leaves_the_last_layer_of_a_file_out(backbone, tmp_path):
+    torch.save(odconv.create_model(backbone, num_classes=7).state_dict(), tmp_path / "seven.pth")
+    weights = {"weights": tmp_path / "seven.pth", "new_classifier": True}
+    for options in ({}, {"warm_start": True, "kernel_num": 2}):
+        name = f"od_{backbone}" if options else backbone
+        model = odconv.create_model(name, num_classes=3, **weights, **options).eval()
+        seven = odconv.create_model(name, num_classes=7, weights=tmp_path / "seven.pth", **options).eval()
+        x = torch.randn(2, 3, 64, 64)
+        assert model(x).shape == (2, 3)
+        classifier = next(key for key, module in model.named_modules() if isinstance(module, nn.Linear))
+        model.set_submodule(classifier, seven.get_submodule(classifier))
+        torch.testing.assert_close(model(x), seven(x), rtol=1e-3, atol=1e-4)  # a warm start draws its kernels
+    with pytest.raises(ValueError, match="does not fit"):
+        odconv.create_model(f"od_{backbone}", num_classes=3, **weights)
+    with pytest.raises(ValueError, match="new_classifier needs weights, those of a network for other classes"):
+        odconv.create_model(backbone, new_classifier=True)

@@ -331,3 +331,6 @@ def test_mixtures_that_do_not_fit_are_named():
         mixed(**(tensors | {"filter": torch.zeros(5, 7)}))
     with pytest.raises(TypeError, match="dtype"):
         mixed(**(tensors | {"x": tensors["x"].float()}))
+    x, shares = tensors["x"], tensors["shares"]
+    with pytest.raises(ValueError, match=r"mix must make kernels of \('B', 6, 4, 3, 3\), got \(5, 6, 3, 3\)"):
+        mixed_conv(x, lambda parts, _: parts, torch.zeros(5, 6, 3, 3).to(x), shares, (6, 4, 3, 3), groups=2)

@@ -142,7 +142,7 @@ def test_a_static_network_has_no_start() -> None:
     pytest.importorskip("torchvision")
     with pytest.raises(TypeError, match="resnet18 is static and has no options of dynamic layers: init"):
         odconv.create_model("resnet18", init="calm")
-    with pytest.raises(TypeError, match="'gain' is no option of a CondConv2d"):
+    with pytest.raises(TypeError, match="'gain' is no option of CondConv2d"):
         odconv.create_model("cond_resnet18", gain=2.0)
 
 

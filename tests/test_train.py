@@ -89,10 +89,11 @@ def copy(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "copy")
 
 
-def test_a_finished_run_is_not_changed_by_resuming(copy: Path, folder: Path) -> None:
+def test_a_finished_run_is_not_changed_by_resuming(copy: Path, folder: Path, capsys) -> None:
     files = [path for path in copy.iterdir() if path.is_file()]
     before = [path.read_bytes() for path in files]
     train(**AGAIN | {"wd": 1.0}, data=str(folder), out=str(copy), resume="auto")
+    assert f"all 3 epochs are done in {copy / 'last.ckpt'}" in capsys.readouterr().out
     ours = {"best.ckpt", "config.yaml", "metrics.csv", "result.json"}
     assert ours < {path.name for path in files}
     for path, content in zip(files, before, strict=True):

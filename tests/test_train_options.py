@@ -298,6 +298,11 @@ def test_a_warm_start(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         train(**options, out=str(tmp_path / "cold"))
 
+    torch.save(create_model("tiny", num_classes=7, stem="small").state_dict(), tmp_path / "static.pth")
+    with pytest.raises(ValueError, match="num_classes is 7 in the file, 3 in the model"):
+        train(**options, warm_start=True, out=str(tmp_path / "seven"))
+    assert train(**options, warm_start=True, new_classifier=True, out=str(tmp_path / "other"))["epochs"] == 1
+
 
 def test_a_trial_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

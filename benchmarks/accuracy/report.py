@@ -274,10 +274,11 @@ def draw(main: Sequence[Row], costs: dict[tuple[str, ...], Row], path: Path) -> 
             ):
                 if own:
                     x = factor * float(costs[cost_key(own[0])][column])
-                    point(axes, x, [*top1(own).values()], TITLES[name], COLOURS[index])
+                    point(axes, x, [*top1(own).values()], TITLES[name], (*COLOURS, INK)[index])
             axes.set_xlabel(label, color=INK)
             tidy(axes)
         title = f"{s['network']}, {DATASETS[s['dataset']]} at {s['image_size']} pixels, {s['epochs']} epochs"
+        title += f", start {s['start']}"
         line[0].set_title(title, loc="left", size=12, weight="bold", color=INK)
         line[0].set_ylabel("top-1, %", color=INK)
     named = {title: bar for axes in panels[:, 0] for bar, title in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -23,8 +23,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     found = [path for name in ("*.py", "notebooks/*.ipynb") for path in (ROOT / EXAMPLES).glob(name)]
     examples = {place: place for place in (path.relative_to(ROOT).as_posix() for path in found)}
     for source, place in (PAGES | rows | examples).items():
-        if not (place.startswith("results/") and place.endswith(".md")):  # a page that the navigation would lack
-            files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
     return files
 
 
@@ -56,7 +55,7 @@ def find_place(source: str) -> str | None:
         return source.removeprefix("docs/")
     if source.startswith(f"{EXAMPLES}/") and source.endswith((".py", ".ipynb")):
         return source
-    if source.startswith(f"{RESULTS}/") and not source.endswith(".md"):
+    if source.startswith(f"{RESULTS}/"):
         return f"results/{posixpath.basename(source)}"
     return None
 

@@ -16,7 +16,7 @@ from odconv.system.packages import needed_by
 with needed_by("odconv.hub", "'odconv[models]'"):
     from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 
-START = ("weights", "warm_start", "init")
+START = ("weights", "warm_start", "new_classifier", "init")
 WEIGHTS = RELEASED
 CONFIG = "config.json"
 CARD = """---

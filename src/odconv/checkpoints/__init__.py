@@ -1,7 +1,7 @@
 """Checkpoints: found, read once, loaded with errors that explain, and written as safetensors."""
 
 from odconv.checkpoints.finding import RELEASED, SUFFIXES, find_released, released_names, resolve, weights_folder
-from odconv.checkpoints.loading import load_checkpoint
+from odconv.checkpoints.loading import load_all_but, load_checkpoint
 from odconv.checkpoints.mismatch import Mismatch
 from odconv.checkpoints.reading import (
     Checkpoint,
@@ -22,6 +22,7 @@ __all__ = [
     "Weights",
     "find_checkpoint",
     "find_released",
+    "load_all_but",
     "load_checkpoint",
     "malformed",
     "read_checkpoint",

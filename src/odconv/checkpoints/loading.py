@@ -1,8 +1,10 @@
 """Load weights into a model, all or nothing."""
 
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from odconv.checkpoints.keys import ASSIGNMENT, BLEND, FACTORS, OPTIONAL, attention_of, bare_names
 from odconv.checkpoints.mismatch import Mismatch, check_whole, explain
-from odconv.checkpoints.reading import Weights, read_checkpoint
+from odconv.checkpoints.reading import Checkpoint, Weights, read_checkpoint
 from odconv.system.text import first_few
 
 logger = logging.getLogger(__name__)
@@ -24,8 +26,9 @@ def load_checkpoint(model: nn.Module, path: Weights, strict: bool = True) -> Mis
 
     Where the file records the temperature at which its dynamic layers were trained, as a tensor of each attention or
     one for all beside the tensors, it is set in the model's; published files do not, and the model keeps its own.
-    Factors of gates and shares that a file holds (those of a network with a warm start) are taken over, and a warning
-    says so where the model had others. A file without them is a published one: it does not fit a model that has some.
+    Factors of gates and shares that a file holds (those of a network with a warm start) are taken over like it, and the
+    log says so (level INFO) where the model had others. A file without them is a published one: it does not fit a model
+    that has some.
 
     Args:
         model: the network.
@@ -82,8 +85,24 @@ def load_checkpoint(model: nn.Module, path: Weights, strict: bool = True) -> Mis
     model.load_state_dict(OrderedDict((own_name, state[key]) for key, own_name in fits.items()), strict=False)
     after = _factors(model)
     if changed := [f"{name}: {after[name]}, were {before[name]}" for name in after if after[name] != before[name]]:
-        logger.warning("factors of gates and shares were taken from %s: %s", path, first_few(changed, "; "))
+        logger.info("factors of gates and shares were taken from %s: %s", path, first_few(changed, "; "))
     return mismatch
+
+
+def load_all_but(model: nn.Module, checkpoint: Checkpoint, left_out: re.Pattern[str]) -> None:
+    """Load the weights of a model for other classes, but those of its last layers.
+
+    Args:
+        model: the network, whose tensors of these names stay as they are.
+        checkpoint: what was read of the file; it may have such tensors, of any shape, or none.
+        left_out: how the names begin. All others must fit.
+
+    Raises:
+        ValueError: as :func:`load_checkpoint`.
+    """
+    kept = {key: tensor for key, tensor in model.state_dict().items() if left_out.match(key)}
+    state = {key: tensor for key, tensor in checkpoint.state.items() if not left_out.match(key)}
+    load_checkpoint(model, replace(checkpoint, state=state | kept))
 
 
 def check_warehouse(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:

@@ -79,7 +79,11 @@ def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, T
                 causes["reduction"] = f"another reduction: {key} is {there} in the file, {here} in the model"
             continue
         if len(here) == 2 and differ == [0]:
-            causes["num_classes"] = f"num_classes is {there[0]} in the file, {here[0]} in the model ({layer})"
+            causes.setdefault(  # a detector's boxes come after its classes
+                "num_classes",
+                f"num_classes is {there[0]} in the file, {here[0]} in the model ({layer}); for other classes there is "
+                "new_classifier, of detectors new_predictor",
+            )
         elif {0, 1} & {*differ}:
             causes.setdefault("width", f"another width: {key} is {there} in the file, {here} in the model")
         elif differ:

@@ -192,7 +192,9 @@ def check_options(layer: type[nn.Module], options: dict[str, Any]) -> None:
     known = options_of(layer)
     for option in options:
         if option not in known:
-            raise TypeError(f"{option!r} is no option of a {layer.__name__}; it has {', '.join(known)}")
+            title = layer.__name__.removesuffix("1d")  # the first of a method's family
+            hint = suggest(option, known, f"; it has {', '.join(known)}")
+            raise TypeError(f"{option!r} is no option of {title}{hint}")
 
 
 def check_warehouse_options(options: dict[str, Any]) -> None:

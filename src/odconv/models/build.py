@@ -1,12 +1,13 @@
 """The zoo: torchvision's networks with their convolutions replaced, as rows of data."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from odconv.checkpoints import Weights, find_checkpoint, load_checkpoint, size_limit
+from odconv.checkpoints import Weights, find_checkpoint, load_all_but, load_checkpoint, size_limit
 from odconv.conversion.convert import check_options, convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 from odconv.layers.starts import SETTLED
@@ -44,6 +45,7 @@ def create_model(
     weights: Weights | None = None,
     stem: str = "standard",
     warm_start: bool = False,
+    new_classifier: bool = False,
     **layer_options: Any,
 ) -> nn.Module:
     """Build a network of the zoo.
@@ -63,6 +65,7 @@ def create_model(
         stem: "standard", or "small" for images of about 32 pixels: a stem that keeps their size.
         warm_start: `weights` are those of the static network of the same name; the dynamic one starts from them, see
             :func:`odconv.convert`.
+        new_classifier: leave the last layer, which tells the classes, out of `weights`: for other classes.
         **layer_options: further options of the dynamic layers: `init`, `norm`, `gain`, `kernel_gain` and so on; of kw_
             `budget`, the numbers in the warehouse for each one of the static kernels, 1 by default; published are 1/4,
             1/2, 1, 2 and 4.
@@ -92,12 +95,34 @@ def create_model(
         make_stem_small(model, static)
     if warm_start and weights is None:
         raise ValueError("warm_start needs the weights of the static network, got weights=None")
+    if new_classifier and weights is None:
+        raise ValueError("new_classifier needs weights, those of a network for other classes, got weights=None")
+    load = load_all_but_classifier if new_classifier else load_checkpoint
     if weights is not None and warm_start:
-        load_checkpoint(model, find_checkpoint(weights))
+        load(model, find_checkpoint(weights))
     make_dynamic(model, name, kernel_num, reduction, warm_start, **layer_options)
     if weights is not None and not warm_start:
-        load_checkpoint(model, find_checkpoint(weights))
+        load(model, find_checkpoint(weights))
     return model
+
+
+def load_all_but_classifier(network: nn.Module, weights: Weights) -> None:
+    """Load the weights of a classifier for other classes, whose last layer is left out.
+
+    The file's classifier, of any number of classes, is ignored; it may be absent. All else must fit.
+
+    Args:
+        network: a network with one linear layer, its classifier, which stays as it is.
+        weights: whatever :func:`create_model` takes: a path, or a name on the Hugging Face Hub.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as :func:`odconv.load_checkpoint`, naming what does not fit.
+        ValueError: the network has no linear layer, or several.
+    """
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if len(linear) != 1:
+        raise ValueError(f"the network must have one linear layer, its classifier, got {len(linear)}")
+    load_all_but(network, find_checkpoint(weights), re.compile(rf"{re.escape(linear[0])}\."))
 
 
 def check_described(path: Path, name: str, **options: Any) -> None:

@@ -65,6 +65,8 @@ def mixed_conv(
 
     def run(x: Tensor, parts: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
         weight = mix(parts, attentions.kernel)
+        if tuple(weight.shape[1:]) != tuple(kernel_shape):
+            raise ValueError(f"mix must make kernels of {('B', *kernel_shape)}, got {tuple(weight.shape)}")
         return compute(x, weight, attentions._replace(kernel=None), None, geometry, per_sample=True)
 
     if x.shape[0] > 0 and is_differentiated(x, parts, *given):

@@ -23,6 +23,8 @@ class TrainConfig(RunConfig):
     """File of weights to start from."""
     warm_start: bool = False
     """weights are those of the static network of the same name, from which the dynamic one starts."""
+    new_classifier: bool = False
+    """Leave the last layer, which tells the classes, out of weights: for other classes."""
 
     data: str
     """Folder with train/ and val/ (or archives of them), folder of CIFAR-10, or the word digits."""

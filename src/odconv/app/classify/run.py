@@ -71,6 +71,7 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: AccuracyHistory) -
         weights=None if resumed.path else config.weights,
         stem=config.stem,
         warm_start=config.warm_start and not resumed.path,
+        new_classifier=config.new_classifier and not resumed.path,
         **layer_options(config),
     )
     if config.drop_path:

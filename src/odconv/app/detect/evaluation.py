@@ -99,7 +99,8 @@ def _table(name: str, result: dict[str, Any]) -> str:
     for prefix, title in (("", "boxes"), ("mask_", "masks")):
         if prefix + "ap" in result:
             lines.append(f"{title:24}" + "".join(f"{_number(result[prefix + metric]):>8}" for metric in METRICS))
-    lines.append("by class")
+    titles = ["boxes", "masks"] if "mask_ap" in result else ["boxes"]
+    lines.append(f"{'AP by class':24}" + "  ".join(f"{title:>6}" for title in titles))
     for title, scores in result["classes"].items():
         if scores["ap"] is not None:
             lines.append(f"  {printable(title):22}" + "  ".join(f"{_number(value):>6}" for value in scores.values()))

@@ -1,5 +1,7 @@
 """Who gets which images, in which order, and how long training waits for them."""
 
+import atexit
+import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
@@ -28,6 +30,16 @@ class Loader(DataLoader):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def end_readers() -> None:
+    """End the processes that an error left reading: multiprocessing would wait for what its SIGTERM does not reach."""
+    if readers := [process for process in multiprocessing.active_children() if process.daemon]:
+        if hasattr(signal, "SIGCHLD"):  # of which PyTorch would make an error
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for process in readers:
+            process.kill()
 
 
 class TrainingLoader(Loader):

@@ -72,7 +72,12 @@ def describe_resumption(config: RunConfig, resumed: Resumed) -> Iterator[str]:
     """Say where a resumed run goes on, and with which other options."""
     if resumed.path:
         where = f", batch {resumed.batch + 1}" if resumed.batch else ""
-        yield f"going on from {resumed.path} with epoch {resumed.epoch + 1}{where}"
+        done = resumed.epoch >= config.epochs
+        yield (
+            f"all {config.epochs} epochs are done in {resumed.path}; more epochs would go on from it"
+            if done
+            else f"going on from {resumed.path} with epoch {resumed.epoch + 1}{where}"
+        )
     changes = [
         f"{name} {resumed.options[name]} -> {value}"
         for name, value in asdict(config).items()

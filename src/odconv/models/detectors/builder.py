@@ -8,9 +8,15 @@ from torch import nn
 
 from odconv.checkpoints import Checkpoint, Weights, find_checkpoint
 from odconv.layers import set_temperature, try_temperature
-from odconv.models.build import check_layer_options, create_model, make_dynamic, split_name
+from odconv.models.build import (
+    check_layer_options,
+    create_model,
+    load_all_but_classifier,
+    make_dynamic,
+    split_name,
+)
 from odconv.models.detectors import mmdetection_keys
-from odconv.models.detectors.weights import load_backbone, load_detector
+from odconv.models.detectors.weights import load_detector
 from odconv.system.text import suggest
 
 
@@ -204,8 +210,13 @@ def build_network(
     warm_start: bool,
 ) -> nn.Module:
     """Return the network whose maps the pyramid reads, with its weights."""
-    if warm_start and (weights is None or not isinstance(backbone, str)):
-        raise ValueError("warm_start needs a backbone given by name and weights_backbone, those of its static network")
+    if warm_start and weights is None:
+        raise ValueError(
+            "warm_start needs weights_backbone, those of the static network; without them it must be False, with "
+            "weights of a detector too"
+        )
+    if warm_start and not isinstance(backbone, str):
+        raise ValueError("warm_start needs a backbone that is given by name, got a network")
     if not isinstance(backbone, str):
         if kernel_num is not None or reduction is not None or layer_options:
             raise ValueError(
@@ -219,7 +230,7 @@ def build_network(
         check_layer_options(backbone, layer_options)  # what a file says must not be any argument of create_model
         network = create_model(backbone, kernel_num=kernel_num, reduction=reduction, **layer_options)
     if weights is not None:
-        load_backbone(network, weights)
+        load_all_but_classifier(network, weights)
     if warm_start:
         make_dynamic(network, str(backbone), kernel_num, reduction, warm_start, **layer_options)
     return network

@@ -1,47 +1,17 @@
-"""Loading weights into detectors: a classifier's into the backbone, a detector's into the whole."""
+"""Load a detector's weights: ours, torchvision's or mmdetection's."""
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from odconv.checkpoints import Weights, find_checkpoint, load_checkpoint
+from odconv.checkpoints import Weights, find_checkpoint, load_all_but, load_checkpoint
 from odconv.models.detectors import mmdetection_keys
-from odconv.system.text import first_few
 
 PREDICTOR = re.compile(
-    r"roi_heads\.(box_predictor|mask_predictor\.mask_fcn_logits)\.|classification_head\.cls_logits\."
+    r"roi_heads\.(box_predictor|mask_predictor\.mask_fcn_logits)\.|head\.classification_head\.cls_logits\."
 )
 """Tensors whose shape depends on the number of classes."""
-
-
-def load_backbone(network: nn.Module, weights: Weights) -> None:
-    """Load a classification checkpoint into a network whose classifier is not needed.
-
-    The classifier of the file, of any number of classes, is ignored; it may be absent. All else must fit.
-
-    Args:
-        network: a network with one linear layer, its classifier, which is replaced.
-        weights: whatever `odconv.create_model` takes: a path, or a name on the Hugging Face Hub.
-
-    Raises:
-        FileNotFoundError, ValueError, OSError: as :func:`odconv.load_checkpoint`, naming what does not fit.
-        ValueError: the network has no linear layer, or several.
-    """
-    checkpoint = find_checkpoint(weights)
-    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if len(names) != 1:
-        raise ValueError(f"the network must have one linear layer, its classifier, got {len(names)}")
-    name = names[0]
-    state = checkpoint.state
-    weight = state.get(f"{name}.weight")
-    if weight is None or weight.dim() != 2:
-        network.set_submodule(name, nn.Identity())
-    else:  # one that fits the file, so that the rest is loaded strictly
-        outputs, inputs = weight.shape
-        network.set_submodule(name, nn.Linear(inputs, outputs, bias=f"{name}.bias" in state))
-    load_checkpoint(network, checkpoint)
 
 
 def load_detector(detector: nn.Module, weights: Weights, new_predictor: bool = False) -> None:
@@ -57,50 +27,10 @@ def load_detector(detector: nn.Module, weights: Weights, new_predictor: bool = F
         FileNotFoundError, ValueError, OSError: as :func:`odconv.load_checkpoint`; the detector is left untouched.
     """
     checkpoint = find_checkpoint(weights)
-    state = checkpoint.state
-    published = mmdetection_keys.is_checkpoint(state)
-    if published:
+    if mmdetection_keys.is_checkpoint(checkpoint.state):
         mmdetection_keys.check_style(checkpoint)
-    translated = mmdetection_keys.translate(state) if published else dict(state)
-    own = detector.state_dict()
+        checkpoint = replace(checkpoint, state=mmdetection_keys.translate(checkpoint.state))
     if new_predictor:
-        kept = {key: tensor.clone() for key, tensor in own.items() if PREDICTOR.search(key)}
-        translated = {key: tensor for key, tensor in translated.items() if not PREDICTOR.search(key)}
-    elif not published:
-        load_checkpoint(detector, checkpoint)
-        return
+        load_all_but(detector, checkpoint, PREDICTOR)
     else:
-        kept = {}
-    _check(
-        translated,
-        {key: tensor for key, tensor in own.items() if key not in kept},
-        type(detector).__name__,
-        checkpoint.path,
-    )
-    if published:
-        detector.load_state_dict(translated, strict=False)
-    else:  # with what is recorded beside the tensors
-        load_checkpoint(detector, checkpoint, strict=False)
-        detector.load_state_dict(kept, strict=False)
-
-
-def _check(state: Mapping[str, Tensor], own: Mapping[str, Tensor], detector: str, path: Path) -> None:
-    """See that the tensors fit those of a detector."""
-    lines = [f"{key} is missing" for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    lines += [f"{key} is unknown" for key in state if key not in own]
-    lines += [
-        f"{key} is {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in the detector"
-        for key, tensor in state.items()
-        if key in own and own[key].shape != tensor.shape
-    ]
-    lines += [
-        f"{key} is complex in the file, real in the detector"
-        for key, tensor in state.items()
-        if key in own and tensor.is_complex() and not own[key].is_complex()
-    ]
-    if lines:
-        problems = first_few(lines, "\n  ")
-        raise ValueError(
-            f"the checkpoint {path} does not fit the {detector}; another detector, backbone, kernel_num, reduction or "
-            f"num_classes?\n  {problems}"
-        )
+        load_checkpoint(detector, checkpoint)
