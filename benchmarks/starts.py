@@ -12,7 +12,7 @@ import argparse
 from statistics import mean
 
 import torch
-from benchmarks.common import RESULTS, origin, save_rows
+from benchmarks.common import RESULTS, Sheet, origin
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     print(f"{'method':12} {'start':12} {'lr':>6} {'top-1, %':>9}  by seed", flush=True)
-    rows = []
+    sheet = Sheet(RESULTS / "starts.csv", ("method", "start", "optimizer", "lr", "steps"))
     for method in args.methods:
         for variant in args.variants if method != "static" else ["calm"]:
             if variant == "settled" and method not in HAVE_SETTLED:
@@ -136,8 +136,7 @@ def main() -> None:
                 start = "" if method == "static" else variant
                 print(f"{method:12} {start:12} {lr:6g} {mean(found):9.1f}  {by_seed}", flush=True)
                 row = {"method": method, "start": start, "optimizer": args.optimizer, "lr": lr, "steps": args.steps}
-                rows.append(row | {"top1": f"{mean(found):.2f}", "by_seed": by_seed} | origin())
-    save_rows(RESULTS / "starts.csv", rows)
+                sheet.add([row | {"top1": f"{mean(found):.2f}", "by_seed": by_seed} | origin()])
 
 
 if __name__ == "__main__":
