@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.accelerating
 
-timm's tf_efficientnet_cc_b0_4e, a ResNet-18 whose 3x3 convolutions are an ODConv2d as many repositories copied it, and
-one of KernelWarehouse at 1x whose layers are those of its published file.
+timm's tf_efficientnet_cc_b0_4e, a ResNet-18 whose 3x3 convolutions are an ODConv2d as many repositories copied it, one
+of KernelWarehouse at 1x whose layers are those of its published file, and one of layers in the manner of FDConv.
 The ratio is how many times as fast the accelerated one is; `load` is the system's load average, to which the
 measurement itself adds 1. Rows go to results/accelerating.csv.
 """
@@ -18,6 +18,7 @@ import timm
 import torch
 from benchmarks.common import RESULTS, Sheet, alternate, origin, percentiles
 from tests.test_acceleration import CopiedKW, CopiedODConv, Manager
+from tests.test_folded_batch import Frequency
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
@@ -47,10 +48,21 @@ def copied_kernelwarehouse() -> nn.Module:
     return model
 
 
+def frequency_resnet18() -> nn.Module:
+    """A ResNet-18 whose 3x3 convolutions are in the manner of FDConv."""
+    model = resnet18()
+    for name, conv in [*model.named_modules()]:
+        if type(conv) is nn.Conv2d and conv.kernel_size == (3, 3):
+            layer = Frequency(conv.in_channels, conv.out_channels, 3, stride=conv.stride, padding=1, bias=False)
+            model.set_submodule(name, layer)
+    return model
+
+
 NETWORKS = {
     "tf_efficientnet_cc_b0_4e": partial(timm.create_model, "tf_efficientnet_cc_b0_4e"),
     "resnet18 of copied ODConv2d": copied_resnet18,
     "resnet18 of copied KernelWarehouse": copied_kernelwarehouse,
+    "resnet18 in the manner of FDConv": frequency_resnet18,
 }
 
 

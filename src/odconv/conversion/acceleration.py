@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from odconv.conversion.folded_batch import UnfoldedBatch
 from odconv.layers import PerSampleConv
 from odconv.layers.warehouse_conv import assemble
 from odconv.ops import dynamic_conv
 from odconv.ops.mixing import mixed_conv
 
-TOLERANCE = 1e-10
-"""How far, relative to the largest value, the two ways of computing may differ in float64 for a layer to be changed."""
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""How far, relative to the largest value, the two ways of computing may differ for a layer to be changed."""
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 GEOMETRY = ("stride", "padding", "dilation", "groups")
@@ -31,6 +32,7 @@ class Rule(NamedTuple):
         forward: what it computes, by our operator, given the module and its inputs.
         example: inputs for a module.
         alone: makes a copy of a module that has what it needs of others, for the comparison.
+        dtype: in which they are compared; not all can compute in float64.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class Rule(NamedTuple):
     forward: Callable[..., Tensor]
     example: Callable[[Any], tuple[Any, ...]]
     alone: Callable[[Any], Any] = copy.deepcopy
+    dtype: torch.dtype = torch.float64
 
 
 class Decision(NamedTuple):
@@ -77,10 +80,10 @@ def accelerate(model: nn.Module) -> Acceleration:
     """Let the dynamic layers of another network run on this library's operator, in place.
 
     Known are timm's `CondConv2d`, EfficientAT's `DynamicConv`, the `ODConv2d` and `Dynamic_conv2d` of the files that
-    most repositories copy, and KernelWarehouse's layers, told by what they have, not by where they come from. Each is
-    first compared with its own forward on random inputs in float64. It keeps its class, its attention, its parameters
-    and its keys; only its forward is replaced, which :func:`restore_forward` undoes. What it computes is the same up to
-    rounding.
+    most repositories copy, KernelWarehouse's layers and FDConv, told by what they have, not by where they come from.
+    Each is first compared with its own forward on random inputs, in float64 but for FDConv, which cannot compute in it.
+    It keeps its class, its attention, its parameters and its keys; only its forward is replaced, which
+    :func:`restore_forward` undoes. What it computes is the same up to rounding.
 
     Args:
         model: any network.
@@ -150,7 +153,7 @@ def compare(module: Any, rule: Rule) -> str:
     The parameters are random, too: two ways of computing may agree on those of a new layer by chance.
     """
     try:
-        exact = rule.alone(module).cpu().double()
+        exact = rule.alone(module).cpu().to(rule.dtype)
     except Exception as error:
         return f"it cannot be copied for a comparison: {error}"
     for part in exact.modules():
@@ -177,7 +180,7 @@ def compare(module: Any, rule: Rule) -> str:
             if not isinstance(wanted, Tensor) or wanted.shape != found.shape:
                 return "it computes something else"
             largest = wanted.abs().max()
-            if not 0 < largest < math.inf or (found - wanted).abs().max() > TOLERANCE * largest:
+            if not 0 < largest < math.inf or (found - wanted).abs().max() > TOLERANCE[rule.dtype] * largest:
                 return "it computes something else"
     return ""
 
@@ -326,9 +329,27 @@ def with_own_cells(layer: Any) -> Any:
     return copied
 
 
+def is_frequency(layer: Any) -> bool:
+    """Return whether a module is like FDConv: kernels of Fourier coefficients, some for each of several frequencies."""
+    return isinstance(layer.KSM_Global, nn.Module) and len(layer.indices) > 0 and layer.kernel_num > 0
+
+
+def frequency(layer: Any, x: Tensor) -> Tensor:
+    """Compute FDConv by its own forward, whose convolution alone is ours."""
+    with UnfoldedBatch(x.shape[0]):
+        return type(layer).forward(layer, x)
+
+
+def frequency_example(layer: Any) -> tuple[Any, ...]:
+    """Return inputs for FDConv."""
+    extent = max(layer.dilation) * (max(layer.kernel_size) - 1) + 8
+    return (torch.randn(2, layer.in_channels, extent, extent + 1),)
+
+
 RULES = (
     Rule("timm's CondConv2d", is_condconv, condconv, condconv_example),
     Rule("EfficientAT's DynamicConv", is_contextual, contextual, contextual_example),
     Rule("copied ODConv2d or Dynamic_conv2d", is_copied, copied, copied_example),
     Rule("KernelWarehouse's layer", is_warehoused, warehoused, warehoused_example, with_own_cells),
+    Rule("FDConv", is_frequency, frequency, frequency_example, dtype=torch.float32),
 )
