@@ -252,9 +252,10 @@ def top1_by_method(**wanted: str) -> str:
 def starts() -> str:
     methods = {"static": "static", "condconv_8x": "CondConv 8x", "dyconv_4x": "DyConv 4x"}
     methods |= {"odconv_1x": "ODConv 1x", "odconv_4x": "ODConv 4x"}
+    methods |= {"kernelwarehouse_1x": "KernelWarehouse 1x", "kernelwarehouse_4x": "4x"}
     titles = {
         "settled": "settled: `odconv.convert(warm_start=False)`, `odl_` networks",
-        "calm": "calm: the layers as they are, `od_`, `dy_` and `cond_` networks",
+        "calm": "calm: the layers as they are, `od_`, `dy_`, `cond_` and `kw_` networks",
         "published": "published",
     }
 
@@ -262,7 +263,7 @@ def starts() -> str:
         found = {
             one["start"]: one["top1"] for one in rows("starts", method=method, optimizer="sgd", lr="0.1", steps="60")
         }
-        # the static network has no start, and CondConv no settled options: those of the layers are all it has
+        # the static network has no start, CondConv and KernelWarehouse no settled options: those of the layers are all
         return fixed(found.get("") or found.get(start) or found["calm"], 1)
 
     return table(

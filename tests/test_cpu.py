@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parameters import slow_except
 from torch import nn
 
 import odconv
@@ -151,8 +152,9 @@ def test_attention_without_gradients_is_the_attention(layer, temperature, dtype)
             assert not value.requires_grad
 
 
-def test_a_network_without_the_kernel_computes_the_same(tmp_path):
-    """In processes of their own: with the kernel, told to do without, and with a compiler that fails."""
+@pytest.mark.parametrize("without", slow_except(["told", "broken", "missing"], "broken"))
+def test_a_network_without_the_kernel_computes_the_same(without, tmp_path):
+    """In processes of their own: with the kernel; told to do without, or with a compiler that fails or is not there."""
     code = (
         "import sys, torch, odconv; torch.manual_seed(0); layer = odconv.ODConv2d(8, 24, 3, padding=1);"
         "y = layer(torch.randn(3, 8, 6, 6)); y.square().mean().backward();"
@@ -162,23 +164,22 @@ def test_a_network_without_the_kernel_computes_the_same(tmp_path):
     broken.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
     broken.chmod(0o755)
     results = []
-    for name, changes in {
-        "with": {},
-        "without": {"ODCONV_CPU_KERNEL": "0"},
+    changed = {
+        "told": {"ODCONV_CPU_KERNEL": "0"},
         "broken": {"CXX": str(broken), "ODCONV_CACHE": str(tmp_path)},
         "missing": {"CXX": "no-such-compiler", "ODCONV_CACHE": str(tmp_path)},
-    }.items():
+    }[without]
+    for name, changes in {"with": {}, without: changed}.items():
         command = [sys.executable, "-c", code, str(tmp_path / name)]
         run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, check=True)
         told = {"broken": "no such target", "missing": "no C++ compiler 'no-such-compiler'"}
         if name in told and torch.backends.cpu.get_cpu_capability() in library.VECTORS:
             assert told[name] in run.stderr
             assert run.stderr.count("could not be compiled") == 1
-        elif name == "without":
+        elif name == "told":
             assert "UserWarning" not in run.stderr
         results.append(torch.load(tmp_path / name, weights_only=True))
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 def operands(**changes):

@@ -85,7 +85,7 @@ def test_a_falling_blend_hardly_changes_a_new_network(name, budget):
         model = odconv.create_model(name, num_classes=10, stem="small", budget=budget, init=init)
         changes[init] = fall(model, torch.randn(16, 3, 32, 32))
     assert 0 < changes["calm"] < 0.5
-    assert changes["calm"] < changes["published"] / 2
+    assert changes["calm"] < 0.7 * changes["published"]
 
 
 def test_a_warm_start_survives_the_fall_of_its_blend():
