@@ -252,7 +252,7 @@ def top1_by_method(**wanted: str) -> str:
 def starts() -> str:
     methods = {"static": "static", "condconv_8x": "CondConv 8x", "dyconv_4x": "DyConv 4x"}
     methods |= {"odconv_1x": "ODConv 1x", "odconv_4x": "ODConv 4x"}
-    methods |= {"kernelwarehouse_1x": "KernelWarehouse 1x", "kernelwarehouse_4x": "4x"}
+    methods |= {"kernelwarehouse_1x": "KernelWarehouse 1x", "kernelwarehouse_4x": "KernelWarehouse 4x"}
     titles = {
         "settled": "settled: `odconv.convert(warm_start=False)`, `odl_` networks",
         "calm": "calm: the layers as they are, `od_`, `dy_`, `cond_` and `kw_` networks",
