@@ -16,10 +16,9 @@ def report(runs: list[str]) -> list[Path]:
         FileNotFoundError: a folder that is missing or holds no run.
         OSError: a report cannot be written.
     """
-    from odconv.app.pages.reports import read_run, write_report
+    from odconv.app.pages.reports import read_run, write_page
 
-    for folder in runs:
-        read_run(folder)  # all, before one is written
-    reports = [write_report(folder) for folder in runs]
+    found = [read_run(folder) for folder in runs]  # all, before one is written
+    reports = [write_page(run) for run in found]
     print(*reports, sep="\n", flush=True)
     return reports

@@ -25,7 +25,11 @@ def write_report(folder: str | Path) -> Path:
         FileNotFoundError: there is no such folder, or it holds no run.
         OSError: the report cannot be written.
     """
-    run = read_run(folder)
+    return write_page(read_run(folder))
+
+
+def write_page(run: Run) -> Path:
+    """Write the report of a run that was read; see :func:`write_report`."""
     page = render(run)
     path = run.folder / "report.html"
     with replacing(path) as partial:
