@@ -120,10 +120,24 @@ def test_reset_parameters_draws_again_what_was_chosen(init):
     with torch.no_grad():
         for parameter in of.parameters():
             parameter.fill_(7)
-    of.norm1.reset_parameters()
-    of.reset_parameters()
+        of.norm1.running_var.fill_(7)
+    for module in of.modules():  # as FSDP2 and others do after to_empty()
+        module.reset_parameters()
+    assert of.norm1.running_var.eq(1).all()
     for name, p in of.named_parameters():
         assert p.abs().mean().item() == pytest.approx(wanted[name][1], rel=0.2), name
+
+
+def test_what_transformers_has_loaded_is_left_alone(monkeypatch):
+    """It makes the functions of torch.nn.init pass over tensors that it marks."""
+    of = attention(64, 9, 36)
+    loaded = copy.deepcopy(of.state_dict())
+    loaded["fc2.bias"].normal_()
+    of.load_state_dict(loaded)
+    for name in ("zeros_", "ones_", "constant_", "normal_", "kaiming_normal_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **options: tensor)
+    of.reset_parameters()
+    torch.testing.assert_close(of.fc2.bias, loaded["fc2.bias"], rtol=0, atol=0)
 
 
 def test_an_unknown_start_is_refused_with_those_that_are_known():

@@ -132,4 +132,5 @@ def draw_calm_warehouse(attention: "WarehouseAttention") -> None:
     hidden = attention.fc2.weight.shape[1]
     nn.init.normal_(attention.fc2.weight, std=LOGIT / rows[1] / PACE[attention.norm] * math.sqrt(2 / hidden))
     bias = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
-    bias.view(rows).scatter_(1, attention.assignment[:, None], 1.0)
+    if bias.is_meta or not bias.any():  # torch.nn.init leaves alone what transformers has loaded
+        bias.view(rows).scatter_(1, attention.assignment[:, None], 1.0)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odconv.layers.attention import PoolingAttention, call_in_dtype, normalise_one, pool
+from odconv.layers.attention import PoolingAttention, call_in_dtype, leave_as_drawn, normalise_one, pool
 from odconv.layers.starts import check_start, draw_calm_warehouse, draw_published_warehouse
 from odconv.ops.contract import Attentions, is_traced
 
@@ -97,7 +97,11 @@ class WarehouseAttention(PoolingAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as `init` says; those of the norm are left where it is published."""
+        """Draw the parameters as `init` says, and go back to the first statistics."""
+        norm: Any = self.norm1
+        type(norm).reset_parameters(norm)  # its own was replaced below
+        for part in self.children():
+            part.reset_parameters = leave_as_drawn  # type: ignore[assignment]
         draw = draw_calm_warehouse if self.init == "calm" else draw_published_warehouse
         draw(self)
 
