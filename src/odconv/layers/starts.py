@@ -121,16 +121,18 @@ def draw_published_warehouse(attention: "WarehouseAttention") -> None:
 def draw_calm_warehouse(attention: "WarehouseAttention") -> None:
     """Draw an attention of KernelWarehouse that begins at its assignment, whatever the blend, and moves slowly.
 
-    The bias is 1 for the cell that a piece is assigned to. The other logits of a row, small and normal, have sizes that
-    sum to about LOGIT: a row's shares are divided by the sum of its logits' sizes, and the more cells there are, the
-    more a row would differ from image to image.
+    The bias is s for the cell that a piece is assigned to. The other logits of a row, small and normal, have sizes that
+    sum to about s LOGIT: a row's shares are divided by the sum of its logits' sizes, and the more cells there are, the
+    more a row would differ from image to image. A step moves a kernel by its shares (size / s)^2 times as far as by its
+    cells: s is the cells' size, but for small ones.
     """
+    scale = max(1.0, attention.size)
     draw_published_warehouse(attention)
     rows = len(attention.place.pieces), attention.place.cells + 1
-    if isinstance(scale := attention.norm1.weight, Tensor):
-        nn.init.constant_(scale, PACE[attention.norm])
+    if isinstance(weight := attention.norm1.weight, Tensor):
+        nn.init.constant_(weight, PACE[attention.norm])
     hidden = attention.fc2.weight.shape[1]
-    nn.init.normal_(attention.fc2.weight, std=LOGIT / rows[1] / PACE[attention.norm] * math.sqrt(2 / hidden))
+    nn.init.normal_(attention.fc2.weight, std=scale * LOGIT / rows[1] / PACE[attention.norm] * math.sqrt(2 / hidden))
     bias = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
     if bias.is_meta or not bias.any():  # torch.nn.init leaves alone what transformers has loaded
-        bias.view(rows).scatter_(1, attention.assignment[:, None], 1.0)
+        bias.view(rows).scatter_(1, attention.assignment[:, None], scale)

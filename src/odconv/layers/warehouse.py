@@ -111,6 +111,8 @@ class Warehouse(nn.Module):
             number = numbers[layer]
             pool = pools[number]
             place, ends[number] = assign(pieces_of(layer, pool.cell), ends[number], pool)
+            own = self.weights[number][place.start : ends[number]]
+            std = spread(own, place if init == "calm" else None)
             attention = WarehouseAttention(
                 layer.in_channels,
                 place,
@@ -118,11 +120,12 @@ class Warehouse(nn.Module):
                 norm=norm,
                 basis_ratio=basis_ratio,
                 init=init,
+                size=std * math.sqrt(math.prod(pool.cell)),
                 device=device,
                 dtype=dtype,
             )
             layer.join(self, number, attention)
-            draw(self.weights[number][place.start : ends[number]], place if init == "calm" else None)
+            nn.init.normal_(own, std=std)
         self.names = {name: [*own] for name, own in layers.items()}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,16 +235,15 @@ def assign(count: int, start: int, pool: Pool) -> tuple[Assignment, int]:
     return Assignment(tuple(pieces), start, cells, local), end
 
 
-@torch.no_grad()
-def draw(cells: Tensor, place: Assignment | None) -> None:
-    """Draw the cells of a layer, (q, co, ci, *window), Kaiming normal (fan-out, ReLU).
+def spread(cells: Tensor, place: Assignment | None) -> float:
+    """Return the standard deviation that the cells of a layer are drawn with, Kaiming's (fan-out, ReLU).
 
     Args:
-        cells: the cells.
+        cells: the cells, (q, co, ci, *window).
         place: where they lie: those that pieces are assigned to are as large as the cells of one kernel, and the others
             like them. None, as published: all of them are the cells of one kernel.
     """
     count, filters, _, *window = cells.shape
     if place is not None:
         count = sum(cell < place.cells for cell in place.pieces)
-    nn.init.normal_(cells, std=math.sqrt(2 / (count * filters * math.prod(window))))
+    return math.sqrt(2 / (count * filters * math.prod(window)))

@@ -49,6 +49,7 @@ class WarehouseAttention(PoolingAttention):
         basis_ratio: below 1, logits of other layers' cells are mixed of max(16, their number times this) ones.
         init: how it is drawn: "calm", at its assignment and to train from the first step (see docs/starts.md), or
             "published".
+        size: norm of a cell as it is drawn; calm shares move as fast as cells of that size do.
         device: where the parameters live.
         dtype: dtype of the parameters. The attention is computed in at least float32 whatever it is.
     """
@@ -62,6 +63,7 @@ class WarehouseAttention(PoolingAttention):
         norm: str = "batch",
         basis_ratio: float = 1.0,
         init: str = "calm",
+        size: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,7 +77,7 @@ class WarehouseAttention(PoolingAttention):
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = max(int(in_channels * reduction), 16)
         pieces, cells = len(assignment.pieces), assignment.cells
-        self.place, self.norm, self.init = assignment, norm, init
+        self.place, self.norm, self.init, self.size = assignment, norm, init, size
         self.basis_bias: nn.Parameter | None = None
         self.fc1 = nn.Linear(in_channels, hidden, bias=norm == "layer", **placed)
         self.norm1: nn.Module = (nn.LayerNorm if norm == "layer" else nn.BatchNorm1d)(hidden, **placed)
