@@ -347,8 +347,9 @@ def test_other_detectors_need_no_masks(tmp_path: Path, detector: str) -> None:
     data = make_coco(tmp_path / "data", {"train": 4, "val": 2}, masks=False)
     options = None if detector == "retinanet" else OPTIONS["options"]
     changed = OPTIONS | {"detector": detector, "options": options, "amp": "bf16", "average": 0.9, "augment": "strong"}
-    # oneDNN's bf16 weight gradient of a strided convolution of one pixel reads memory that was never written
-    changed |= {"min_size": [96], "max_size": 144} if detector == "retinanet" else {}
+    # oneDNN's bf16 weight gradient of a strided convolution of one pixel, at the pyramid's tip, reads memory that was
+    # never written
+    changed |= {"amp": "none"} if detector == "retinanet" else {}
     result = train(**changed, data=str(data), out=str(tmp_path / "run"))
     assert "mask_ap" not in result
     assert math.isfinite(rows(tmp_path / "run")[0]["train_loss"])
