@@ -201,7 +201,8 @@ def check_warehouse_options(options: dict[str, Any]) -> None:
     """Raise a TypeError for an option that a conversion to KernelWarehouse does not have."""
     for option in options:
         if option not in WAREHOUSE_OPTIONS:
-            raise TypeError(f"{option!r} is no option of kernelwarehouse; it has {', '.join(WAREHOUSE_OPTIONS)}")
+            hint = suggest(option, WAREHOUSE_OPTIONS, f"; it has {', '.join(WAREHOUSE_OPTIONS)}")
+            raise TypeError(f"{option!r} is no option of kernelwarehouse{hint}")
 
 
 def options_of(layer: type[nn.Module]) -> list[str]:

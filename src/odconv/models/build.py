@@ -189,7 +189,8 @@ def check_layer_options(name: str, options: dict[str, Any]) -> None:
         raise TypeError(f"{name} is static and has no options of dynamic layers: {', '.join(options)}")
     if method == WAREHOUSE:
         if unknown := [option for option in options if option not in OPTIONS]:
-            raise TypeError(f"{unknown[0]!r} is no option of {name}; it has {', '.join(OPTIONS)}")
+            hint = suggest(unknown[0], OPTIONS, f"; it has {', '.join(OPTIONS)}")
+            raise TypeError(f"{unknown[0]!r} is no option of {name}{hint}")
     elif method is not None:
         check_options(METHODS[method].layer, options)
 
