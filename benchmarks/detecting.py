@@ -4,7 +4,7 @@
 
 Each detector's last weights are measured on the images it was trained on. A row for each run goes to
 results/detect_evaluated.csv, and one for each of its epochs, measured on what the run was told to, to
-results/detect_training.csv.
+results/detect_training.csv. Machine, versions and commit are those of this command: call it where the run was trained.
 """
 
 import argparse
@@ -43,19 +43,9 @@ def epochs(folder: Path) -> list[dict[str, str]]:
     """Return a row for each epoch of a run."""
     with (folder / "metrics.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
-    columns = (
-        "epoch",
-        "steps",
-        "lr",
-        "temperature",
-        "train_loss",
-        "ap",
-        "ap50",
-        "mask_ap",
-        "train_seconds",
-        "val_seconds",
-    )
-    return [{name: f"{float(one[name]):.{DIGITS.get(name, 6)}f}" for name in columns if one.get(name)} for one in found]
+    return [
+        {name: f"{float(one[name]):.{digits}f}" for name, digits in DIGITS.items() if one.get(name)} for one in found
+    ]
 
 
 def main() -> None:
@@ -70,8 +60,8 @@ def main() -> None:
     training = Sheet(args.results / "detect_training.csv", (*KINDS, "epoch"))
     for folder in args.runs:
         kind = describe(yaml.safe_load((folder / "config.yaml").read_text()))
-        rows = epochs(folder)
-        training.add([kind | row | origin() for row in rows])
+        rows, taken = epochs(folder), origin()
+        training.add([kind | row | taken for row in rows])
         scores = evaluate(
             weights=str(folder / "last.ckpt"),
             data=args.data,
@@ -86,7 +76,7 @@ def main() -> None:
             "images": scores["images"],
         }
         row |= {name: f"{scores[name]:.2f}" for name in SCORES if name in scores}
-        evaluated.add([kind | row | origin()])
+        evaluated.add([kind | row | taken])
 
 
 if __name__ == "__main__":

@@ -518,6 +518,16 @@ for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(param_dtype=torch.bf
             odconv.ODConv2d(8, 8, 3, kernel_num=3), odconv.ODConv2d(8, 64, 3, kernel_num=1, norm="layer", gain=2),
             odconv.DyConvTranspose2d(64, 8, 2, bias=True), odconv.CondConv2d(8, 4, 3)]])
         whole.load_state_dict({key: value for key, value in state.items() if not key.startswith("0.")})
+with torch.device("meta"):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    odconv.convert(model, "kernelwarehouse", warm_start=False)
+fully_shard(model, mesh=mesh)
+model.to_empty(device="cpu")
+for module in model.modules():
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+bias = model[2].attention.fc2.bias.full_tensor().view(9, -1)
+assert bias[:, :-1].ne(0).equal(torch.eye(9).bool()) and not bias[:, -1].any()
 dist.destroy_process_group()
 print("done")
 """

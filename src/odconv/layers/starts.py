@@ -5,6 +5,7 @@ docs/starts.md derives the constants.
 """
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,8 +74,13 @@ def open_share(gain: float) -> float:
 @torch.no_grad()
 def draw_published(attention: "Attention") -> None:
     """Draw an attention as published: Kaiming normal (fan-out, ReLU), CondConv's router Glorot uniform, biases 0."""
-    for layer in attention.linear_layers():
-        if attention.kernel_gate == "sigmoid":
+    draw_layers(attention.linear_layers(), glorot=attention.kernel_gate == "sigmoid")
+
+
+def draw_layers(layers: Iterable[Any], glorot: bool = False) -> None:
+    """Draw linear layers: Kaiming normal (fan-out, ReLU) or Glorot uniform, biases 0."""
+    for layer in layers:
+        if glorot:
             nn.init.xavier_uniform_(layer.weight)
         else:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -108,11 +114,7 @@ def draw_calm(attention: "Attention") -> None:
 @torch.no_grad()
 def draw_published_warehouse(attention: "WarehouseAttention") -> None:
     """Draw an attention of KernelWarehouse as published: Kaiming normal (fan-out, ReLU), biases 0."""
-    for layer in (attention.fc1, attention.fc2, attention.fc3):
-        if layer is not None:
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+    draw_layers(layer for layer in (attention.fc1, attention.fc2, attention.fc3) if layer is not None)
     if attention.basis_bias is not None:
         nn.init.zeros_(attention.basis_bias)
 
@@ -128,11 +130,16 @@ def draw_calm_warehouse(attention: "WarehouseAttention") -> None:
     """
     scale = max(1.0, attention.size)
     draw_published_warehouse(attention)
-    rows = len(attention.place.pieces), attention.place.cells + 1
+    outputs = attention.place.cells + 1
     if isinstance(weight := attention.norm1.weight, Tensor):
         nn.init.constant_(weight, PACE[attention.norm])
     hidden = attention.fc2.weight.shape[1]
-    nn.init.normal_(attention.fc2.weight, std=scale * LOGIT / rows[1] / PACE[attention.norm] * math.sqrt(2 / hidden))
-    bias = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
+    nn.init.normal_(attention.fc2.weight, std=scale * LOGIT / outputs / PACE[attention.norm] * math.sqrt(2 / hidden))
+    bias: Any = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
     if bias.is_meta or not bias.any():  # torch.nn.init leaves alone what transformers has loaded
-        bias.view(rows).scatter_(1, attention.assignment[:, None], scale)
+        chosen = scale * nn.functional.one_hot(attention.assignment, outputs).to(bias.dtype).flatten()
+        if hasattr(bias, "device_mesh"):  # sharded, by FSDP2
+            from torch.distributed.tensor import distribute_tensor
+
+            chosen = distribute_tensor(chosen, bias.device_mesh, bias.placements)
+        bias.copy_(chosen)
