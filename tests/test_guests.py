@@ -528,6 +528,8 @@ for module in model.modules():
         module.reset_parameters()
 bias = model[2].attention.fc2.bias.full_tensor().view(9, -1)
 assert bias[:, :-1].ne(0).equal(torch.eye(9).bool()) and not bias[:, -1].any()
+cells = model[0].weights[0].full_tensor()
+assert abs(cells.std() / (2 / (8 * 9)) ** 0.5 - 1) < 0.2
 dist.destroy_process_group()
 print("done")
 """

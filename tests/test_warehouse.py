@@ -19,8 +19,9 @@ from odconv.checkpoints import save_safetensors
 from odconv.conversion.fusion import fold_batch_norm
 from odconv.layers.warehouse import Warehouse, shared_by_name
 from odconv.layers.warehouse_attention import WarehouseAttention, set_blend
-from odconv.layers.warehouse_conv import KWConv, KWConv1d, KWConv2d, KWConv3d, KWLinear, assemble, cut
+from odconv.layers.warehouse_conv import KWConv, KWConv1d, KWConv2d, KWConv3d, KWLinear
 from odconv.models.build import make_dynamic
+from odconv.ops.cells import assemble
 
 KINDS = {"conv1d": KWConv1d, "conv2d": KWConv2d, "conv3d": KWConv3d}
 OURS = (".blend", ".assignment")  # what published files do not hold
@@ -297,13 +298,6 @@ def test_stages_are_found_by_resolution_and_kind():
     assert found(stages="*") == [["stage1.0", "block.conv1", "block.conv3"], ["block.conv2"]]
     assert found(include="*", exclude="stem")[1] == ["block.conv1", "block.conv3", "block.downsample"]
     assert len(found(width=16)) == 4  # too narrow for attentions over shared cells
-
-
-def test_pieces_are_cut_as_they_are_put_together():
-    kernel = torch.randn(12, 8, 3, 2)
-    for cell in ((4, 2, 1, 1), (12, 8, 3, 2)):
-        pieces = cut(kernel, cell)
-        assert assemble(pieces, torch.eye(len(pieces))[None], kernel.shape).equal(kernel[None])
 
 
 def test_gradients_are_those_of_the_formula():

@@ -128,6 +128,35 @@ def test_reset_parameters_draws_again_what_was_chosen(init):
         assert p.abs().mean().item() == pytest.approx(wanted[name][1], rel=0.2), name
 
 
+@pytest.mark.parametrize("init", ["calm", "published"])
+def test_a_network_is_drawn_after_the_meta_device_as_without_it(init):
+    def draw():
+        layers = {"one": odconv.KWConv2d(32, 32, 3, bias=True), "two": odconv.KWConv2d(32, 64, 3)}
+        return nn.Sequential(Warehouse({"all": layers}, cell_num_ratio=2, init=init), *layers.values())
+
+    wanted = draw()
+    with torch.device("meta"):
+        found = draw()
+    found.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.fill_(7)
+    for module in found.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert not found[1].bias.any()
+    for one in (wanted, found):  # both layers' cells, of which those of the second are smaller
+        first, second = one[0].weights[0].split([18, 36])
+        assert (first.std() / second.std()).item() == pytest.approx(math.sqrt(2), rel=0.05)
+    for (name, p), q in zip(found.named_parameters(), wanted.parameters(), strict=True):
+        assert p.abs().mean().item() == pytest.approx(q.abs().mean().item(), rel=0.2), name
+    loaded = found[0].weights[0]
+    before = loaded.clone()
+    loaded._is_hf_initialized = True
+    found[0].reset_parameters()
+    assert loaded.equal(before)
+
+
 def test_what_transformers_has_loaded_is_left_alone(monkeypatch):
     """It makes the functions of torch.nn.init pass over tensors that it marks."""
     of = attention(64, 9, 36)

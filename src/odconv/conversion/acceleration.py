@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from odconv.conversion.folded_batch import UnfoldedBatch
 from odconv.layers import PerSampleConv
-from odconv.layers.warehouse_conv import assemble
 from odconv.ops import dynamic_conv
-from odconv.ops.mixing import mixed_conv
+from odconv.ops.cells import cell_conv
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """How far, relative to the largest value, the two ways of computing may differ for a layer to be changed."""
@@ -295,8 +294,7 @@ def warehoused(layer: Any, x: Tensor) -> Tensor:
     shape = (layer.out_planes, layer.in_planes // layer.groups, *layer.kernel_size)
     pieces = math.prod(shape) // math.prod(cells.shape[1:])
     shares = layer.attention(x).reshape(x.shape[0], pieces, -1)
-    mix = functools.partial(assemble, shape=shape)
-    return mixed_conv(x, mix, cells, shares, shape, bias=layer.bias, **geometry_of(layer))
+    return cell_conv(x, cells, shares, shape, bias=layer.bias, **geometry_of(layer))
 
 
 def warehoused_example(layer: Any) -> tuple[Any, ...]:

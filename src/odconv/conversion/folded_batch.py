@@ -37,7 +37,7 @@ class UnfoldedBatch(TorchFunctionMode):
             given: dict[str, Any] = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
             x, weight, groups = given.pop("input"), given.pop("weight"), given.pop("groups", 1)
             folded = x.shape[0] == 1 and x.shape[1] == groups * weight.shape[1]
-            if folded and groups % self.batch == 0:
+            if folded and self.batch and groups % self.batch == 0:
                 return self._unfolded(x, weight, groups // self.batch, given)
         return func(*args, **kwargs)
 

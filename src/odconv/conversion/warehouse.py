@@ -10,7 +10,8 @@ from torch import nn
 from odconv.conversion.convert import WAREHOUSE, Chosen, Decision, decide, hand_over, matcher, replace_parts
 from odconv.layers.warehouse import Ratio, Warehouse, cell_shape, pieces_of
 from odconv.layers.warehouse_attention import set_blend
-from odconv.layers.warehouse_conv import KWConv, KWLinear, cut
+from odconv.layers.warehouse_conv import KWConv, KWLinear
+from odconv.ops.cells import cut
 from odconv.system.text import first_few
 
 METHOD = "kernelwarehouse"

@@ -138,8 +138,13 @@ def draw_calm_warehouse(attention: "WarehouseAttention") -> None:
     bias: Any = attention.fc2.bias if attention.basis_bias is None else attention.basis_bias
     if bias.is_meta or not bias.any():  # torch.nn.init leaves alone what transformers has loaded
         chosen = scale * nn.functional.one_hot(attention.assignment, outputs).to(bias.dtype).flatten()
-        if hasattr(bias, "device_mesh"):  # sharded, by FSDP2
-            from torch.distributed.tensor import distribute_tensor
+        bias.copy_(placed_like(chosen, bias))
 
-            chosen = distribute_tensor(chosen, bias.device_mesh, bias.placements)
-        bias.copy_(chosen)
+
+def placed_like(tensor: Tensor, parameter: Any) -> Tensor:
+    """Return a tensor of a parameter's shape, sharded as that is by FSDP2, or as it is."""
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from odconv.layers.starts import placed_like
 from odconv.layers.warehouse_attention import Assignment, WarehouseAttention
 from odconv.layers.warehouse_conv import KWConv
 
@@ -107,12 +108,14 @@ class Warehouse(nn.Module):
         given = [*(numbers if order is None else order)]
         if {*given} != {*numbers} or len(given) != len(numbers):
             raise ValueError(f"order must hold each of the {len(numbers)} layers once, got {len(given)}")
+        self.spreads = [[1.0] * pool.cells for pool in pools]
         for layer in given:
             number = numbers[layer]
             pool = pools[number]
             place, ends[number] = assign(pieces_of(layer, pool.cell), ends[number], pool)
-            own = self.weights[number][place.start : ends[number]]
-            std = spread(own, place if init == "calm" else None)
+            own = slice(place.start, ends[number])
+            std = spread(self.weights[number][own], place if init == "calm" else None)
+            self.spreads[number][own] = [std] * (own.stop - own.start)
             attention = WarehouseAttention(
                 layer.in_channels,
                 place,
@@ -125,8 +128,18 @@ class Warehouse(nn.Module):
                 dtype=dtype,
             )
             layer.join(self, number, attention)
-            nn.init.normal_(own, std=std)
+        self.reset_parameters()
         self.names = {name: [*own] for name, own in layers.items()}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the cells again, those of each layer as large as its `init` says."""
+        for weight, spreads in zip(self.weights, self.spreads, strict=True):
+            if getattr(weight, "_is_hf_initialized", False):  # transformers has loaded it
+                continue
+            nn.init.normal_(weight)
+            stds = torch.tensor(spreads, dtype=weight.dtype, device=weight.device)
+            weight.mul_(placed_like(stds.view(-1, *(1,) * (weight.dim() - 1)).expand(weight.shape), weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x: among the children of a network that become a sequence, a warehouse lets maps pass."""

@@ -1,8 +1,6 @@
 """The layers of KernelWarehouse: convolutions whose kernels are mixed, piece by piece, of shared cells."""
 
-import math
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +8,8 @@ from torch import Tensor, nn
 
 from odconv.layers.per_sample import PerSampleConv, Size
 from odconv.layers.warehouse_attention import WarehouseAttention
+from odconv.ops.cells import assemble, cell_conv
 from odconv.ops.contract import Attentions
-from odconv.ops.mixing import mixed_conv
 
 if TYPE_CHECKING:
     from odconv.layers.warehouse import Warehouse
@@ -49,6 +47,11 @@ class KWConv(PerSampleConv):
         )  # fmt: skip
         self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
         self.attention = None
+
+    def reset_parameters(self) -> None:
+        """Set the bias to zero; the attention and the warehouse draw the rest."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @property
     def cells(self) -> nn.Parameter:
@@ -98,8 +101,7 @@ class KWConv(PerSampleConv):
         self.check_input(x)
         shares = self.attention(x)
         x, geometry = self.padded(x)
-        mix = partial(assemble, shape=shape)
-        return mixed_conv(x, mix, cells, shares, shape, bias=self.bias, **geometry._asdict())
+        return cell_conv(x, cells, shares, shape, bias=self.bias, **geometry._asdict())
 
     def join(self, warehouse: "Warehouse", pool: int, attention: WarehouseAttention) -> None:
         """Take kernels from a parameter of a warehouse, which stays the network's own part and none of the layer's."""
@@ -197,25 +199,3 @@ class KWLinear(nn.Module):
         """Return (B, *, O) of x, (B, *, C), where each sample has a matrix of its own for all its tokens."""
         tokens = x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)
         return self.conv(tokens).transpose(1, 2).reshape(*x.shape[:-1], self.out_features)
-
-
-def assemble(cells: Tensor, shares: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """Return a kernel for each sample, (B, *shape), of cells, (n, co, ci, *window), and shares, (B, m, n).
-
-    The m pieces are in the order taps, blocks of filters, blocks of channels; the last varies first.
-    """
-    assert shares is not None
-    (filters, channels), (outer, inner, *window) = shape[:2], cells.shape[1:]
-    within = math.prod(window)
-    pieces = (shares @ cells.flatten(1)).reshape(
-        -1, math.prod(shape[2:]) // within, filters // outer, channels // inner, outer, inner, within
-    )
-    return pieces.permute(0, 2, 4, 3, 5, 1, 6).reshape(-1, *shape)
-
-
-def cut(kernel: Tensor, cell: Sequence[int]) -> Tensor:
-    """Return the m pieces of a kernel, (O, C/groups, *k), in the shape of a cell, (co, ci, *window)."""
-    outer, inner, *window = cell
-    within = math.prod(window)
-    pieces = kernel.reshape(kernel.shape[0] // outer, outer, kernel.shape[1] // inner, inner, -1, within)
-    return pieces.permute(4, 0, 2, 1, 3, 5).reshape(-1, *cell)

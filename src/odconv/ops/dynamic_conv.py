@@ -1,6 +1,5 @@
 """The operator's contract, and its two halves: mixing a kernel for each sample, and convolving each with its own."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 from odconv.ops import cpu, eager, flops, traced
 from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, per_axis
 from odconv.ops.epilogue import NO_EPILOGUE, Epilogue, Finished, activate, finish
-from odconv.ops.policy import choose, is_differentiated
+from odconv.ops.policy import choose, is_differentiated, log_choice
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
 from odconv.ops.triton import triton_conv
@@ -27,8 +26,6 @@ BACKENDS = {
 }
 PER_SAMPLE = {name: run for name, run in BACKENDS.items() if name != "shared"} | {"traced": traced.convolve_per_sample}
 EAGER = ("single", "shared", "product", "grouped")  # what autograd would differentiate by keeping every mixed kernel
-
-logger = logging.getLogger(__name__)
 
 
 def dynamic_conv(
@@ -177,9 +174,9 @@ def compute(
 
     differentiated = is_differentiated(x, weight, *attentions)
     if backend == "auto":
-        backend, why = choose(x, weight, geometry, differentiated, per_sample)
-        if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
-            logger.debug("backend %s for x %s and weight %s: %s", backend, tuple(x.shape), tuple(weight.shape), why)
+        choice = choose(x, weight, geometry, differentiated, per_sample)
+        log_choice(choice, x, weight)
+        backend = choice.backend
     else:
         check_backend(backend, x, per_sample)
     bias = None if bias is None else bias.to(dtype)

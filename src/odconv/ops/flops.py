@@ -30,6 +30,7 @@ def register() -> None:
     register_flop_formula([ops.conv, ops.triton_conv])(forward)
     register_flop_formula(ops.conv_fused)(fused)
     register_flop_formula([ops.conv_backward, ops.triton_conv_backward])(backward)
+    register_flop_formula(ops.conv_cells)(cells)
     register_flop_formula(ops.attend)(attend)
     for mode in _get_current_dispatch_mode_stack():  # each has the formulas that were there when it was made
         counter: Any = getattr(mode, "counter", None)
@@ -58,6 +59,12 @@ def forward(
 def fused(*arguments: Any, out_shape: Sequence[Shape], **_: Any) -> int:
     """Count as :func:`forward`; there is an output besides."""
     return forward(*arguments, out_shape=out_shape[0])
+
+
+def cells(x: Shape, cells: Shape, shares: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
+    """Count putting kernels together of cells, and the convolution with them."""
+    kernel = shares[1] * math.prod(cells[1:])  # numbers of one
+    return 2 * (math.prod(out_shape) // out_shape[1] * kernel + x[0] * cells[0] * kernel)
 
 
 def backward(

@@ -3,6 +3,7 @@
 Every limit names the rows of benchmarks/results it comes from; ``odconv.explain`` says what is chosen for a layer.
 """
 
+import logging
 import math
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ LARGE_KERNEL = 2**20
 
 Rows: layers_inference.csv, n = 1, batch 1, "2048->512 7x7 k1 s1 g1" and "512->2048 7x7 k1 s1 g1".
 """
+
+logger = logging.getLogger("odconv.ops")
 
 
 class Choice(NamedTuple):
@@ -100,6 +103,13 @@ def choose_plain(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None) -
     if n is not None and n * positions_of(x, geometry) <= FEW_POSITIONS:
         return Choice("shared", "so few positions that n products cost less than mixing a kernel for each sample")
     return Choice("shared" if n == 1 else "product", "a small map: its columns are cheap, and the products are dense")
+
+
+def log_choice(choice: Choice, x: Tensor, weight: Tensor) -> None:
+    """Tell the logger which backend computes a call, and why."""
+    if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
+        shapes = tuple(x.shape), tuple(weight.shape)
+        logger.debug("backend %s for x %s and weight %s: %s", choice.backend, *shapes, choice.why)
 
 
 def choose_transposed(x: Tensor) -> Choice:

@@ -9,7 +9,8 @@ import torch
 from odconv.layers import DynamicConv, PerSampleConv
 from odconv.layers.transposed import DynamicConvTranspose
 from odconv.layers.warehouse_conv import KWConv
-from odconv.ops import flops
+from odconv.ops import cpu, flops
+from odconv.ops.cells import BY_TILES
 from odconv.ops.contract import Geometry, check_map, output_size
 from odconv.ops.dynamic_conv import compute_dtype
 from odconv.ops.mixing import part_of_batch
@@ -114,7 +115,7 @@ def explain(
 def explain_mixing(
     layer: KWConv, x: torch.Tensor, geometry: Geometry, shape: Sequence[int], y: Sequence[int], training: bool
 ) -> Explanation:
-    """Say it for a layer whose kernels are mixed of cells before they are convolved with, a few samples at a time.
+    """Say it for a layer whose kernels are mixed of cells, by tiles, or a few samples' before they are convolved with.
 
     Args:
         layer: the layer.
@@ -130,6 +131,9 @@ def explain_mixing(
     x = x[: min(some, len(x))]
     kernels = x.new_empty(()).expand(len(x), *layer.kernel_shape)
     choice = choose(x, kernels, geometry, False, per_sample=True)  # the backward pass is the mixing operator's own
+    made = len(x) * one
+    if cpu.fits_cells(x, layer.cells, x.dtype, layer.groups):
+        choice, made = BY_TILES, made * training  # gradients are those of whole kernels
     convolution, mixing = math.prod(y) * math.prod(layer.kernel_shape[1:]), len(pieces) * layer.cells.numel()
     numbers = math.prod(shape) + layer.cells.numel() + shape[0] * len(pieces) * cells + math.prod(y)
     return Explanation(
@@ -137,7 +141,7 @@ def explain_mixing(
         choice.why,
         convolution + shape[0] * mixing,
         numbers * x.element_size(),
-        len(x) * one * x.element_size(),
+        made * x.element_size(),
     )
 
 

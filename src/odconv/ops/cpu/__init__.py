@@ -40,6 +40,10 @@ OPERATORS.define(f"conv({ARGUMENTS}, Tensor? bias) -> Tensor")
 OPERATORS.define(
     f"conv_fused({ARGUMENTS}, Tensor? bias, str activation, bool means, Tensor? packed) -> (Tensor, Tensor)"
 )
+OPERATORS.define(
+    "conv_cells(Tensor x, Tensor cells, Tensor shares, int out_channels, int[] kernel_size, int[] stride, "
+    "int[] padding, int[] dilation) -> Tensor"
+)
 OPERATORS.define("pack(Tensor weight, int groups) -> Tensor")
 OPERATORS.define("pool(Tensor x) -> Tensor")
 OPERATORS.define(
@@ -157,6 +161,28 @@ def convolve_fused(
     return y, found if means else None
 
 
+def fits_cells(x: Tensor, cells: Tensor, dtype: torch.dtype, groups: int) -> bool:
+    """Return whether the compiled kernel can mix cells, (n, co, ci, *window), and convolve in `dtype`."""
+    whole = groups == 1 and math.prod(cells.shape[3:]) == 1 and min(cells.shape[1:3]) >= WIDE_GROUP
+    return whole and dtype not in HALF and takes(x)
+
+
+def convolve_cells(x: Tensor, cells: Tensor, shares: Tensor, kernel_shape: Sequence[int], geometry: Geometry) -> Tensor:
+    """Convolve each sample with a kernel of cells, which are mixed a tile at a time, without gradients.
+
+    Args:
+        x: input, (B, C, *map).
+        cells: (n, co, ci, 1, ...).
+        shares: (B, m, n), a row for each piece of a kernel: of each tap, block of filters and block of channels.
+        kernel_shape: (O, C, *kernel_size).
+        geometry: stride, padding and dilation.
+    """
+    flops.watch()
+    filters, _, *taps = kernel_shape
+    y: Tensor = torch.ops.odconv.conv_cells(x, cells.contiguous(), shares.contiguous(), filters, taps, *geometry[:3])
+    return y
+
+
 def pack(weight: Tensor, groups: int) -> Tensor | None:
     """Return kernels (n, O, C/groups, *k) in the order that the compiled kernel computes with, for many calls.
 
@@ -261,6 +287,20 @@ def _fake_fused(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return y, found
 
 
+def _fake_cells(
+    x: Tensor,
+    cells: Tensor,
+    shares: Tensor,
+    filters: int,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    size = output_size(x.shape[2:], taps, stride, padding, dilation)
+    return x.new_empty((x.shape[0], filters, *size)).contiguous(memory_format=suggest_memory_format(x))
+
+
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, to_x, to_weights = rest
     batch = x.shape[0]
@@ -282,6 +322,7 @@ def _fake_attend(pooled: Tensor, fc: Tensor | None, norm: list, eps: float, weig
 
 torch.library.register_fake("odconv::conv", _fake)
 torch.library.register_fake("odconv::conv_fused", _fake_fused)
+torch.library.register_fake("odconv::conv_cells", _fake_cells)
 torch.library.register_fake("odconv::conv_backward", _fake_backward)
 torch.library.register_fake("odconv::attend", _fake_attend)
 torch.library.register_fake("odconv::pool", _fake_pool)

@@ -6,16 +6,17 @@
 //
 //   row      what a product sums over besides the taps: input channels, forward (output channels in the gradient of x)
 //   lane     what the vectors run over: output channels, forward
-//   tile     rows x lanes of the kernels, with all taps, as large as the first-level cache takes mixed: [tap][row][lane]
+//   tile     rows x lanes of the kernels, with all taps, as large as the first-level cache takes mixed: [row][tap][lane]
 //   panel    some lines of one sample's outputs: its positions are the rows m of out[m][:] (maps.h)
 //   window   what a panel reads of the map: the map itself, or a copy with zeros around it (maps.h)
-//   packed   a tile of each of the n kernels, in a tile's order; mixing adds them up by a sample's shares, times its gates
+//   packed   a tile of each of the n kernels, [tap][row][lane]; mixing adds them up by a sample's shares, times its gates
+//   cells    of n cells, [row][cell][lane], mixing makes each piece of a sample's kernel, by a row of shares for each
 //
 // convolve, forward and for the gradient of x:
 //
 //   for each task = some tiles side by side x some panels     (in parallel; blocks of lanes x panels that share packed tiles)
 //     for each block of rows
-//       pack the n kernels' tiles                               -> packed, or one tile where the sample's kernel was blended
+//       pack the n kernels' (or cells') tiles                   -> packed, or one tile where the sample's kernel was blended
 //       for each panel, for each tile
 //         if the panel begins a sample: mix packed              -> mixed
 //         accumulate window x mixed                             -> sums[position][lane]
@@ -44,6 +45,7 @@ namespace odconv {
 constexpr int64_t TILE_ROWS = 128;           // taps * rows of a tile: a mixed one has 32 KiB in float32
 constexpr int64_t TILES = 4;                 // tiles side by side that read the same window
 constexpr int64_t TASK_OUTPUTS = 512 * 1024; // of a task: packed tiles serve as many samples as that takes
+constexpr int64_t CELL_NUMBERS = 256 * 1024; // of packed cells side by side: half of the second-level cache in float32
 
 // ---- blocks --------------------------------------------------------------------------------------------------------
 
@@ -57,17 +59,29 @@ inline std::vector<Span> split(int64_t size, int64_t count, int64_t unit = 1) {
   return spans;
 }
 
+// The same of every cell's part of a size.
+inline std::vector<Span> split_cells(int64_t size, int64_t cell, int64_t count, int64_t unit) {
+  std::vector<Span> spans;
+  for (int64_t first = 0; first < size; first += cell)
+    for (const Span& span : split(cell, count, unit)) spans.push_back({first + span.first, span.count});
+  return spans;
+}
+
 // Blocks of lanes, each of up to VECTORS vectors, nearly equal.
 template <class T>
 std::vector<Span> lane_blocks(const Kernels<T>& kernels) {
   constexpr int L = Simd<T>::LANES;
-  return split(kernels.lanes, ceil_div(ceil_div(kernels.lanes, L), VECTORS), L);
+  const int64_t cell = kernels.cells ? kernels.cells->lanes : kernels.lanes;
+  return split_cells(kernels.lanes, cell, ceil_div(cell, VECTORS * L), L);
 }
 
-// Blocks of rows that hold at most TILE_ROWS numbers a lane, counting the taps; at least `least` if rows allow.
+// Blocks of rows that hold at most TILE_ROWS numbers a lane, counting the taps; at least `least` if rows allow. Those of cells
+// are whole vectors, which are packed by transposition.
 template <class T>
 std::vector<Span> row_blocks(const Kernels<T>& kernels, int64_t least) {
+  constexpr int L = Simd<T>::LANES;
   const int64_t most = std::max<int64_t>(1, TILE_ROWS / kernels.taps);
+  if (kernels.cells) return split_cells(kernels.rows, kernels.cells->rows, ceil_div(kernels.cells->rows, std::max<int64_t>(L, most / L * L)), L);
   return split(kernels.rows, std::max(ceil_div(kernels.rows, most), std::min(least, ceil_div(kernels.rows, 8))));
 }
 
@@ -110,13 +124,13 @@ struct Operands {
     for (int64_t offset : offsets) positions.push_back(window.data + offset);
   }
 
-  void read_taps(const Phase& phase, const Window<T>& window, const Tile& tile) {
+  void read_taps(const Phase& phase, const Window<T>& window, const Tile& tile, int64_t taps) {
     const int64_t width = tile.vectors * Simd<T>::LANES;
     steps.clear();
     for (const Tap& tap : phase.taps) {
       const int64_t from = tap_offset(phase, tap, window.step);
       for (int64_t i = 0; i < tile.rows; ++i)
-        steps.push_back({from + i * window.channel_step, (tap.index * tile.rows + i) * width});
+        steps.push_back({from + i * window.channel_step, (i * taps + tap.index) * width});
     }
   }
 };
@@ -164,13 +178,13 @@ struct Plan {
 };
 
 template <class T>
-Plan plan_of(const Kernels<T>& kernels, const std::vector<Panel>& panels, int64_t groups, int64_t batch, int64_t blocks) {
+Plan plan_of(const Kernels<T>& kernels, const std::vector<Panel>& panels, int64_t groups, int64_t batch, int64_t blocks, int64_t tiles) {
   const int64_t threads = at::get_num_threads(), count = panels.size();
   int64_t outputs = 0;
   for (const Panel& panel : panels) outputs += panel.positions();
-  int64_t sides = std::min(blocks, std::max(ceil_div(blocks, TILES), ceil_div(threads, groups * count)));
+  int64_t sides = std::min(blocks, std::max(ceil_div(blocks, tiles), ceil_div(threads, groups * count)));
   int64_t pieces = ceil_div(outputs * kernels.lanes, sides * TASK_OUTPUTS);
-  const bool blended = kernels.n > 1 && (batch < kernels.n || pieces >= batch), alone = blended || kernels.per_sample();
+  const bool blended = kernels.n > 1 && !kernels.cells && (batch < kernels.n || pieces >= batch), alone = blended || kernels.per_sample();
   if (alone) {
     sides = blocks;
     pieces = ceil_div(pieces, batch) * batch;
@@ -190,7 +204,9 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
   const std::vector<Panel> panels = panels_of(phases, batch, ceil_div(at::get_num_threads(), batch * blocks * groups),
                                               whole && taps == 1 ? FEW_POSITIONS : PANEL_POSITIONS);
   if (panels.empty()) return;  // a gradient that nothing reaches
-  const Plan plan = plan_of(kernels, panels, groups, batch, blocks);
+  const int64_t held = kernels.cells ? n * rows[0].count * VECTORS * L : 0;  // numbers of a tile's packed cells
+  const int64_t tiles = held ? std::clamp<int64_t>(CELL_NUMBERS / held, 1, TILES) : TILES;
+  const Plan plan = plan_of(kernels, panels, groups, batch, blocks, tiles);
   const int64_t sides = plan.lanes.size(), pieces = plan.panels.size(), packs = plan.blended ? 1 : n;
 
   const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_positions<T, decltype(activate)>; });
@@ -213,14 +229,16 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
 
       for (const Span& span : rows) {
         const int64_t most = taps * span.count * VECTORS * L;  // numbers of a tile
-        T* packed = scratch.packed.get(most * packs * side.count);
+        const int64_t all = kernels.cells ? n * span.count * VECTORS * L : packs * most;
+        T* packed = scratch.packed.get(all * side.count);
         T* mixed = scratch.mixed.get(most * side.count);
         for (int64_t c = 0; c < side.count; ++c) {
           const Tile tile = tile_of<T>(span, lanes[side.first + c]);
-          for (int64_t i = 0; i < packs; ++i) {
-            T* to = packed + c * packs * most + i * taps * tile.rows * tile.vectors * L;
-            pack<T>(here, tile, here.data + i * here.size, order, to);
-          }
+          T* to = packed + c * all;
+          if (kernels.cells)
+            pack_cells<T>(here, tile, order, to);
+          else
+            for (int64_t i = 0; i < packs; ++i, to += taps * tile.rows * tile.vectors * L) pack<T>(here, tile, here.data + i * here.size, order, to);
         }
         int64_t done = 0;
         for (const Panel* panel = first; panel < last; done += panel->positions(), ++panel) {
@@ -231,9 +249,12 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
             if (panel == first || panel->sample != (panel - 1)->sample) {
               Scales<T> scales = scales_of(gates, kernels, groups, group, panel->sample, tile);
               if (plan.blended) scales.shares = nullptr;
-              mix<T>(packed + c * packs * most, packs, taps, tile, scales, mixed + c * most);
+              if (kernels.cells)
+                mix_cells<T>(packed + c * all, kernels, tile, panel->sample, mixed + c * most);
+              else
+                mix<T>(packed + c * all, packs, taps, tile, scales, mixed + c * most);
             }
-            operands.read_taps(*panel->phase, window, tile);
+            operands.read_taps(*panel->phase, window, tile, taps);
             T* to = whole ? sums : sums + c * positions * VECTORS * L + done * tile.vectors * L;
             const bool accumulate = span.first > 0;
             multiply<T>(operands.positions.data(), operands.positions.size(), tile.vectors, mixed + c * most, operands.steps, to,

@@ -5,12 +5,24 @@
 
 namespace odconv {
 
+// What samples' kernels are put together of, where they are: taps, blocks of filters (lanes) and blocks of channels (rows) are
+// pieces, the last varying first, and each piece is a mixture of all n cells by a row of the sample's shares.
+template <class T>
+struct Cells {
+  const T* shares;                 // (B, pieces, n)
+  int64_t rows, lanes;             // of a cell, [lane][row]
+  int64_t row_blocks, lane_blocks; // of a kernel
+  int64_t pieces(int64_t taps) const { return taps * lane_blocks * row_blocks; }
+};
+
 // n kernels seen as [row][lane][tap]: lanes are what the vectors run over, rows what is summed over besides the taps. Where
-// every sample has a kernel of its own, n is 1 and sample_step leads from one sample's to the next; else that is 0.
+// every sample has a kernel of its own, n is 1 and sample_step leads from one sample's to the next; else that is 0. With cells,
+// data holds n of them, size and steps are those of a cell, and the rest is that of the kernels which are put together.
 template <class T>
 struct Kernels {
   const T* data;
   int64_t n, size, rows, lanes, taps, row_step, lane_step, sample_step;
+  const Cells<T>* cells = nullptr;
   bool per_sample() const { return sample_step > 0; }
   Kernels of_sample(int64_t sample) const {
     Kernels out = *this;
@@ -40,35 +52,37 @@ bool rows_run(const Kernels<T>& kernels) {
   return kernels.row_step == kernels.taps;
 }
 
-// Where in a tile, [tap][row][lane], the elements of a run [row][tap] lie.
-inline void order_of(const Tile& tile, int64_t rows, int64_t taps, int64_t width, std::vector<int64_t>& out) {
+// Where in a tile, [tap][row] at a pitch, the elements of a run [row][tap] lie.
+inline void order_of(const Tile& tile, int64_t rows, int64_t taps, int64_t pitch, std::vector<int64_t>& out) {
   out.clear();
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t t = 0; t < taps; ++t) out.push_back((t * tile.rows + r) * width);
+    for (int64_t t = 0; t < taps; ++t) out.push_back((t * tile.rows + r) * pitch);
 }
 
-// One kernel's tile as [tap][row][lane], missing lanes zero.
+// One kernel's tile as [tap][row][lane], missing lanes zero; rows lie a pitch apart, by default that of a tile alone.
 template <class T>
-void pack(const Kernels<T>& kernels, const Tile& tile, const T* kernel, std::vector<int64_t>& order, T* out) {
+void pack(const Kernels<T>& kernels, const Tile& tile, const T* kernel, std::vector<int64_t>& order, T* out, int64_t pitch = 0) {
   using S = Simd<T>;
   constexpr int L = S::LANES;
   const int64_t width = tile.vectors * L, taps = kernels.taps;
   const int64_t runs = rows_run(kernels) ? 1 : tile.rows, length = tile.rows * taps / runs;
-  order_of(tile, length / taps, taps, width, order);
+  if (pitch == 0) pitch = width;
+  order_of(tile, length / taps, taps, pitch, order);
   kernel += tile.first_row * kernels.row_step + tile.first_lane * kernels.lane_step;
   for (int64_t lane = 0; lane < width; lane += L) {
     const int64_t valid = std::clamp<int64_t>(tile.lanes - lane, 0, L);
     for (int64_t run = 0; run < runs; ++run) {
       const T* in = kernel + run * kernels.row_step + lane * kernels.lane_step;
-      T* to = out + run * width + lane;
+      T* to = out + run * pitch + lane;
       int64_t e = 0;
       if (valid == L && kernels.lane_step == 1) S::store(to + order[e++], S::load(in));  // 1x1, one row
+      const int64_t ahead = length > 2 * L ? 2 * L : L * kernels.lane_step;  // a run is read on, a short one is left
       for (; valid == L && e + L <= length; e += L) {
         typename S::Vec v[L];
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
           v[i] = S::load(in + i * kernels.lane_step + e);
-          __builtin_prefetch(in + i * kernels.lane_step + e + 2 * L);  // lanes lie too far apart for the hardware to guess
+          __builtin_prefetch(in + i * kernels.lane_step + e + ahead);  // lanes lie too far apart for the hardware to guess
         }
         transpose<T>(v);
 #pragma GCC unroll 16
@@ -141,7 +155,7 @@ struct Scales {
   alignas(64) T lanes[VECTORS * Simd<T>::LANES];
 };
 
-// out = lanes * taps * rows * sum_i shares[i] * packed[i]
+// out[row][tap] = lanes * taps * rows * sum_i shares[i] * packed[i][tap][row]
 template <class T>
 void mix(const T* packed, int64_t n, int64_t taps, const Tile& tile, const Scales<T>& scales, T* out) {
   using S = Simd<T>;
@@ -154,9 +168,38 @@ void mix(const T* packed, int64_t n, int64_t taps, const Tile& tile, const Scale
         typename S::Vec sum = S::load(in);
         if (scales.shares) sum *= scales.shares[0];
         for (int64_t i = 1; i < n; ++i) sum += scales.shares[i] * S::load(in + i * size);
-        S::store(out + (t * tile.rows + r) * width + v * S::LANES, sum * S::load(scales.lanes + v * S::LANES) * scale);
+        S::store(out + (r * taps + t) * width + v * S::LANES, sum * S::load(scales.lanes + v * S::LANES) * scale);
       }
     }
+}
+
+// A tile of each of n cells, as [row][cell][lane].
+template <class T>
+void pack_cells(const Kernels<T>& kernels, const Tile& tile, std::vector<int64_t>& order, T* out) {
+  const int64_t width = tile.vectors * Simd<T>::LANES;
+  Kernels<T> cell = kernels;
+  cell.taps = 1;
+  Tile within = tile;
+  within.first_row %= kernels.cells->rows;
+  within.first_lane %= kernels.cells->lanes;
+  for (int64_t i = 0; i < kernels.n; ++i)
+    pack<T>(cell, within, kernels.data + i * kernels.size, order, out + i * width, kernels.n * width);
+}
+
+// out[row][tap] = sum_i shares[piece of the tap][i] * packed[row][i], of one sample's kernel.
+template <class T>
+void mix_cells(const T* packed, const Kernels<T>& kernels, const Tile& tile, int64_t sample, T* out) {
+  const Cells<T>& cells = *kernels.cells;
+  const int64_t n = kernels.n, width = tile.vectors * Simd<T>::LANES, blocks = cells.lane_blocks * cells.row_blocks;
+  const int64_t block = tile.first_lane / cells.lanes * cells.row_blocks + tile.first_row / cells.rows;
+  thread_local std::vector<const T*> shares;
+  thread_local std::vector<Step> steps;
+  shares.clear();
+  for (int64_t t = 0; t < kernels.taps; ++t) shares.push_back(cells.shares + (sample * cells.pieces(kernels.taps) + t * blocks + block) * n);
+  steps.clear();
+  for (int64_t i = 0; i < n; ++i) steps.push_back({i, i * width});
+  for (int64_t r = 0; r < tile.rows; ++r)
+    multiply<T>(shares.data(), kernels.taps, tile.vectors, packed + r * n * width, steps, out + r * kernels.taps * width, false);
 }
 
 }  // namespace odconv

@@ -5,7 +5,7 @@
 //     out[m][:] += sum_j a[m][steps[j].a] * b[steps[j].b][:]
 //
 // whose rows m are positions (or taps), whose vectors run over filters (or channels), and whose reduction j runs over taps
-// and channels (or positions). The vectors of b are a tile of one sample's mixed kernel, stored [tap][channel][filter]; a
+// and channels (or positions). The vectors of b are a tile of one sample's mixed kernel, stored [channel][tap][filter]; a
 // points into the map, or into a zero-padded copy of the part of it that the tile needs, so nothing is ever unfolded.
 //
 // Outputs, and gradients of the input, depend neither on the number of threads nor on the rest of the batch: each of their
@@ -62,9 +62,9 @@ Bias<T> bias_of(const Optional& bias) {
   return {numbers<T>(bias), bias && bias->size(0) > 1 ? bias->size(1) : 0};
 }
 
-Geometry geometry_of(const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+Geometry geometry_of(at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                      int64_t groups) {
-  return {three(weight.sizes().slice(3), 1), three(stride, 1), three(padding, 0), three(dilation, 1), groups};
+  return {three(kernel, 1), three(stride, 1), three(padding, 0), three(dilation, 1), groups};
 }
 
 // Python has checked the arguments of layers and says what is wrong with them; these checks keep a direct call of an operator,
@@ -82,7 +82,28 @@ bool are_numbers(const Tensor& x) {
   return x.layout() == at::kStrided && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
 }
 
-// The shape of the output, of arguments that were checked.
+// The shape of the output, of a geometry that was checked.
+std::vector<int64_t> check_geometry(const Tensor& x, int64_t filters, at::IntArrayRef kernel, at::IntArrayRef stride,
+                                    at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const size_t axes = x.dim() - 2;
+  constexpr int64_t MOST = int64_t(1) << 31;  // no sum or product of two overflows
+  auto within = [&](at::IntArrayRef values, int64_t least) {
+    return values.size() == axes && std::all_of(values.begin(), values.end(), [&](int64_t v) { return least <= v && v < MOST; });
+  };
+  TORCH_CHECK(within(kernel, 1) && within(stride, 1) && within(padding, 0) && within(dilation, 1), "odconv: kernel size ", kernel,
+              ", stride ", stride, ", padding ", padding, " and dilation ", dilation, " must have ", axes,
+              " numbers each, of at least 1, 1, 0 and 1");
+  std::vector<int64_t> size = {x.size(0), filters};
+  for (size_t a = 0; a < axes; ++a) {
+    const int64_t reach = dilation[a] * (kernel[a] - 1) + 1, extent = x.size(a + 2) + 2 * padding[a];
+    TORCH_CHECK(x.size(a + 2) < MOST && reach <= extent, "odconv: a kernel that reaches over ", reach, " does not fit a padded map of ",
+                extent);
+    size.push_back((extent - reach) / stride[a] + 1);
+  }
+  return size;
+}
+
+// The same, of arguments that were checked.
 std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
                            const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
                            at::IntArrayRef dilation, int64_t groups) {
@@ -99,21 +120,7 @@ std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional
   TORCH_CHECK(fits(kernel, weight.size(0)) && fits(spatial, taps) && fits(channel, x.size(1)) && fits(filter, weight.size(1)) &&
                   (kernel || weight.size(0) == 1 || weight.size(0) == batch),
               "odconv: attentions do not fit x of shape ", x.sizes(), " and a weight of shape ", weight.sizes());
-  const size_t axes = x.dim() - 2;
-  constexpr int64_t MOST = int64_t(1) << 31;  // no sum or product of two overflows
-  auto within = [&](at::IntArrayRef values, int64_t least) {
-    return values.size() == axes && std::all_of(values.begin(), values.end(), [&](int64_t v) { return least <= v && v < MOST; });
-  };
-  TORCH_CHECK(within(stride, 1) && within(padding, 0) && within(dilation, 1), "odconv: stride ", stride, ", padding ", padding,
-              " and dilation ", dilation, " must have ", axes, " numbers each, of at least 1, 0 and 1");
-  std::vector<int64_t> size = {batch, weight.size(1)};
-  for (size_t a = 0; a < axes; ++a) {
-    const int64_t reach = dilation[a] * (weight.size(a + 3) - 1) + 1, extent = x.size(a + 2) + 2 * padding[a];
-    TORCH_CHECK(weight.size(a + 3) < MOST && x.size(a + 2) < MOST && reach <= extent, "odconv: a kernel that reaches over ", reach,
-                " does not fit a padded map of ", extent);
-    size.push_back((extent - reach) / stride[a] + 1);
-  }
-  return size;
+  return check_geometry(x, weight.size(1), weight.sizes().slice(3), stride, padding, dilation);
 }
 
 Tensor pool_checked(const Tensor& x) {
@@ -292,7 +299,7 @@ std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, con
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
   TORCH_CHECK(!bias || (bias->dim() == 2 && (bias->size(0) == 1 || bias->size(0) == size[0]) && bias->size(1) == size[1] && is_plain(*bias, x)),
               "odconv: bias must be contiguous numbers (1 or B, O) in the dtype of x");
-  const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
+  const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
   const bool depthwise = weight.size(1) == groups && weight.size(2) == 1;
   const bool over_channels = depthwise && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous());
   if (is_half(x) && !over_channels && !on_matrix_units(x.scalar_type(), weight.size(2), groups)) {
@@ -317,6 +324,33 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const
   return std::get<0>(conv_fused(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups, bias, "none", false, {}));
 }
 
+// With kernels that are put together of cells, (n, co, ci, 1, ...), by shares, (B, taps * (O / co) * (C / ci), n).
+Tensor conv_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, int64_t filters, at::IntArrayRef kernel,
+                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  TORCH_CHECK(are_numbers(x) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0, "odconv: x must have 1, 2 or 3 axes of space, "
+              "numbers in float32 or float64, and some of them, got shape ", x.sizes());
+  const std::vector<int64_t> size = check_geometry(x, filters, kernel, stride, padding, dilation);
+  const Geometry g = geometry_of(kernel, stride, padding, dilation, 1);
+  const int64_t channels = x.size(1), taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
+  TORCH_CHECK(cells.dim() == x.dim() + 1 && cells.numel() > 0 && cells.numel() == cells.size(0) * cells.size(1) * cells.size(2) &&
+                  is_plain(cells, x) && filters > 0 && filters % cells.size(1) == 0 && channels % cells.size(2) == 0,
+              "odconv: cells of shape ", cells.sizes(), " do not make kernels of ", filters, " filters for x of shape ", x.sizes());
+  const int64_t n = cells.size(0), lane_blocks = filters / cells.size(1), row_blocks = channels / cells.size(2);
+  TORCH_CHECK(shares.dim() == 3 && shares.size(0) == x.size(0) && shares.size(1) == taps * lane_blocks * row_blocks &&
+                  shares.size(2) == n && is_plain(shares, x),
+              "odconv: shares must have shape (B, ", taps * lane_blocks * row_blocks, ", ", n, "), got ", shares.sizes());
+  Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Cells<T> of = {shares.const_data_ptr<T>(), cells.size(2), cells.size(1), row_blocks, lane_blocks};
+    const Kernels<T> kernels = {cells.const_data_ptr<T>(), n, cells.size(1) * cells.size(2), channels, filters, taps, 1, cells.size(2), 0, &of};
+    convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), map_of<T>(y, y.mutable_data_ptr<T>()), kernels, 1, {}, {}, x.size(0),
+                {forward_phase(g, three(at::IntArrayRef(size).slice(2), 1))});
+  };
+  x.scalar_type() == at::kDouble ? run(double()) : run(float());
+  return y;
+}
+
 Gradients conv_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
     const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -326,7 +360,7 @@ Gradients conv_backward(
               "odconv: grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
   if (weight.size(1) == groups && weight.size(2) == 1)
     return depthwise_backward(grad, x, weight, kernel, spatial, channel, filter, stride, padding, dilation, to_x, to_weights);
-  const Geometry g = geometry_of(weight, stride, padding, dilation, groups);
+  const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
   const bool per_sample = !kernel && weight.size(0) > 1;
   const int64_t n = per_sample ? 1 : weight.size(0), batch = x.size(0), filters = weight.size(1) / groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
@@ -387,6 +421,7 @@ std::tuple<Tensor, Tensor> conv_fused_checked(const Tensor& x, const Tensor& wei
 TORCH_LIBRARY_IMPL(odconv, CPU, library) {
   library.impl("conv", odconv::conv);
   library.impl("conv_fused", odconv::conv_fused_checked);
+  library.impl("conv_cells", odconv::conv_cells);
   library.impl("conv_backward", odconv::conv_backward);
   library.impl("pack", odconv::pack_kernels);
   library.impl("pool", odconv::pool_checked);
