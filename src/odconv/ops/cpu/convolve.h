@@ -45,7 +45,8 @@ namespace odconv {
 constexpr int64_t TILE_ROWS = 128;           // taps * rows of a tile: a mixed one has 32 KiB in float32
 constexpr int64_t TILES = 4;                 // tiles side by side that read the same window
 constexpr int64_t TASK_OUTPUTS = 512 * 1024; // of a task: packed tiles serve as many samples as that takes
-constexpr int64_t CELL_NUMBERS = 256 * 1024; // of packed cells side by side: half of the second-level cache in float32
+constexpr int64_t CELL_NUMBERS = 256 * 1024; // of packed cells: half of the second-level cache in float32
+constexpr int64_t CELL_BLOCKS = 4;           // of rows that are packed at a time: what lies together in memory is read together
 
 // ---- blocks --------------------------------------------------------------------------------------------------------
 
@@ -83,6 +84,13 @@ std::vector<Span> row_blocks(const Kernels<T>& kernels, int64_t least) {
   const int64_t most = std::max<int64_t>(1, TILE_ROWS / kernels.taps);
   if (kernels.cells) return split_cells(kernels.rows, kernels.cells->rows, ceil_div(kernels.cells->rows, std::max<int64_t>(L, most / L * L)), L);
   return split(kernels.rows, std::max(ceil_div(kernels.rows, most), std::min(least, ceil_div(kernels.rows, 8))));
+}
+
+// The rows of up to `count` blocks from one on, as far as a cell reaches.
+inline Span rows_within(const std::vector<Span>& blocks, size_t first, int64_t count, int64_t cell) {
+  Span out = blocks[first];
+  for (size_t i = first + 1; i < blocks.size() && int64_t(i - first) < count && blocks[i].first % cell > 0; ++i) out.count += blocks[i].count;
+  return out;
 }
 
 template <class T>
@@ -205,7 +213,8 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
                                               whole && taps == 1 ? FEW_POSITIONS : PANEL_POSITIONS);
   if (panels.empty()) return;  // a gradient that nothing reaches
   const int64_t held = kernels.cells ? n * rows[0].count * VECTORS * L : 0;  // numbers of a tile's packed cells
-  const int64_t tiles = held ? std::clamp<int64_t>(CELL_NUMBERS / held, 1, TILES) : TILES;
+  const int64_t deep = held ? std::clamp<int64_t>(CELL_NUMBERS / held, 1, CELL_BLOCKS) : 1;
+  const int64_t tiles = held ? std::clamp<int64_t>(CELL_NUMBERS / (held * deep), 1, TILES) : TILES;
   const Plan plan = plan_of(kernels, panels, groups, batch, blocks, tiles);
   const int64_t sides = plan.lanes.size(), pieces = plan.panels.size(), packs = plan.blended ? 1 : n;
 
@@ -227,18 +236,22 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
       for (const Panel* panel = first; panel < last; ++panel) positions = whole ? std::max(positions, panel->positions()) : positions + panel->positions();
       T* sums = scratch.out.get(positions * side.count * VECTORS * L);  // [tile][position][lane]
 
-      for (const Span& span : rows) {
+      Span held_rows = {0, 0};  // of the packed cells
+      for (size_t i = 0; i < rows.size(); ++i) {
+        const Span& span = rows[i];
         const int64_t most = taps * span.count * VECTORS * L;  // numbers of a tile
-        const int64_t all = kernels.cells ? n * span.count * VECTORS * L : packs * most;
+        if (kernels.cells && span.first >= held_rows.first + held_rows.count) held_rows = rows_within(rows, i, deep, kernels.cells->rows);
+        const int64_t all = kernels.cells ? n * held_rows.count * VECTORS * L : packs * most;
         T* packed = scratch.packed.get(all * side.count);
         T* mixed = scratch.mixed.get(most * side.count);
         for (int64_t c = 0; c < side.count; ++c) {
-          const Tile tile = tile_of<T>(span, lanes[side.first + c]);
           T* to = packed + c * all;
-          if (kernels.cells)
-            pack_cells<T>(here, tile, order, to);
-          else
-            for (int64_t i = 0; i < packs; ++i, to += taps * tile.rows * tile.vectors * L) pack<T>(here, tile, here.data + i * here.size, order, to);
+          if (kernels.cells) {
+            if (held_rows.first == span.first) pack_cells<T>(here, tile_of<T>(held_rows, lanes[side.first + c]), order, to);
+            continue;
+          }
+          const Tile tile = tile_of<T>(span, lanes[side.first + c]);
+          for (int64_t k = 0; k < packs; ++k, to += taps * tile.rows * tile.vectors * L) pack<T>(here, tile, here.data + k * here.size, order, to);
         }
         int64_t done = 0;
         for (const Panel* panel = first; panel < last; done += panel->positions(), ++panel) {
@@ -250,7 +263,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
               Scales<T> scales = scales_of(gates, kernels, groups, group, panel->sample, tile);
               if (plan.blended) scales.shares = nullptr;
               if (kernels.cells)
-                mix_cells<T>(packed + c * all, kernels, tile, panel->sample, mixed + c * most);
+                mix_cells<T>(packed + c * all + (span.first - held_rows.first) * n * tile.vectors * L, kernels, tile, panel->sample, mixed + c * most);
               else
                 mix<T>(packed + c * all, packs, taps, tile, scales, mixed + c * most);
             }
