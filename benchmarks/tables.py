@@ -48,7 +48,7 @@ ARCHITECTURES = {"mobilenetv2_050": "MobileNetV2 0.5", "resnet18": "ResNet-18"}
 Row = dict[str, str]
 
 
-def rows(name: str, **wanted: str) -> list[Row]:
+def rows(name: str, /, **wanted: str) -> list[Row]:
     """The rows of a CSV in benchmarks/results that have these values; `a|b` is either.
 
     Raises:
@@ -64,7 +64,7 @@ def rows(name: str, **wanted: str) -> list[Row]:
     return found
 
 
-def row(name: str, **wanted: str) -> Row:
+def row(name: str, /, **wanted: str) -> Row:
     """The one row that has these values.
 
     Raises:
