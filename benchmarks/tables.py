@@ -6,7 +6,8 @@
 A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. Words behind the name, such as `epochs=10` or
 `images='short side 375'`, choose some of the rows. A figure in a sentence is a link to its CSV whose title names row
 and column, `[86.0](../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025 epoch=3: top1")`; it keeps its number of
-digits, and a comma.
+digits, and a comma. `mode=training|inference` means either, `: madds / 1e9` another unit, and `[1.1 to 1.5]` the least
+and the greatest of several rows.
 """
 
 import argparse
@@ -30,10 +31,16 @@ from benchmarks.accuracy.report import (
 from benchmarks.common import MODELS, RESULTS, read_rows
 from benchmarks.targets import fixed, table_of_targets
 
+from odconv.profiling import PUBLISHED, Published
+from odconv.profiling.table import short
+
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- rows: (\w+)([^\n]*) -->\n)(.*?)(<!-- end of rows -->)", flags=re.S)
-FIGURE = re.compile(r"\[(-?[\d.,]+)\](\([^()\s]*results/(\w+)\.csv \"([^\"]*): (\w+)\"\))")
+NUMBER = r"-?\d[\d.,]*"
+FIGURE = re.compile(
+    rf"\[({NUMBER}(?: to {NUMBER})?)\](\([^()\s]*results/(\w+)\.csv \"([^\"]*): (\w+)(?: / (\w+))?\"\))"
+)
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenetv2_100": "MobileNetV2 1.0"}
 DETECTORS = {"faster_rcnn": "Faster R-CNN", "mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 DATASETS = {"imagenette": "Imagenette", "cifar10": "CIFAR-10"}
@@ -41,21 +48,23 @@ ARCHITECTURES = {"mobilenetv2_050": "MobileNetV2 0.5", "resnet18": "ResNet-18"}
 Row = dict[str, str]
 
 
-def rows(name: str, **wanted: str) -> list[Row]:
-    """The rows of a CSV in benchmarks/results that have these values.
+def rows(name: str, /, **wanted: str) -> list[Row]:
+    """The rows of a CSV in benchmarks/results that have these values; `a|b` is either.
 
     Raises:
         ValueError: there are none.
     """
     found = [
-        row for row in read_rows(RESULTS / f"{name}.csv") if all(row[key] == value for key, value in wanted.items())
+        row
+        for row in read_rows(RESULTS / f"{name}.csv")
+        if all(row[key] in value.split("|") for key, value in wanted.items())
     ]
     if not found:
         raise ValueError(f"{name}.csv has no rows with {wanted}")
     return found
 
 
-def row(name: str, **wanted: str) -> Row:
+def row(name: str, /, **wanted: str) -> Row:
     """The one row that has these values.
 
     Raises:
@@ -429,7 +438,90 @@ def decoding_steps() -> str:
     )
 
 
-# --- counters
+# --- counts
+
+
+def published() -> str:
+    """The published networks: what is counted here, and what the authors print."""
+
+    def line(network: Published) -> list[str]:
+        found = costs(network.name, network.kernel_num)
+        madds, same = int(found["madds"]), int(found["madds_as_published"])
+        counted = short(madds) if madds == same else f"{short(madds)} ({short(same)})"
+        printed = network.madds * 1e6 if network.madds else 0
+        beside = counted, short(printed), f"{round(same / printed - 1, 3) + 0.0:+.1%}"  # no -0.0
+        accuracy = f"{network.top1:.2f}", f"{network.top5:.2f}"
+        return [
+            f"`{network.name}`",
+            found["kernel_num"],
+            f"{fixed(found['parameters'], 2, '1e6')}M",
+            *beside,
+            *accuracy,
+        ]
+
+    columns = ["network", "n", "parameters", "multiply-adds", "published", "difference", "top-1", "top-5"]
+    return table(columns, (line(network) for network in PUBLISHED if network.madds))
+
+
+def costs(model: str, kernel_num: int | None, **wanted: str) -> Row:
+    """What a network costs."""
+    return row("costs", model=model, kernel_num=str(kernel_num or ""), **wanted)
+
+
+def methods() -> str:
+    """What each method mixes, and what that makes of ResNet-18."""
+    pieces = "pieces of cells that layers share, by signed shares"
+    gates = "n kernels, by a softmax; taps, channels and filters, by sigmoids"
+    lines: tuple[tuple[str, str, list[Row], str], ...] = (
+        ("static", "", [costs("resnet18", None)], ""),
+        ("CondConv, n = 8", "n kernels, by sigmoids", [costs("cond_resnet18", 8)], "`CondConv1d` to `3d`, `cond_`"),
+        ("DyConv, n = 4", "n kernels, by a softmax", [costs("dy_resnet18", 4)], "`DyConv`, `dy_`"),
+        ("ODConv, n = 1 / 4", gates, [costs("od_resnet18", n) for n in (1, 4)], "`ODConv`, `od_`, `odl_`"),
+        ("KernelWarehouse, 1x / 4x", pieces, [costs("kw_resnet18", None, budget=b) for b in "14"], "`KWConv`, `kw_`"),
+    )
+
+    def figures(found: list[Row]) -> str:
+        parameters, madds = ([one[column] for one in found] for column in ("parameters", "madds"))
+        return f"{' / '.join(fixed(one, 2, '1e6') for one in parameters)} M, " + (
+            f"{' / '.join(fixed(one, 3, '1e9') for one in madds)} G"
+        )
+
+    return table(
+        ["", "what a sample's kernel is mixed of, and by", "ResNet-18: parameters, multiply-adds", "layers, networks"],
+        ([method, mixed, figures(found), names] for method, mixed, found, names in lines),
+    )
+
+
+def gflops() -> str:
+    """What ultralytics says of its networks."""
+
+    def line(name: str, title: str) -> list[str]:
+        found = [costs(name, n) for n in (None, 1, 4)]
+        return [title, *(fixed(one["gflops"], 2) for one in found), fixed(found[-1]["madds"], 2, "5e8")]
+
+    columns = ["network", "static", "n = 1", "n = 4", "twice the multiply-adds of `odconv.profile`, n = 4"]
+    return table(columns, (line(name, title) for name, title in (("yolov8n", "YOLOv8n"), ("yolo11n", "YOLO11n"))))
+
+
+def detector_sizes() -> str:
+    """Parameters of the published detectors, in millions."""
+    printed = {"faster_rcnn": ("43.80", "108.91", "21.13", "29.14"), "mask_rcnn": ("46.45", "111.56", "23.78", "31.80")}
+    backbones = {"resnet50": None, "od_resnet50": 4, "mobilenetv2_100": None, "od_mobilenetv2_100": 4}
+
+    def line(detector: str, backbone: str, n: int | None, authors: str) -> list[str]:
+        own = int(costs(f"{detector} {backbone}", n)["parameters"])
+        channels = 1280 if "mobilenet" in backbone else 2048
+        numbers = (fixed(str(count), 3, "1e6") for count in (own, own + 1000 * (channels + 1)))
+        return [f"`{backbone}`" + (f", `kernel_num={n}`" if n else ""), f"`{detector}`", *numbers, authors]
+
+    return table(
+        ["backbone", "detector", "here", "with the classifier", "published"],
+        (
+            line(detector, *backbone, authors)
+            for detector, column in printed.items()
+            for backbone, authors in zip(backbones.items(), column, strict=True)
+        ),
+    )
 
 
 def counters() -> str:
@@ -516,7 +608,7 @@ TABLES: dict[str, Callable[..., str]] = {
     for make in (
         best, targets, detectors, detect_evaluated, accelerating, warehouse, export, quantising, serving, accuracy,
         ablations, top1_by_method, starts, gradients, finetune, counters, bandwidth, reading, communication, decoding,
-        decoding_steps, weights,
+        decoding_steps, weights, published, methods, gflops, detector_sizes,
     )
 }  # fmt: skip
 
@@ -529,12 +621,20 @@ def written(page: str) -> str:
         return f"{begin}\n{TABLES[name](**values(words))}\n\n{end}"
 
     def look_up(found: re.Match[str]) -> str:
-        figure, link, name, words, column = found.groups()
-        digits = len(figure.partition(".")[2])
-        number = Decimal(fixed(row(name, **values(words))[column], digits))
-        return f"[{number:,}]{link}" if "," in figure else f"[{number}]{link}"
+        shown, link, name, words, column, unit = found.groups()
+        figures, wanted = shown.split(" to "), values(words)
+        chosen = [row(name, **wanted)] if len(figures) == 1 else rows(name, **wanted)
+        measured = sorted((one[column] for one in chosen), key=Decimal)
+        found = (like(old, new, unit or "1") for old, new in zip(figures, (measured[0], measured[-1]), strict=False))
+        return f"[{' to '.join(found)}]{link}"
 
     return FIGURE.sub(look_up, MARKED.sub(write, page))
+
+
+def like(old: str, new: str, unit: str) -> str:
+    """A value of a row in some unit, with the digits and the comma of the figure that stands there."""
+    number = Decimal(fixed(new, len(old.partition(".")[2]), unit))
+    return f"{number:,}" if "," in old else str(number)
 
 
 def values(words: str) -> Row:

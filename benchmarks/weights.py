@@ -17,8 +17,12 @@ from typing import Any
 import torch
 from benchmarks.accuracy.cells import STUDIES
 from benchmarks.common import RESULTS, origin, write_rows
+from torch.utils.data import DataLoader
 
+from odconv import DynamicConv, to_static
+from odconv.app.classify.restore import restore
 from odconv.app.commands.release import release
+from odconv.app.data import normalise, open_data
 
 ROOT = Path(__file__).parents[1]
 METHODS = {"imagenette_static": "static", "imagenette_odconv_1x": "odconv_1x", "imagenette_odconv_4x": "odconv_4x"}
@@ -45,7 +49,20 @@ def write(name: str, run: Path, out: Path, data: Path) -> dict[str, Any]:
         shutil.copytree(made, out / name)
     size = sum(file.stat().st_size for file in (out / name).iterdir())
     scores = {score: f"{measured[score]:.4f}" for score in ("top1", "top5")}
-    return {"name": name, "network": measured["arch"], "megabytes": f"{size / 1e6:.2f}", **scores, **origin()}
+    row = {"name": name, "network": measured["arch"], "megabytes": f"{size / 1e6:.2f}", **scores}
+    return row | frozen(out / name, data) | origin()
+
+
+def frozen(folder: Path, data: Path) -> dict[str, str]:
+    """What :func:`odconv.to_static` makes of a dynamic network: its top-1, and how often it chooses the same class."""
+    network = restore(str(folder))
+    if not any(isinstance(module, DynamicConv) for module in network.model.modules()):
+        return {"frozen_top1": "", "frozen_agreement": ""}
+    sizes = {"image_size": network.image_size, "resize_size": network.resize_size}
+    images = DataLoader(open_data(str(data), need_train=False, **sizes).val, batch_size=100)
+    batches = [(normalise(pixels), labels) for pixels, labels in images]
+    score = to_static(network.model, batches).after
+    return {"frozen_top1": f"{score.accuracy:.4f}", "frozen_agreement": f"{score.agreement:.4f}"}
 
 
 def main() -> None:

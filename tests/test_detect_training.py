@@ -178,6 +178,16 @@ def test_a_trial_leaves_nothing_behind(coco: Path, tmp_path: Path, monkeypatch, 
     assert "corrupt" not in said
 
 
+def test_a_trial_evaluates_images_that_have_an_object(tmp_path: Path) -> None:
+    data = make_coco(tmp_path / "coco", {"train": 4, "val": 3})
+    path = data / "annotations" / "instances_val2017.json"
+    found = json.loads(path.read_text())
+    last = found["images"][-1]["id"]
+    found["annotations"] = [one for one in found["annotations"] if one["image_id"] == last]
+    path.write_text(json.dumps(found))
+    train(**OPTIONS | {"test_batch": 1}, data=str(data), out=str(tmp_path / "run"), fast_dev_run=1)
+
+
 def test_evaluation_is_that_of_the_run(run: Path, coco: Path, tmp_path: Path, capsys) -> None:
     result = evaluate(weights=str(run / "last.ckpt"), data=str(coco), workers=0, out=str(tmp_path))
     row = rows(run)[-1]

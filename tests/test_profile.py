@@ -163,6 +163,8 @@ def test_tables():
 )
 def test_published_rows(row):
     pytest.importorskip("torchvision")
+    from benchmarks.common import RESULTS, read_rows
+
     from odconv.profiling.published import count_published
 
     counts, madds = count_published(row)
@@ -171,6 +173,16 @@ def test_published_rows(row):
         assert madds == pytest.approx(row.madds * 1e6, rel=0.02)
     if row.kernel_num is None and row.madds is not None:
         assert madds == pytest.approx(row.madds * 1e6, rel=6e-4)  # as printed
+    (written,) = (
+        found
+        for found in read_rows(RESULTS / "costs.csv")
+        if found["model"] == row.name
+        and found["kernel_num"] == str(row.kernel_num or "")
+        and found["budget"] == str(row.budget or "")
+    )
+    assert [counts.parameters, counts.madds, madds] == [
+        int(written[column]) for column in ("parameters", "madds", "madds_as_published")
+    ]
 
 
 def test_latencies():

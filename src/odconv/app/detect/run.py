@@ -126,7 +126,7 @@ def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:
     root, masks = Path(config.data), config.detector == "mask_rcnn"
     training = read_annotations(root / config.train_annotations, config.classes, masks)
     evaluation = read_annotations(root / config.val_annotations, config.classes, masks)
-    learnable, _ = training.without_empty(), evaluation.without_empty()  # objects there must be
+    learnable, scored = training.without_empty(), evaluation.without_empty()  # objects there must be
     if training.labels.keys() != evaluation.labels.keys() or training.classes != evaluation.classes:
         only = (sorted({*a.classes} - {*b.classes}) for a, b in ((training, evaluation), (evaluation, training)))
         first, second = (first_few(names, none="none, but other ids") for names in only)
@@ -136,4 +136,6 @@ def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:
         )
     check_files(training, root / config.train_images)
     check_files(evaluation, root / config.val_images)
+    if config.fast_dev_run:
+        evaluation = scored  # the few images of a trial must have what can be scored
     return training if config.negatives else learnable, evaluation
