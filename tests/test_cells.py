@@ -23,7 +23,7 @@ SHAPES = [
     (1, (20, 24), (2, 1), (3,), (17,), 1, 2, 2, 5),
     (2, (16, 16), (3, 2), (1, 1), (7, 7), 1, 0, 1, 7),
     (2, (16, 17), (1, 2), (3, 2, 3), (5, 6, 7), (1, 2, 1), 1, 1, 9),
-    (5, (200, 96), (1, 1), (3, 3), (4, 4), 1, 1, 1, 1100),  # cells that fill the cache
+    (5, (80, 32), (1, 1), (3, 3), (4, 4), 1, 1, 1, 300),  # cells that fill the cache
     (2, (70, 33), (2, 3), (5, 1), (9, 2), 1, (2, 0), 1, 3),
 ]
 
@@ -86,17 +86,30 @@ def test_any_cells(batch, cell, blocks, taps, size, stride, padding, count):
 
 
 @NEEDS_KERNEL
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:5], (2, (16, 16), (1, 1), (1, 2), (9, 9), 3, 0, 1, 4)], ids=str)
 def test_all_gradients(shape):
     *given, kernel, geometry = problem(*shape)
     leaves = [tensor.requires_grad_() for tensor in given]
     found, wanted = cell_conv(*leaves, kernel, **geometry), mixed_first(*leaves, kernel, geometry)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
     grad = torch.randn_like(wanted)
-    for value, expected in zip(
-        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True
-    ):
-        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    expected = torch.autograd.grad(wanted, leaves, grad)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, grad), expected, rtol=1e-10, atol=1e-10)
+    for number, leaf in enumerate(leaves):  # each alone, and of a gradient that is no memory of its own
+        other = [t if t is leaf else t.detach() for t in leaves]
+        alone = torch.autograd.grad(cell_conv(*other, kernel, **geometry).sum(), leaf)[0]
+        whole = torch.autograd.grad(mixed_first(*other, kernel, geometry).sum(), leaf)[0]
+        torch.testing.assert_close(alone, whole, rtol=1e-10, atol=1e-10, msg=f"{number}")
+
+
+@NEEDS_KERNEL
+def test_no_kernel_is_kept_for_the_backward_pass():
+    *given, kernel, geometry = problem(*SHAPES[0])
+    leaves = [tensor.requires_grad_() for tensor in given]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        cell_conv(*leaves, kernel, **geometry)
+    assert sorted(kept) == sorted(leaf.numel() for leaf in leaves)
 
 
 @NEEDS_KERNEL
@@ -156,6 +169,10 @@ def test_the_operator_is_registered_as_operators_should_be():
         x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format)
         arguments = (x, cells, shares, filters, taps, [2, 1], [1, 0], [1, 1])
         torch.library.opcheck(torch.ops.odconv.conv_cells.default, arguments)
+        grad = torch.ops.odconv.conv_cells(*arguments).clone()
+        for wanted in ((True, True), (True, False), (False, True)):
+            given = (grad, x, cells, shares, *arguments[4:], *wanted)
+            torch.library.opcheck(torch.ops.odconv.conv_cells_backward.default, given)
 
 
 @NEEDS_KERNEL
@@ -180,7 +197,11 @@ def test_pytorch_counts_the_multiply_adds():
     model = odconv.create_model("kw_resnet18", num_classes=10).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 3, 64, 64))
-    assert counter.get_total_flops() / 4 == pytest.approx(odconv.profile(model, (3, 64, 64)).madds, rel=0.01)
+    wanted = odconv.profile(model, (3, 64, 64)).madds
+    assert counter.get_total_flops() / 4 == pytest.approx(wanted, rel=0.01)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert 2.8 < counter.get_total_flops() / 4 / wanted < 4.2  # mixing once more, and twice for its gradients
 
 
 def operands(**changes):
@@ -231,8 +252,21 @@ WRONG = {
 def test_the_operator_refuses_what_does_not_fit(changes):
     with pytest.raises(RuntimeError, match="odconv: "):
         torch.ops.odconv.conv_cells(*operands(**changes))
+    x, cells, shares, filters, *geometry = operands(**changes)
+    with pytest.raises(RuntimeError, match="odconv: "):
+        torch.ops.odconv.conv_cells_backward(
+            torch.ones(2, max(0, filters), 5, 5), x, cells, shares, *geometry, True, True
+        )
 
 
 @NEEDS_KERNEL
 def test_the_operator_takes_what_fits():
-    assert torch.ops.odconv.conv_cells(*operands())[0, 0, 2, 2] == 32 * 9 * 3
+    y = torch.ops.odconv.conv_cells(*operands())
+    assert y[0, 0, 2, 2] == 32 * 9 * 3
+    x, cells, shares, _, *geometry = operands()
+    to_x, to_pieces = torch.ops.odconv.conv_cells_backward(y, x, cells, shares, *geometry, True, True)
+    assert to_x.shape == x.shape
+    assert to_pieces.shape == (2, 54, 16, 16)
+    for grad in (y[:1], y[..., :4], y.double(), y[:, :47], y[0], torch.ones(2, 0, 5, 5)):
+        with pytest.raises(RuntimeError, match="odconv: "):
+            torch.ops.odconv.conv_cells_backward(grad, x, cells, shares, *geometry, True, True)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from odconv.ops import cpu
 from odconv.ops.contract import Attentions, Geometry, is_exporting
-from odconv.ops.dynamic_conv import compute_dtype
-from odconv.ops.mixing import mixed_conv
-from odconv.ops.policy import Choice, log_choice
+from odconv.ops.dynamic_conv import add_bias, compute_dtype
+from odconv.ops.mixing import checked, mixed_conv
+from odconv.ops.policy import Choice, is_differentiated, log_choice
+from odconv.ops.recompute import Step, Tensors, apply
 
 BY_TILES = Choice("cpu", "the compiled kernel mixes cells a tile at a time")
 
@@ -69,15 +70,40 @@ def cell_conv(
         ValueError, TypeError: as :func:`~odconv.ops.mixing.mixed_conv`.
     """
 
-    def by_tiles(x: Tensor, cells: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
-        assert attentions.kernel is not None
-        log_choice(BY_TILES, x, cells)
-        return cpu.convolve_cells(x, cells, attentions.kernel, kernel_shape, geometry)
-
+    mix = partial(assemble, shape=kernel_shape)
     # What torch.compile differentiates is to be made of operations that it knows.
     compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()
-    direct = not compiled and not is_exporting() and cpu.fits_cells(x, cells, compute_dtype(x, cells), groups)
-    return mixed_conv(
-        x, partial(assemble, shape=kernel_shape), cells, shares, kernel_shape, bias=bias, stride=stride,
-        padding=padding, dilation=dilation, groups=groups, run=by_tiles if direct else None,
-    )  # fmt: skip
+    if compiled or is_exporting() or not cpu.fits_cells(x, cells, compute_dtype(x, cells), groups):
+        return mixed_conv(
+            x, mix, cells, shares, kernel_shape, bias=bias, stride=stride, padding=padding, dilation=dilation,
+            groups=groups,
+        )  # fmt: skip
+    attentions = Attentions(shares, None, None, None)
+    x, cells, attentions, geometry = checked(
+        x, cells, attentions, kernel_shape, bias, stride, padding, dilation, groups
+    )
+    log_choice(BY_TILES, x, cells)
+
+    def run(x: Tensor, cells: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+        assert attentions.kernel is not None
+        return cpu.convolve_cells(x, cells, attentions.kernel, kernel_shape, geometry)
+
+    if is_differentiated(x, cells, *attentions):
+        step = Step(run, geometry, math.prod(kernel_shape), False, mix, gradients=partial(gradients, kernel_shape[2:]))
+        return add_bias(apply(step, x, cells, attentions), bias)
+    return add_bias(run(x, cells, attentions, geometry), bias)
+
+
+def gradients(
+    taps: Sequence[int], grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of x, the cells and the shares, of which kernels are put together tile by tile again."""
+    x, cells, shares, *_ = tensors
+    to_x, to_cells, to_shares, *others = needs
+    x_grad, pieces = cpu.cells_backward(grad, x, cells, shares, taps, geometry, to_x, to_cells or to_shares)
+    found: list[Tensor | None] = [x_grad if to_x else None, None, None, *(None for _ in others)]
+    if to_cells:
+        found[1] = (shares.flatten(0, 1).t() @ pieces.flatten(2).flatten(0, 1)).view_as(cells)
+    if to_shares:
+        found[2] = pieces.flatten(2) @ cells.flatten(1).t()
+    return found

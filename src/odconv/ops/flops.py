@@ -31,6 +31,7 @@ def register() -> None:
     register_flop_formula(ops.conv_fused)(fused)
     register_flop_formula([ops.conv_backward, ops.triton_conv_backward])(backward)
     register_flop_formula(ops.conv_cells)(cells)
+    register_flop_formula(ops.conv_cells_backward)(cells_backward)
     register_flop_formula(ops.attend)(attend)
     for mode in _get_current_dispatch_mode_stack():  # each has the formulas that were there when it was made
         counter: Any = getattr(mode, "counter", None)
@@ -63,8 +64,21 @@ def fused(*arguments: Any, out_shape: Sequence[Shape], **_: Any) -> int:
 
 def cells(x: Shape, cells: Shape, shares: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
     """Count putting kernels together of cells, and the convolution with them."""
-    kernel = shares[1] * math.prod(cells[1:])  # numbers of one
-    return 2 * (math.prod(out_shape) // out_shape[1] * kernel + x[0] * cells[0] * kernel)
+    return 2 * (
+        out_shape[0] * math.prod(out_shape[2:]) * kernel_of(cells, shares) + x[0] * cells[0] * kernel_of(cells, shares)
+    )
+
+
+def cells_backward(grad: Shape, x: Shape, cells: Shape, shares: Shape, *rest: Any, **_: Any) -> int:
+    """Count the gradient of x, for which kernels are put together again, and that of their pieces."""
+    to_x, to_pieces = rest[4:]
+    passes = (to_x + to_pieces) * math.prod(grad[2:]) + to_x * cells[0]  # over all numbers of each sample's kernel
+    return 2 * grad[0] * passes * kernel_of(cells, shares)
+
+
+def kernel_of(cells: Shape, shares: Shape) -> int:
+    """Return the numbers of a kernel, which has as many pieces as there are rows of shares."""
+    return shares[1] * math.prod(cells[1:])
 
 
 def backward(

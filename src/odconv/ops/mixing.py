@@ -32,7 +32,6 @@ def mixed_conv(
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-    run: Backend | None = None,
 ) -> Tensor:
     """Convolve each sample with the kernel that `mix` makes for it, and keep no kernel for the backward pass.
 
@@ -47,8 +46,6 @@ def mixed_conv(
         shares: what each sample takes of it, (B, ...).
         kernel_shape: (O, C/groups, *kernel_size).
         channel, filter, spatial, bias, stride, padding, dilation, groups: as in :func:`per_sample_conv`.
-        run: gives the same output without gradients in a shorter way, of x, parts, attentions and geometry. Default:
-            mix, then convolve.
 
     Returns:
         (B, O, *map), in x's dtype, or in the autocast dtype under autocast.
@@ -57,29 +54,46 @@ def mixed_conv(
         ValueError: an argument's shape or value does not fit; the message names it and what is expected.
         TypeError: x and parts differ in dtype outside autocast.
     """
-    if shares.dim() == 0 or shares.shape[0] != x.shape[0]:
-        raise ValueError(f"shares must have shape (B, ...) with B = {x.shape[0]}, got {tuple(shares.shape)}")
-    attentions = Attentions(None, spatial, channel, filter)
-    check_shapes(x, parts.new_empty(()).expand(x.shape[0], *kernel_shape), attentions, bias, groups, per_sample=True)
-    x, geometry = checked_geometry(x, tuple(kernel_shape[2:]), stride, padding, dilation, groups)
-    dtype = compute_dtype(x, parts)
-    x, parts = x.to(dtype), parts.to(dtype)
-    given = Attentions(*(None if a is None else a.to(dtype) for a in (shares, spatial, channel, filter)))
+    attentions = Attentions(shares, spatial, channel, filter)
+    x, parts, attentions, geometry = checked(
+        x, parts, attentions, kernel_shape, bias, stride, padding, dilation, groups
+    )
 
-    def mix_first(x: Tensor, parts: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+    def run(x: Tensor, parts: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
         weight = mix(parts, attentions.kernel)
         if tuple(weight.shape[1:]) != tuple(kernel_shape):
             raise ValueError(f"mix must make kernels of {('B', *kernel_shape)}, got {tuple(weight.shape)}")
         return compute(x, weight, attentions._replace(kernel=None), None, geometry, per_sample=True)
 
-    if x.shape[0] > 0 and is_differentiated(x, parts, *given):
-        step = Step(run or mix_first, geometry, math.prod(kernel_shape), False, mix, backward)
-        y = apply(step, x, parts, given)
-    elif run is not None:
-        y = run(x, parts, given, geometry)
+    if x.shape[0] > 0 and is_differentiated(x, parts, *attentions):
+        y = apply(Step(run, geometry, math.prod(kernel_shape), False, mix, backward), x, parts, attentions)
     else:
-        y = in_parts(mix_first, x, parts, given, geometry, math.prod(kernel_shape))
+        y = in_parts(run, x, parts, attentions, geometry, math.prod(kernel_shape))
     return add_bias(y, bias)
+
+
+def checked(
+    x: Tensor,
+    parts: Tensor,
+    attentions: Attentions,
+    kernel_shape: Sequence[int],
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Attentions, Geometry]:
+    """Return the arguments of :func:`mixed_conv` in the dtype that is computed in, once they are checked."""
+    shares, *others = attentions
+    if shares is None or shares.dim() == 0 or shares.shape[0] != x.shape[0]:
+        shape = None if shares is None else tuple(shares.shape)
+        raise ValueError(f"shares must have shape (B, ...) with B = {x.shape[0]}, got {shape}")
+    kernels = parts.new_empty(()).expand(x.shape[0], *kernel_shape)
+    check_shapes(x, kernels, Attentions(None, *others), bias, groups, per_sample=True)
+    x, geometry = checked_geometry(x, tuple(kernel_shape[2:]), stride, padding, dilation, groups)
+    dtype = compute_dtype(x, parts)
+    attentions = Attentions(*(None if a is None else a.to(dtype) for a in attentions))
+    return x.to(dtype), parts.to(dtype), attentions, geometry
 
 
 def in_parts(run: Backend, x: Tensor, parts: Tensor, attentions: Attentions, geometry: Geometry, kernel: int) -> Tensor:

@@ -18,6 +18,7 @@ WORKSPACE = 128 * 2**20  # bytes of mixed kernels, or of columns, at a time; one
 
 Backend = Callable[[Tensor, Tensor, Attentions, Geometry], Tensor]
 Tensors = Sequence[Any]  # x, weight, and the attentions in their order, which may be None
+Gradients = Callable[[Tensor, Tensors, Geometry, Sequence[bool]], list[Tensor | None]]
 Convolve = Callable[[Tensor, Tensor, Tensor, Geometry, bool, bool], tuple[Tensor, Tensor]]
 
 
@@ -32,6 +33,7 @@ class Step(NamedTuple):
         mix: makes a kernel for each sample of weight and the kernel attention.
         differentiate: gives the gradients of x and of the kernels that `run` convolves with; None for a backend that
             convolves with no such kernels, which autograd goes through.
+        gradients: gives the gradients of a chunk's tensors that are needed in a way of its own, which mixes no kernels.
     """
 
     run: Backend
@@ -40,6 +42,7 @@ class Step(NamedTuple):
     per_sample: bool = False
     mix: eager.Mix = eager.mix
     differentiate: Convolve | None = None
+    gradients: Gradients | None = None
 
 
 def recomputed(
@@ -97,16 +100,21 @@ def mixture_gradients(grad: Tensor, tensors: Tensors, geometry: Geometry, needs:
 
 def _gradients(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
     """Return the gradients of a step, a few samples at a time."""
-    differentiate = _through_backend if step.differentiate is None else _through_kernels
     found: list[list[Tensor | None]] = []
     start = 0
     for chunk in _chunks(step, tensors):
         stop = start + chunk[0].shape[0]
-        found.append(differentiate(step, grad[start:stop], chunk, needs))
+        found.append(_gradients_of_chunk(step, grad[start:stop], chunk, needs))
         start = stop
     x, weight, *attentions = zip(*found, strict=True)
     together = _joined if step.per_sample else _summed
     return [_joined(x), together(weight), *map(_joined, attentions)]
+
+
+def _gradients_of_chunk(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
+    if step.gradients is not None:
+        return step.gradients(grad, tensors, step.geometry, needs)
+    return (_through_backend if step.differentiate is None else _through_kernels)(step, grad, tensors, needs)
 
 
 def _through_backend(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:

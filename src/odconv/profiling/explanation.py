@@ -133,7 +133,7 @@ def explain_mixing(
     choice = choose(x, kernels, geometry, False, per_sample=True)  # the backward pass is the mixing operator's own
     made = len(x) * one
     if cpu.fits_cells(x, layer.cells, x.dtype, layer.groups):
-        choice, made = BY_TILES, made * training  # gradients are those of whole kernels
+        choice, made = BY_TILES, made * training  # of whole kernels are the gradients alone
     convolution, mixing = math.prod(y) * math.prod(layer.kernel_shape[1:]), len(pieces) * layer.cells.numel()
     numbers = math.prod(shape) + layer.cells.numel() + shape[0] * len(pieces) * cells + math.prod(y)
     return Explanation(

@@ -40,9 +40,11 @@ OPERATORS.define(f"conv({ARGUMENTS}, Tensor? bias) -> Tensor")
 OPERATORS.define(
     f"conv_fused({ARGUMENTS}, Tensor? bias, str activation, bool means, Tensor? packed) -> (Tensor, Tensor)"
 )
+CELLS = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
+OPERATORS.define(f"conv_cells(Tensor x, Tensor cells, Tensor shares, int out_channels, {CELLS}) -> Tensor")
 OPERATORS.define(
-    "conv_cells(Tensor x, Tensor cells, Tensor shares, int out_channels, int[] kernel_size, int[] stride, "
-    "int[] padding, int[] dilation) -> Tensor"
+    f"conv_cells_backward(Tensor grad, Tensor x, Tensor cells, Tensor shares, {CELLS}, bool to_x, bool to_pieces) "
+    "-> (Tensor, Tensor)"
 )
 OPERATORS.define("pack(Tensor weight, int groups) -> Tensor")
 OPERATORS.define("pool(Tensor x) -> Tensor")
@@ -168,7 +170,7 @@ def fits_cells(x: Tensor, cells: Tensor, dtype: torch.dtype, groups: int) -> boo
 
 
 def convolve_cells(x: Tensor, cells: Tensor, shares: Tensor, kernel_shape: Sequence[int], geometry: Geometry) -> Tensor:
-    """Convolve each sample with a kernel of cells, which are mixed a tile at a time, without gradients.
+    """Convolve each sample with a kernel of cells, which are mixed a tile at a time; see :func:`cells_backward`.
 
     Args:
         x: input, (B, C, *map).
@@ -181,6 +183,23 @@ def convolve_cells(x: Tensor, cells: Tensor, shares: Tensor, kernel_shape: Seque
     filters, _, *taps = kernel_shape
     y: Tensor = torch.ops.odconv.conv_cells(x, cells.contiguous(), shares.contiguous(), filters, taps, *geometry[:3])
     return y
+
+
+def cells_backward(
+    grad: Tensor,
+    x: Tensor,
+    cells: Tensor,
+    shares: Tensor,
+    taps: Sequence[int],
+    geometry: Geometry,
+    to_x: bool,
+    to_pieces: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of each sample's pieces, (B, m, co, ci); what is not asked for is empty."""
+    found: tuple[Tensor, Tensor] = torch.ops.odconv.conv_cells_backward(
+        grad, x, cells.contiguous(), shares.contiguous(), taps, *geometry[:3], to_x, to_pieces
+    )
+    return found
 
 
 def pack(weight: Tensor, groups: int) -> Tensor | None:
@@ -301,6 +320,12 @@ def _fake_cells(
     return x.new_empty((x.shape[0], filters, *size)).contiguous(memory_format=suggest_memory_format(x))
 
 
+def _fake_cells_backward(grad: Tensor, x: Tensor, cells: Tensor, shares: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, to_x, to_pieces = rest
+    pieces = (*shares.shape[:2], *cells.shape[1:3]) if to_pieces else (0,)
+    return torch.empty_like(x) if to_x else x.new_empty(0), x.new_empty(pieces)
+
+
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, to_x, to_weights = rest
     batch = x.shape[0]
@@ -323,6 +348,7 @@ def _fake_attend(pooled: Tensor, fc: Tensor | None, norm: list, eps: float, weig
 torch.library.register_fake("odconv::conv", _fake)
 torch.library.register_fake("odconv::conv_fused", _fake_fused)
 torch.library.register_fake("odconv::conv_cells", _fake_cells)
+torch.library.register_fake("odconv::conv_cells_backward", _fake_cells_backward)
 torch.library.register_fake("odconv::conv_backward", _fake_backward)
 torch.library.register_fake("odconv::attend", _fake_attend)
 torch.library.register_fake("odconv::pool", _fake_pool)

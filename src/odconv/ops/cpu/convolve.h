@@ -31,6 +31,7 @@
 //       accumulate window^T x gradient of the output            -> mixed_grad[tap, row][lane]
 //       if the panel ends a sample: distribute mixed_grad over packed_grad and the sample's attentions
 //     unpack packed_grad into the kernels' gradient
+//   where each sample has a kernel of its own and no attention scales it, or it is put together of cells, mixed_grad is unpacked
 //
 // The number of threads decides only which task computes what, never the order of a sum of outputs; to split differently,
 // change Plan. To change a block's size, change the constants below; to change an order in memory, pack and unpack.
@@ -357,7 +358,8 @@ const T* read_gradient(const Map<const T>& grad, int64_t channel, const Tile& ti
   return out;
 }
 
-// Gradients of the kernels and all attentions; each tile owns a piece of every sum, so the order of sums is fixed.
+// Gradients of the kernels and all attentions; each tile owns a piece of every sum, so the order of sums is fixed. With cells,
+// weight_grad gets those of each sample's pieces, (B, pieces, lanes of a cell, rows of a cell).
 template <class T>
 void gradients(const Map<const T>& source, const Map<const T>& grad, const Kernels<T>& kernels, int64_t groups,
                const Gates<T>& gates, int64_t batch, const Phase& phase, const std::vector<Span>& rows,
@@ -366,7 +368,8 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
   const std::vector<Panel> panels = panels_of(phases, batch, 1);
   const int64_t n = kernels.n, taps = kernels.taps, high = rows.size(), count = high * lanes.size();
   const int64_t channels = groups * kernels.rows, filters = groups * kernels.lanes;
-  const Sums<T> all = {partial.shares.template mutable_data_ptr<T>(), partial.taps.template mutable_data_ptr<T>(),
+  const bool plain = kernels.cells || (kernels.per_sample() && !gates.taps && !gates.rows && !gates.lanes);
+  const Sums<T> all = plain ? Sums<T>{} : Sums<T>{partial.shares.template mutable_data_ptr<T>(), partial.taps.template mutable_data_ptr<T>(),
                        partial.rows.template mutable_data_ptr<T>(), partial.lanes.template mutable_data_ptr<T>()};
 
   at::parallel_for(0, groups * count, 1, [&](int64_t begin, int64_t end) {
@@ -379,8 +382,8 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
       const Tile tile = tile_of<T>(rows[task % high], lanes[block]);
       const int64_t width = tile.vectors * Simd<T>::LANES, size = taps * tile.rows * width;
       const Kernels<T> here = kernels.of_group(group);
-      T* packed = scratch.packed.get(size * n);
-      T* packed_grad = scratch.back.get(size * n);
+      T* packed = plain ? nullptr : scratch.packed.get(size * n);
+      T* packed_grad = plain ? nullptr : scratch.back.get(size * n);
       T* mixed_grad = scratch.mixed.get(size);
       auto begin_kernels = [&](int64_t sample) {
         const T* data = here.of_sample(sample).data;
@@ -392,10 +395,10 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
         for (int64_t i = 0; i < n; ++i) unpack<T>(packed_grad + i * size, tile, kernels, order, to + i * kernels.size);
       };
 
-      if (!kernels.per_sample()) begin_kernels(0);
+      if (!plain && !kernels.per_sample()) begin_kernels(0);
       for (const Panel& panel : panels) {
         const int64_t b = panel.sample;
-        if (kernels.per_sample() && panel.first == 0) begin_kernels(b);
+        if (!plain && kernels.per_sample() && panel.first == 0) begin_kernels(b);
         const Window<T> window = window_of<T>(source, group * kernels.rows + tile.first_row, tile.rows, panel, scratch.window);
         offsets_of(panel, phase.jump, window.step, offsets);
         const int64_t positions = offsets.size();
@@ -410,6 +413,11 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
         const bool accumulate = panel.first > 0;
         multiply<T>(taps_and_rows.data(), taps_and_rows.size(), tile.vectors, by_position, steps, mixed_grad, accumulate);
         if (panel.last < phase.count[0]) continue;  // the sample goes on
+        if (kernels.cells)
+          unpack_pieces<T>(mixed_grad, kernels, tile, order, weight_grad + b * taps * kernels.cells->blocks * kernels.size);
+        else if (plain)
+          unpack<T>(mixed_grad, tile, kernels, order, weight_grad + (here.of_sample(b).data - kernels.data));
+        if (plain) continue;
 
         const Sums<T> sums = {all.shares + (task * batch + b) * n, all.taps + (task * batch + b) * taps,
                               all.rows + (block * batch + b) * channels + group * kernels.rows + tile.first_row,
@@ -417,7 +425,7 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
         distribute<T>(mixed_grad, packed, tile, scales_of(gates, kernels, groups, group, b, tile), n, taps, packed_grad, sums);
         if (kernels.per_sample()) end_kernels(b);
       }
-      if (!kernels.per_sample()) end_kernels(0);
+      if (!plain && !kernels.per_sample()) end_kernels(0);
     }
   });
 }

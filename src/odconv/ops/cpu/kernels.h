@@ -5,14 +5,25 @@
 
 namespace odconv {
 
-// What samples' kernels are put together of, where they are: taps, blocks of filters (lanes) and blocks of channels (rows) are
-// pieces, the last varying first, and each piece is a mixture of all n cells by a row of the sample's shares.
+struct Span {
+  int64_t first, count;
+};
+
+struct Tile {
+  int64_t first_row, rows, first_lane, lanes;
+  int vectors;
+};
+
+// How samples' kernels are put together of cells: each tap, block of rows and block of lanes of a kernel is a piece, a mixture of
+// all n cells by a row of the sample's shares.
 template <class T>
 struct Cells {
-  const T* shares;                 // (B, pieces, n)
-  int64_t rows, lanes;             // of a cell, [lane][row]
-  int64_t row_blocks, lane_blocks; // of a kernel
-  int64_t pieces(int64_t taps) const { return taps * lane_blocks * row_blocks; }
+  const T* shares;                            // (B, taps * blocks, n)
+  int64_t rows, lanes;                        // of a cell
+  int64_t row_piece, lane_piece, blocks;      // how many pieces further that of the next block of rows, of lanes, and of the next tap is
+  int64_t piece(const Tile& tile, int64_t tap) const {
+    return tap * blocks + tile.first_row / rows * row_piece + tile.first_lane / lanes * lane_piece;
+  }
 };
 
 // n kernels seen as [row][lane][tap]: lanes are what the vectors run over, rows what is summed over besides the taps. Where
@@ -34,15 +45,6 @@ struct Kernels {
     out.data += group * rows * lanes * taps;
     return out;
   }
-};
-
-struct Span {
-  int64_t first, count;
-};
-
-struct Tile {
-  int64_t first_row, rows, first_lane, lanes;
-  int vectors;
 };
 
 // Kernels whose taps and rows are one run a lane, as in a convolution's weight, or whose taps and lanes are one run a
@@ -173,15 +175,21 @@ void mix(const T* packed, int64_t n, int64_t taps, const Tile& tile, const Scale
     }
 }
 
+// A cell as a kernel of one tap, and where in it a tile lies.
+template <class T>
+std::pair<Kernels<T>, Tile> cell_of(const Kernels<T>& kernels, const Tile& tile) {
+  std::pair<Kernels<T>, Tile> out = {kernels, tile};
+  out.first.taps = 1;
+  out.second.first_row %= kernels.cells->rows;
+  out.second.first_lane %= kernels.cells->lanes;
+  return out;
+}
+
 // A tile of each of n cells, as [row][cell][lane].
 template <class T>
 void pack_cells(const Kernels<T>& kernels, const Tile& tile, std::vector<int64_t>& order, T* out) {
   const int64_t width = tile.vectors * Simd<T>::LANES;
-  Kernels<T> cell = kernels;
-  cell.taps = 1;
-  Tile within = tile;
-  within.first_row %= kernels.cells->rows;
-  within.first_lane %= kernels.cells->lanes;
+  const auto [cell, within] = cell_of(kernels, tile);
   for (int64_t i = 0; i < kernels.n; ++i)
     pack<T>(cell, within, kernels.data + i * kernels.size, order, out + i * width, kernels.n * width);
 }
@@ -190,16 +198,24 @@ void pack_cells(const Kernels<T>& kernels, const Tile& tile, std::vector<int64_t
 template <class T>
 void mix_cells(const T* packed, const Kernels<T>& kernels, const Tile& tile, int64_t sample, T* out) {
   const Cells<T>& cells = *kernels.cells;
-  const int64_t n = kernels.n, width = tile.vectors * Simd<T>::LANES, blocks = cells.lane_blocks * cells.row_blocks;
-  const int64_t block = tile.first_lane / cells.lanes * cells.row_blocks + tile.first_row / cells.rows;
+  const int64_t n = kernels.n, taps = kernels.taps, width = tile.vectors * Simd<T>::LANES;
   thread_local std::vector<const T*> shares;
   thread_local std::vector<Step> steps;
   shares.clear();
-  for (int64_t t = 0; t < kernels.taps; ++t) shares.push_back(cells.shares + (sample * cells.pieces(kernels.taps) + t * blocks + block) * n);
+  for (int64_t t = 0; t < taps; ++t) shares.push_back(cells.shares + (sample * taps * cells.blocks + cells.piece(tile, t)) * n);
   steps.clear();
   for (int64_t i = 0; i < n; ++i) steps.push_back({i, i * width});
   for (int64_t r = 0; r < tile.rows; ++r)
-    multiply<T>(shares.data(), kernels.taps, tile.vectors, packed + r * n * width, steps, out + r * kernels.taps * width, false);
+    multiply<T>(shares.data(), taps, tile.vectors, packed + r * n * width, steps, out + r * taps * width, false);
+}
+
+// The reverse of packing for the gradient of a sample's pieces: out[piece][lane][row] = in[tap][row][lane].
+template <class T>
+void unpack_pieces(const T* in, const Kernels<T>& kernels, const Tile& tile, std::vector<int64_t>& order, T* out) {
+  const int64_t numbers = tile.rows * tile.vectors * Simd<T>::LANES;
+  const auto [cell, within] = cell_of(kernels, tile);
+  for (int64_t t = 0; t < kernels.taps; ++t)
+    unpack<T>(in + t * numbers, within, cell, order, out + kernels.cells->piece(tile, t) * kernels.size);
 }
 
 }  // namespace odconv

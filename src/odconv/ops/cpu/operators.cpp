@@ -324,31 +324,90 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const
   return std::get<0>(conv_fused(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups, bias, "none", false, {}));
 }
 
-// With kernels that are put together of cells, (n, co, ci, 1, ...), by shares, (B, taps * (O / co) * (C / ci), n).
-Tensor conv_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, int64_t filters, at::IntArrayRef kernel,
-                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+// Arguments of kernels that are put together of cells, (n, co, ci, 1, ...), by shares, (B, taps * (O / co) * (C / ci), n).
+std::vector<int64_t> check_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, int64_t filters, at::IntArrayRef kernel,
+                                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   TORCH_CHECK(are_numbers(x) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0, "odconv: x must have 1, 2 or 3 axes of space, "
               "numbers in float32 or float64, and some of them, got shape ", x.sizes());
   const std::vector<int64_t> size = check_geometry(x, filters, kernel, stride, padding, dilation);
-  const Geometry g = geometry_of(kernel, stride, padding, dilation, 1);
-  const int64_t channels = x.size(1), taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
   TORCH_CHECK(cells.dim() == x.dim() + 1 && cells.numel() > 0 && cells.numel() == cells.size(0) * cells.size(1) * cells.size(2) &&
-                  is_plain(cells, x) && filters > 0 && filters % cells.size(1) == 0 && channels % cells.size(2) == 0,
+                  is_plain(cells, x) && filters > 0 && filters % cells.size(1) == 0 && x.size(1) % cells.size(2) == 0,
               "odconv: cells of shape ", cells.sizes(), " do not make kernels of ", filters, " filters for x of shape ", x.sizes());
-  const int64_t n = cells.size(0), lane_blocks = filters / cells.size(1), row_blocks = channels / cells.size(2);
-  TORCH_CHECK(shares.dim() == 3 && shares.size(0) == x.size(0) && shares.size(1) == taps * lane_blocks * row_blocks &&
-                  shares.size(2) == n && is_plain(shares, x),
-              "odconv: shares must have shape (B, ", taps * lane_blocks * row_blocks, ", ", n, "), got ", shares.sizes());
+  int64_t pieces = filters / cells.size(1) * (x.size(1) / cells.size(2));
+  for (int64_t taps : kernel) pieces *= taps;
+  TORCH_CHECK(shares.dim() == 3 && shares.size(0) == x.size(0) && shares.size(1) == pieces && shares.size(2) == cells.size(0) &&
+                  is_plain(shares, x),
+              "odconv: shares must have shape (B, ", pieces, ", ", cells.size(0), "), got ", shares.sizes());
+  return size;
+}
+
+// How kernels are put together, seen from outputs or from the gradient of x.
+template <class T>
+Cells<T> cells_of(const Tensor& cells, const Tensor& shares, int64_t filters, int64_t channels, bool from_outputs) {
+  const int64_t co = cells.size(1), ci = cells.size(2), across = channels / ci, blocks = filters / co * across;
+  const T* data = shares.const_data_ptr<T>();
+  return from_outputs ? Cells<T>{data, ci, co, 1, across, blocks} : Cells<T>{data, co, ci, across, 1, blocks};
+}
+
+Tensor conv_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, int64_t filters, at::IntArrayRef kernel,
+                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const std::vector<int64_t> size = check_cells(x, cells, shares, filters, kernel, stride, padding, dilation);
+  const Geometry g = geometry_of(kernel, stride, padding, dilation, 1);
+  const int64_t channels = x.size(1), taps = g.kernel[0] * g.kernel[1] * g.kernel[2], ci = cells.size(2), numbers = cells.size(1) * ci;
   Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Cells<T> of = {shares.const_data_ptr<T>(), cells.size(2), cells.size(1), row_blocks, lane_blocks};
-    const Kernels<T> kernels = {cells.const_data_ptr<T>(), n, cells.size(1) * cells.size(2), channels, filters, taps, 1, cells.size(2), 0, &of};
+    const Cells<T> of = cells_of<T>(cells, shares, filters, channels, true);
+    const Kernels<T> kernels = {cells.const_data_ptr<T>(), cells.size(0), numbers, channels, filters, taps, 1, ci, 0, &of};
     convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), map_of<T>(y, y.mutable_data_ptr<T>()), kernels, 1, {}, {}, x.size(0),
                 {forward_phase(g, three(at::IntArrayRef(size).slice(2), 1))});
   };
   x.scalar_type() == at::kDouble ? run(double()) : run(float());
   return y;
+}
+
+// A place for the gradient of x, with zeros where no output reads: a stride beyond the kernel leaves inputs out.
+Tensor empty_gradient(const Tensor& x, const std::vector<Phase>& phases) {
+  int64_t met = 0;
+  for (const Phase& phase : phases) met += phase.count[0] * phase.count[1] * phase.count[2];
+  return met * x.size(0) * x.size(1) == x.numel() ? at::empty_like(x) : at::zeros_like(x);
+}
+
+// The gradients of x and of each sample's pieces, (B, pieces, co, ci); what is not asked for is empty.
+std::tuple<Tensor, Tensor> conv_cells_backward(const Tensor& grad, const Tensor& x, const Tensor& cells, const Tensor& shares,
+                                               at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                                               at::IntArrayRef dilation, bool to_x, bool to_pieces) {
+  TORCH_CHECK(grad.dim() == x.dim() && grad.dtype() == x.dtype() && grad.layout() == at::kStrided && grad.device() == x.device(),
+              "odconv: grad must be numbers in the dtype of x and with its axes, got shape ", grad.sizes());
+  const int64_t filters = grad.size(1), channels = x.size(1), batch = x.size(0);
+  const std::vector<int64_t> size = check_cells(x, cells, shares, filters, kernel, stride, padding, dilation);
+  TORCH_CHECK(grad.sizes() == size, "odconv: grad must have shape ", size, ", got ", grad.sizes());
+  const Geometry g = geometry_of(kernel, stride, padding, dilation, 1);
+  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], n = cells.size(0), ci = cells.size(2), numbers = cells.size(1) * ci;
+  Tensor x_grad = at::empty({0}, x.options()), pieces_grad = at::empty({0}, x.options());
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const T* data = cells.const_data_ptr<T>();
+    const auto upstream = map_of<const T>(grad, grad.const_data_ptr<T>());
+    if (to_x) {
+      const std::vector<Phase> phases = backward_phases(g, three(x.sizes().slice(2), 1));
+      x_grad = empty_gradient(x, phases);
+      const Cells<T> of = cells_of<T>(cells, shares, filters, channels, false);
+      const Kernels<T> kernels = {data, n, numbers, filters, channels, taps, ci, 1, 0, &of};
+      convolve<T>(upstream, map_of<T>(x_grad, x_grad.mutable_data_ptr<T>()), kernels, 1, {}, {}, batch, phases);
+    }
+    if (to_pieces) {
+      pieces_grad = at::empty({batch, shares.size(1), cells.size(1), ci}, x.options());
+      const Cells<T> of = cells_of<T>(cells, shares, filters, channels, true);
+      const Kernels<T> kernels = {data, n, numbers, channels, filters, taps, 1, ci, 0, &of};
+      const std::vector<Span> lanes = lane_blocks(kernels), rows = row_blocks(kernels, 1);
+      Partial none;
+      gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, 1, {}, batch, forward_phase(g, upstream.size), rows,
+                   lanes, pieces_grad.mutable_data_ptr<T>(), none);
+    }
+  };
+  x.scalar_type() == at::kDouble ? run(double()) : run(float());
+  return {x_grad, pieces_grad};
 }
 
 Gradients conv_backward(
@@ -373,9 +432,7 @@ Gradients conv_backward(
     const auto upstream = map_of<const T>(grad, grad.const_data_ptr<T>());
     if (to_x) {
       const std::vector<Phase> phases = backward_phases(g, three(x.sizes().slice(2), 1));
-      int64_t met = 0;  // inputs that some output reads; a stride beyond the kernel leaves others
-      for (const Phase& phase : phases) met += phase.count[0] * phase.count[1] * phase.count[2];
-      x_grad = met * batch * x.size(1) == x.numel() ? at::empty_like(x) : at::zeros_like(x);
+      x_grad = empty_gradient(x, phases);
       const auto out = map_of<T>(x_grad, x_grad.mutable_data_ptr<T>());
       const Kernels<T> kernels = {data, n, one, filters, channels, taps, channels * taps, taps, per_sample ? one : 0};
       const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
@@ -422,6 +479,7 @@ TORCH_LIBRARY_IMPL(odconv, CPU, library) {
   library.impl("conv", odconv::conv);
   library.impl("conv_fused", odconv::conv_fused_checked);
   library.impl("conv_cells", odconv::conv_cells);
+  library.impl("conv_cells_backward", odconv::conv_cells_backward);
   library.impl("conv_backward", odconv::conv_backward);
   library.impl("pack", odconv::pack_kernels);
   library.impl("pool", odconv::pool_checked);
