@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torchvision import tv_tensors
 
 from odconv.app.detect.coco import Annotations, check_files, read_annotations
-from odconv.app.detect.images import UNREADABLE, CocoImages, collate
+from odconv.app.detect.images import UNREADABLE, CocoImages, RandomPart, collate
 from odconv.app.detect.masks import decode_masks
 from odconv.app.detect.sampler import GroupedSampler
 from odconv.app.detect.scores import METRICS, describe_detections, score
@@ -377,7 +378,7 @@ def test_an_image_that_cannot_be_read(write, caplog, fault: str) -> None:
     assert images[len(images)][1]["index"] == UNREADABLE
 
 
-@pytest.mark.parametrize("augment", ["flip", "strong"])
+@pytest.mark.parametrize("augment", ["flip", "strong", "crop"])
 def test_boxes_and_masks_move_with_the_image(shared_data: Path, augment: str) -> None:
     root = shared_data / "coco-mini"
     annotations = read_annotations(root / "annotations/instances_train2017.json", masks=True)
@@ -402,7 +403,27 @@ def test_boxes_and_masks_move_with_the_image(shared_data: Path, augment: str) ->
                 _, columns = mask.nonzero(as_tuple=True)
                 assert columns.min() >= box[0] - 1.5
                 assert columns.max() <= box[2] + 1.5
-    assert augment == "strong" or 0 < flipped < 12
+    assert augment != "flip" or 0 < flipped < 12
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.tuples(st.integers(1, 90), st.integers(1, 90)), least=st.integers(1, 60), seed=st.integers(0, 9))
+def test_a_random_part_is_of_the_image_and_of_everything_on_it(size: tuple[int, int], least: int, seed: int) -> None:
+    image = torch.arange(math.prod(size)).view(1, *size)
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(torch.tensor([[0, 0, *size[::-1]]]), format="XYXY", canvas_size=size),
+        "masks": tv_tensors.Mask(image.clone()),
+    }
+    torch.manual_seed(seed)
+    part, found = RandomPart(least, least + 20)(tv_tensors.Image(image), target)
+    part, mask = part.as_subclass(Tensor), found["masks"].as_subclass(Tensor)
+    height, width = part.shape[1:]
+    for side, whole in zip((height, width), size, strict=True):
+        assert min(whole, least) <= side <= min(whole, least + 20)
+    top, left = divmod(int(part[0, 0, 0]), size[1])
+    assert part.equal(image[:, top : top + height, left : left + width])
+    assert mask.equal(part)
+    assert found["boxes"].tolist() == [[0, 0, width, height]]
 
 
 @settings(max_examples=60, deadline=None)

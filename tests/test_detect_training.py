@@ -135,6 +135,20 @@ def test_published_recipes(name: str) -> None:
         assert learning_rate(config, epoch, max(500, epoch * steps)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("backbone", ["resnet50", "mobilenetv2_100"])
+@pytest.mark.parametrize("budget", [1, 4])
+def test_published_recipes_of_kernel_warehouse(backbone: str, budget: int) -> None:
+    name = f"mask_rcnn_kw_{backbone}_{budget}x"
+    given = parse_options("detect train", train, ["--config", name, "--data", "coco", "--out", "run"])
+    config = DetectConfig(**given)
+    assert (config.detector, config.arch, config.layer_options) == ("mask_rcnn", f"kw_{backbone}", {"budget": budget})
+    assert (config.optimizer, config.lr, config.wd, config.schedule) == ("adamw", 1e-4, 0.05, (8, 11))
+    assert (config.frozen_stages, config.norm_eval, config.blend_epochs, config.init) == (1, True, 0, "published")
+    with torch.device("meta"):
+        model = build(config, 80)
+    assert model.transform.min_size == [*range(480, 801, 32)]
+
+
 @pytest.mark.parametrize("name", ["small_mask_rcnn_mobilenetv2_100", "small_mask_rcnn_od_mobilenetv2_100_4x"])
 def test_small_recipes(name: str) -> None:
     options = parse_options("detect train", train, ["--config", name, "--data", "coco", "--out", "run"])

@@ -8,7 +8,7 @@ from odconv.app.engine.config import RunConfig
 
 DetectorName: TypeAlias = Literal["faster_rcnn", "mask_rcnn", "retinanet"]
 Conventions: TypeAlias = Literal["torchvision", "mmdetection"]
-Augment: TypeAlias = Literal["flip", "strong", "none"]
+Augment: TypeAlias = Literal["flip", "strong", "crop", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class DetectConfig(RunConfig):
     group: bool = True
     """Make batches of images that are all wider than high, or all not."""
     augment: Augment = "flip"
-    """Augmentation: flip (left and right), strong (flip, colours, random parts) or none."""
+    """Augmentation: flip (left and right), strong (flip, colours, random parts), crop (flip, large parts) or none."""
 
     epochs: int = 12
     batch_size: int = 16

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -33,16 +33,44 @@ def augmentation(augment: Augment) -> Callable[[Any, Target], tuple[Any, Target]
 
     Args:
         augment: "flip": left and right are swapped in every second image, as published. "strong": besides, colours are
-            distorted and parts are cut out (as for SSD), for few images. "none": nothing.
+            distorted and parts are cut out (as for SSD), for few images. "crop": besides, parts of 384 to 600 pixels
+            of every second image are cut out (as for DETR). "none": nothing.
 
     Boxes are cut off at the image's border; those less than a pixel wide or high are left out, with labels and masks.
     """
-    strong = [v2.RandomPhotometricDistort(), v2.RandomIoUCrop()] if augment == "strong" else []
+    parts: list[nn.Module] = []
+    if augment == "strong":
+        parts = [v2.RandomPhotometricDistort(), v2.RandomIoUCrop()]
+    elif augment == "crop":
+        parts = [v2.RandomApply([v2.RandomShortestSize([400, 500, 600]), RandomPart(384, 600)])]
     flip = [v2.RandomHorizontalFlip()] if augment != "none" else []
     transform: Callable[[Any, Target], tuple[Any, Target]] = v2.Compose(
-        [*strong, *flip, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_per_object)]
+        [*parts, *flip, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_per_object)]
     )
     return transform
+
+
+class RandomPart(v2.Transform):
+    """Cuts out a part whose sides are drawn between two lengths, or are the image's where it is shorter.
+
+    Args:
+        least, most: lengths in pixels.
+    """
+
+    def __init__(self, least: int, most: int) -> None:
+        super().__init__()
+        self.least, self.most = least, most
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw a part."""
+        whole = v2.query_size(flat_inputs)
+        sides = [min(side, int(torch.randint(self.least, self.most + 1, ()))) for side in whole]
+        top, left = (int(torch.randint(side - part + 1, ())) for side, part in zip(whole, sides, strict=True))
+        return {"top": top, "left": left, "height": sides[0], "width": sides[1]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Cut it out."""
+        return self._call_kernel(v2.functional.crop, inpt, **params)
 
 
 class CocoImages(Dataset[tuple[Tensor, Target]]):
