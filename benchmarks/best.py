@@ -1,78 +1,116 @@
 """What a user could have instead: the static network in its best way of running against ours in its own, in one run.
 
-    python benchmarks/best.py                      inference of the default networks in float32 and bfloat16
-    python benchmarks/best.py --dtypes float16 --ways plain channels-last
-
-Every way is measured for both sides, in turns: as it is, with `odconv.fuse`, channels-last besides, and all that under
-torch.compile. The ratio of a row is to the fastest of the static network's ways in the same dtype. Rows go to
-results/best.csv.
+``python benchmarks/networks.py --best`` measures every way for both sides, in turns. In inference a network as it is,
+with `odconv.fuse`, channels-last besides, all that under torch.compile, and its file in onnxruntime; in training steps
+as it is, channels-last, and that under torch.compile, of which those in 16 bits are under autocast. The ratio of a row
+is to the fastest of the static network's ways in the same dtype. Rows go to results/best.csv.
 """
 
-import argparse
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import RESULTS, Sheet, alternate, origin, percentiles
+from common import Sheet, alternate, origin, percentiles
+from export import settle
 from torch import Tensor
+from torch.nn import functional as F
 
 import odconv
 from odconv.models.build import split_name
 
-KEYS = ("model", "kernel_num", "batch", "size", "dtype", "way")
-WAYS = ("plain", "fused", "channels-last", "compiled")  # each with what the ones before it do
-BATCH = {"float32": 8}  # of other dtypes 4
+KEYS = ("model", "kernel_num", "mode", "batch", "size", "dtype", "way")
+WAYS = ("plain", "fused", "channels-last", "compiled", "onnxruntime")
+"""All but the last each with what the ones before it do."""
+TRAINING = ("plain", "channels-last", "compiled")
 
 
-def prepare(name: str, n: int | None, x: Tensor, way: str) -> Callable[[], None]:
+def inference(name: str, n: int | None, x: Tensor, way: str) -> Callable[[], Any]:
     """Return one inference of a network, or of its static architecture where n is None, in a way of running it."""
     torch.manual_seed(0)
-    model = odconv.create_model(split_name(name)[1] if n is None else name, kernel_num=n).eval().to(x.dtype)
+    model = odconv.create_model(split_name(name)[1] if n is None else name, kernel_num=n).eval()
+    if way == "onnxruntime":
+        settle(model)
+        return in_onnxruntime(model.eval(), x)
+    model = model.to(x.dtype)
     if way != "plain":
         model = odconv.fuse(model)
     if way in ("channels-last", "compiled"):
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     called = torch.compile(model, fullgraph=True) if way == "compiled" else model
-    return partial(infer, called, x)
+
+    def run() -> None:
+        with torch.inference_mode():
+            called(x)
+
+    return run
 
 
-def infer(model: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    with torch.inference_mode():
-        model(x)
+def in_onnxruntime(model: torch.nn.Module, x: Tensor) -> Callable[[], Any]:
+    """Return one inference of the network's file; its threads do not wait for work while others compute."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network.onnx")
+        odconv.export_onnx(model, path, tuple(x.shape[1:]), dynamic_batch=len(x) > 1)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {"images": x.numpy()})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["od_mobilenetv2_100", "od_resnet18"], help="dynamic networks")
-    parser.add_argument("--kernel_num", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--batch", nargs="+", type=int, default=None, help="default 8 in float32 and 4 in 16 bits")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--seconds", type=float, default=20, help="time for each comparison, after warming up")
-    parser.add_argument("--out", type=Path, default=RESULTS / "best.csv", help="CSV to write")
-    args = parser.parse_args()
-    sheet, origin_of_rows = Sheet(args.out, KEYS), origin()
-    for name in args.models:
-        for dtype in args.dtypes:
-            for batch in args.batch or [BATCH.get(dtype, 4)]:
-                torch.compiler.reset()
-                x = torch.randn(batch, 3, args.size, args.size, dtype=getattr(torch, dtype))
-                cases = {f"{n}/{way}": (n, way) for n in (None, *args.kernel_num) for way in args.ways}
-                runs = {key: prepare(name, n, x, way) for key, (n, way) in cases.items()}
-                measured = {key: percentiles(times) for key, times in alternate(runs, args.seconds).items()}
-                best = min(measured[key]["median_ms"] for key, (n, _) in cases.items() if n is None)
-                keys = {"model": name, "batch": batch, "size": args.size, "dtype": dtype}
-                for key, (n, way) in cases.items():
-                    ratio = round(measured[key]["median_ms"] / best, 3)
-                    of_row = {"kernel_num": n or "", "way": way, **measured[key], "ratio_to_best_static": ratio}
-                    sheet.add([{**keys, **of_row, **origin_of_rows}])
-                    print(
-                        f"{name} n={n} {dtype} batch {batch} {way}: {of_row['median_ms']:.1f} ms ({ratio:.2f})",
-                        flush=True,
-                    )
+def training(name: str, n: int | None, x: Tensor, way: str) -> Callable[[], Any]:
+    """Return one training step, zero_grad, forward, loss and backward, with weights in float32."""
+    torch.manual_seed(0)
+    model = odconv.create_model(split_name(name)[1] if n is None else name, kernel_num=n).train()
+    half, x = x.dtype != torch.float32, x.float()
+    if way != "plain":
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    called = torch.compile(model, fullgraph=True) if way == "compiled" else model
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            loss = F.cross_entropy(called(x), torch.zeros(len(x), dtype=torch.long))
+        loss.backward()
+
+    return run
 
 
-if __name__ == "__main__":
-    main()
+def compare(
+    name: str, kernel_nums: list[int], mode: str, batch: int, size: int, dtype: str, ways: list[str], seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a network in all ways of running it, and of its static architecture."""
+    torch.compiler.reset()
+    x = torch.randn(batch, 3, size, size, dtype=getattr(torch, dtype))
+    known = TRAINING if mode == "training" else WAYS if dtype == "float32" else WAYS[:-1]
+    cases = {f"{n}/{way}": (n, way) for n in (None, *kernel_nums) for way in known if way in ways}
+    prepare = inference if mode == "inference" else training
+    runs = {key: prepare(name, n, x, way) for key, (n, way) in cases.items()}
+    measured = {key: percentiles(times) for key, times in alternate(runs, seconds).items()}
+    base = min(measured[key]["median_ms"] for key, (n, _) in cases.items() if n is None)
+    keys = {"model": name, "mode": mode, "batch": batch, "size": size, "dtype": dtype}
+    for key, (n, way) in cases.items():
+        ratio = round(measured[key]["median_ms"] / base, 3)
+        yield {**keys, "kernel_num": n or "", "way": way, **measured[key], "ratio_to_best_static": ratio}
+
+
+def measure(
+    models: list[str], kernel_nums: list[int], batches: dict[str, list[int]], size: int, dtypes: list[str],
+    ways: list[str], seconds: float, out: Path,
+) -> None:  # fmt: skip
+    """Measure networks in all ways of running them, and write the rows."""
+    sheet, origin_of_rows = Sheet(out, KEYS), origin()
+    for name in models:
+        for mode, sizes in batches.items():
+            for dtype in dtypes:
+                for batch in sizes:
+                    rows = list(compare(name, kernel_nums, mode, batch, size, dtype, ways, seconds))
+                    sheet.add([row | origin_of_rows for row in rows])
+                    for row in rows:
+                        title = f"{name} n={row['kernel_num']} {mode} {dtype} batch {batch} {row['way']}"
+                        print(f"{title}: {row['median_ms']:.1f} ms ({row['ratio_to_best_static']:.2f})", flush=True)

@@ -2,6 +2,7 @@
 
     python benchmarks/networks.py              inference, training steps and training memory of the default networks
     python benchmarks/networks.py --compile    with static and ours under torch.compile besides
+    python benchmarks/networks.py --best       each side in the fastest of its ways of running instead, see best.py
 
 A training step is zero_grad, forward, loss and backward. Rows go to results/networks.csv as they come, a row that is
 measured again takes the old one's place, and the picture is drawn beside it.
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import best
 import torch
 from common import (
     MODELS,
@@ -143,12 +145,20 @@ def main() -> None:
     parser.add_argument("--train_batch", nargs="+", type=int, default=[16], help="batches of training and its memory")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--compile", action="store_true", help="static and ours under torch.compile besides")
+    parser.add_argument("--best", action="store_true", help="every way of running both sides instead")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of --best")
+    parser.add_argument("--ways", nargs="+", choices=best.WAYS, default=best.WAYS, help="of --best")
     parser.add_argument("--seconds", type=float, default=8, help="time for each comparison, after warming up")
-    parser.add_argument("--out", type=Path, default=RESULTS / "networks.csv", help="CSV to write")
+    parser.add_argument("--out", type=Path, default=None, help="CSV to write; default networks.csv or best.csv")
     args = parser.parse_args()
+    if args.best:
+        batches = {"inference": args.batch, "training": args.train_batch}
+        wanted = {mode: batches[mode] for mode in args.modes if mode in batches}
+        out = args.out or RESULTS / "best.csv"
+        return best.measure(args.models, args.kernel_num, wanted, args.size, args.dtypes, args.ways, args.seconds, out)
     if "memory" in args.modes and not (PROCESS / "clear_refs").exists():
         parser.error("memory is measured on Linux only; leave it out of --modes")
-    sheet, origin_of_rows = Sheet(args.out, KEYS), origin()
+    sheet, origin_of_rows = Sheet(args.out or RESULTS / "networks.csv", KEYS), origin()
 
     def note(keys: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         sheet.add([keys | row | origin_of_rows for row in rows])
