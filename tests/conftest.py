@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_runs import OPTIONS, RANDOM, make_folder
 
 TESTS = Path(__file__).resolve().parent
 # for processes that start with `python -m tiny`
@@ -32,12 +31,16 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 105 tiny images to train on and 15 to evaluate on, in three classes."""
+    from small_runs import make_folder  # which imports Lightning, for seconds
+
     return make_folder(tmp_path_factory.mktemp("images"), {"train": 35, "val": 5})
 
 
 @pytest.fixture(scope="session")
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, with all that is random in one."""
+    from small_runs import OPTIONS, RANDOM
+
     from odconv.app.classify import train
 
     out = tmp_path_factory.mktemp("runs") / "whole"

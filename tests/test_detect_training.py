@@ -5,10 +5,12 @@ import json
 import math
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from PIL import Image
@@ -23,7 +25,7 @@ from odconv.app.detect.module import DetectorTraining
 from odconv.app.detect.restore import RestoredDetector, build, coco_classes
 from odconv.app.detect.schedule import learning_rate
 from odconv.layers import Attention
-from odconv.models.detectors import conventions
+from odconv.models.detectors import backbone, conventions
 
 OPTIONS = {
     "detector": "mask_rcnn",
@@ -81,6 +83,14 @@ def make_coco(root: Path, counts: dict[str, int], masks: bool = True, size: tupl
     return root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def narrow() -> Iterator[None]:
+    """Make the pyramid as narrow as in processes of `tiny`: the heads of 256 channels cost more than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "CHANNELS", tiny.CHANNELS)
+        yield
+
+
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_coco(tmp_path_factory.mktemp("coco"), {"train": 9, "val": 5})
@@ -104,7 +114,8 @@ def flags(options: dict) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_recipes(name: str) -> None:
+def test_published_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "CHANNELS", 256)
     given = parse_options("detect train", train, ["--config", name, "--data", "coco", "--out", "run"])
     config = DetectConfig(**given)
     assert name == f"{config.detector}_{config.arch}" + ("_4x" if config.kernel_num == 4 else "")

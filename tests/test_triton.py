@@ -33,6 +33,7 @@ def test_under_the_interpreter(which):
         "no:cacheprovider",
         "-p",
         "no:xdist",
+        "--noconftest",
         str(tests),
     ]
     run = subprocess.run(

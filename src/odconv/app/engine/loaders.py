@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch.utils.data import DataLoader
 
 from odconv.app.data import EvaluationSampler, Images, TrainingSampler
+from odconv.app.data.parallel import count_readers
 from odconv.app.engine.checkpoint_callbacks import SIGNALS
 
 
@@ -112,6 +112,5 @@ def evaluation_loader(
 
 def reading(workers: int | None, world_size: int) -> dict[str, Any]:
     """Return how a loader reads: arguments of PyTorch's DataLoader; see :func:`training_loader`."""
-    if workers is None:
-        workers = min(8, suggested_max_num_workers(world_size))
+    workers = count_readers(world_size) if workers is None else workers
     return {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
