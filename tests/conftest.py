@@ -48,6 +48,14 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the pyramids of detectors narrow: the heads of 256 channels take longer than all the rest."""
+    import tiny
+
+    monkeypatch.setattr("odconv.models.detectors.backbone.CHANNELS", tiny.CHANNELS)
+
+
 DRAWN = ("test_accuracy", "test_demo", "test_report", "test_visualize")
 """The modules that look at pictures."""
 

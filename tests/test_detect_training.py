@@ -85,7 +85,7 @@ def make_coco(root: Path, counts: dict[str, int], masks: bool = True, size: tupl
 
 @pytest.fixture(scope="module", autouse=True)
 def narrow() -> Iterator[None]:
-    """Make the pyramid as narrow as in processes of `tiny`: the heads of 256 channels cost more than all the rest."""
+    """Make the pyramids of all detectors narrow, as they are in processes of `tiny`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "CHANNELS", tiny.CHANNELS)
         yield

@@ -12,7 +12,11 @@ from torch.utils.data import DataLoader
 
 from odconv.app.data import EvaluationSampler, Images, TrainingSampler
 from odconv.app.data.parallel import count_readers
-from odconv.app.engine.checkpoint_callbacks import SIGNALS
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""What tells a run to save and end: torchrun, systemd and clusters send the first, SLURM's users often the second.
+
+Windows has no second."""
 
 
 class Loader(DataLoader):
