@@ -1,7 +1,6 @@
 """A training run: everything is checked and put together first, then Lightning's Trainer works."""
 
 import logging
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -79,8 +78,7 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: AccuracyHistory) -
     if trainer.is_global_zero:
         write_beginning(config, resumed, trainer.world_size)
         introduction = _introduction(config, model, len(train_images), len(val_images))
-        print(introduction, *describe_resumption(config, resumed), sep="\n")
-        sys.stdout.flush()
+        print(introduction, *describe_resumption(config, resumed), sep="\n", flush=True)
     share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
     in_a_batch = config.batch_size // config.accumulate
     train_loader = training_loader(train_images, in_a_batch, config.workers, seed=config.seed, **share)

@@ -43,10 +43,14 @@ def each(function: Callable[[A], R], arguments: Sequence[A], workers: int | None
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def count_readers(processes: int = 1) -> int:
     """Return how many may read images for each of the processes of a machine: a core is left to itself, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores // processes - 1))
+    return min(8, max(1, count_cores() // processes - 1))
 
 
 def _depend_on_parent() -> None:

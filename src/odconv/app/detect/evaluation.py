@@ -1,11 +1,10 @@
 """Measuring a detector."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from odconv.app.engine.config import Amp, check
-from odconv.system.files import check_writable, replacing
+from odconv.system.files import check_writable, write_json
 from odconv.system.text import first_few, printable
 
 
@@ -118,5 +117,4 @@ def _write(out: Path, result: dict[str, Any], found: list[dict[str, Any]]) -> No
     if "mask_ap" in result:
         files["segm"] = [{key: value for key, value in item.items() if key != "bbox"} for item in found]
     for name, content in files.items():
-        with replacing(out / f"{name}.json") as partial:
-            partial.write_text(json.dumps(content, indent=2 if name == "scores" else None) + "\n")
+        write_json(out / f"{name}.json", content, indent=2 if name == "scores" else None)

@@ -1,7 +1,6 @@
 """A detector's training run: everything is checked and put together first, then Lightning's Trainer works."""
 
 import logging
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -69,8 +68,8 @@ def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory)
             *filter(None, (training.describe_dropped(), evaluation.describe_dropped())),
             *describe_resumption(config, resumed),
             sep="\n",
+            flush=True,
         )
-        sys.stdout.flush()
     train_loader, val_loader = make_loaders(config, training, evaluation, trainer.global_rank, trainer.world_size)
     train_loader.go_to(resumed.epoch, resumed.batch)
     with explained(trainer.world_size):
