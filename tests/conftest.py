@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny  # before any other module builds a network
 
 TESTS = Path(__file__).resolve().parent
 # for processes that start with `python -m tiny`
@@ -51,8 +52,6 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the pyramids of detectors narrow: the heads of 256 channels take longer than all the rest."""
-    import tiny
-
     monkeypatch.setattr("odconv.models.detectors.backbone.CHANNELS", tiny.CHANNELS)
 
 

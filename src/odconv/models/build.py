@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from odconv.checkpoints import Weights, find_checkpoint, load_all_but, load_checkpoint, size_limit
-from odconv.conversion.convert import check_options, convert
+from odconv.conversion.convert import check_known, check_options, convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 from odconv.layers.starts import SETTLED
 from odconv.models.warehouse import OPTIONS, make_warehouse
@@ -188,9 +188,7 @@ def check_layer_options(name: str, options: dict[str, Any]) -> None:
     if method is None and options:
         raise TypeError(f"{name} is static and has no options of dynamic layers: {', '.join(options)}")
     if method == WAREHOUSE:
-        if unknown := [option for option in options if option not in OPTIONS]:
-            hint = suggest(unknown[0], OPTIONS, f"; it has {', '.join(OPTIONS)}")
-            raise TypeError(f"{unknown[0]!r} is no option of {name}{hint}")
+        check_known(options, OPTIONS, name)
     elif method is not None:
         check_options(METHODS[method].layer, options)
 

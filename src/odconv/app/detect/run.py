@@ -15,7 +15,7 @@ from odconv.app.detect.loaders import make_loaders
 from odconv.app.detect.module import DetectorTraining
 from odconv.app.detect.restore import build
 from odconv.app.engine.errors import explained
-from odconv.app.engine.layer_options import check_fall, count_parameters, resolve_layers
+from odconv.app.engine.layer_options import check_fall, resolve_layers
 from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
 from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
 from odconv.app.engine.trainer import make_training
@@ -23,6 +23,7 @@ from odconv.app.engine.trial import conclusion, place
 from odconv.app.pages.reports import refresh_report
 from odconv.checkpoints import Checkpoint, find_checkpoint
 from odconv.models.detectors.builder import find_conventions
+from odconv.profiling.count import count_parameters
 from odconv.system.text import first_few
 
 FIXED = (

@@ -107,11 +107,14 @@ def training_loader(
 
 
 def evaluation_loader(
-    images: Images, batch_size: int, workers: int | None = None, *, rank: int = 0, world_size: int = 1
-) -> DataLoader:
-    """Return batches of this process's share of the images, in order, each image once; arguments as above."""
-    sampler = EvaluationSampler(len(images), rank, world_size)
-    return Loader(images, max(1, batch_size // world_size), sampler=sampler, **reading(workers, world_size))
+    images: Any, batch_size: int, workers: int | None = None, *, rank: int = 0, world_size: int = 1, **options: Any
+) -> Loader:
+    """Return batches of this process's share of the images, in order, each image once; arguments as above.
+
+    The images may be those of a detector, too; `options` are further ones of PyTorch's DataLoader.
+    """
+    sampler, share = EvaluationSampler(len(images), rank, world_size), max(1, batch_size // world_size)
+    return Loader(images, share, sampler=sampler, **options, **reading(workers, world_size))
 
 
 def reading(workers: int | None, world_size: int) -> dict[str, Any]:
