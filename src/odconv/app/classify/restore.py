@@ -15,7 +15,14 @@ from odconv.app.engine.config import check
 from odconv.checkpoints import Checkpoint, find_checkpoint, find_released, load_checkpoint, malformed
 from odconv.conversion.warehouse import NAME
 from odconv.layers import try_temperature
-from odconv.models.build import METHODS, check_described, check_layer_options, create_model, split_name
+from odconv.models.build import (
+    METHODS,
+    check_described,
+    check_layer_options,
+    create_model,
+    shapes_alone,
+    split_name,
+)
 from odconv.models.zoo import BACKBONES, WAREHOUSE
 
 BUDGETS = (1.0, 0.5, 4.0, 2.0, 0.25)
@@ -179,7 +186,7 @@ def find_budget(state: dict[str, Tensor], arch: str) -> float:
         return [tensor.shape for key, tensor in tensors.items() if key.startswith(f"{NAME}.weights.")]
 
     for budget in BUDGETS:
-        with torch.device("meta"), suppress(ValueError):  # of budgets that the widths do not allow
+        with shapes_alone(), suppress(ValueError):  # of budgets that the widths do not allow
             if cells(create_model(arch, budget=budget).state_dict()) == cells(state):
                 return budget
     return 1.0
@@ -205,7 +212,7 @@ def fitting_networks(state: dict[str, Tensor]) -> list[str]:
 
 
 def _described(arch: str, stem: Stem, kernel_num: int | None = None) -> dict[str, Tensor]:
-    with torch.device("meta"):  # shapes alone
+    with shapes_alone():
         return create_model(arch, stem=stem, kernel_num=kernel_num).state_dict()
 
 
