@@ -65,4 +65,5 @@ def plain_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in DRAWN:
             patch.setattr("odconv.app.pages.drawing.Drawing.svg", lambda drawing: "<svg></svg>")
+            patch.setattr("odconv.app.pages.drawing.Drawing.save", lambda drawing, path: path.touch())
         yield
