@@ -218,7 +218,7 @@ def test_two_processes_score_the_same(run: Path, coco: Path, tmp_path: Path) -> 
         results = [json.loads((tmp_path / place / f"{name}.json").read_text()) for place in ("one", "two")]
         first, second = (sorted(json.dumps(item) for item in result) for result in results)
         assert first == second
-        assert len(first) > 100
+        assert len(first) > 50  # of 5 images x 8 proposals x 2 classes
     assert {name: scores[name] for name in ("ap", "ap50", "mask_ap", "classes")} == {
         name: one[name] for name in ("ap", "ap50", "mask_ap", "classes")
     }
