@@ -81,7 +81,7 @@ def test_it_is_the_reference(problem, seed):
         ((2, 66, 17, 1, (2, 1), (9, 8)), {}),
         ((1, 17, 131, 3, (1,), (133,)), {"stride": 2}),
         ((2, 34, 68, 2, (1, 1), (3, 3), 2), {"groups": 2}),
-        ((2, 66, 66, 2, (2, 2), (7, 6), 66), {"groups": 66, "stride": 2, "padding": 1}),
+        ((2, 66, 66, 2, (2, 2), (3, 4), 66), {"groups": 66, "stride": 2, "padding": 1}),
     ],
     ids=["1x1", "odd", "1-d", "groups", "depth-wise"],
 )
@@ -155,9 +155,9 @@ def test_two_runs_give_the_same_bits():
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_small_batches(batch):
-    tensors = arguments(batch, 4, 6, 2, (3, 3), (5, 5))
-    y = dynamic_conv(**tensors, padding=1, backend="triton")
-    assert y.shape == (batch, 6, 5, 5)
+    tensors = arguments(batch, 4, 6, 2, (1, 3), (2, 3))
+    y = dynamic_conv(**tensors, padding=(0, 1), backend="triton")
+    assert y.shape == (batch, 6, 2, 3)
     y.sum().backward()
     assert all(tensor.grad is not None and tensor.grad.shape == tensor.shape for tensor in tensors.values())
     assert batch or tensors["weight"].grad.count_nonzero() == 0
@@ -165,7 +165,7 @@ def test_small_batches(batch):
 
 def test_memory_formats_give_the_same_and_the_output_is_channels_last():
     torch.manual_seed(0)
-    tensors = arguments(2, 4, 6, 2, (3, 3), (5, 4))
+    tensors = arguments(2, 4, 6, 2, (2, 2), (2, 3))
     expected = dynamic_conv(**tensors, padding=1, backend="triton")
     assert expected.is_contiguous(memory_format=torch.channels_last)
     x = tensors.pop("x").detach()

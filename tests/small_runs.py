@@ -1,6 +1,8 @@
 """Small, real training runs for the tests that need one."""
 
 import csv
+import json
+import os
 import subprocess
 import sys
 import time
@@ -172,3 +174,13 @@ def fit_tiny(count: int = 32, **options) -> tuple[Watch, dict[str, float]]:
     return watch, {
         name: value.item() for name, value in trainer.callback_metrics.items() if name not in ("loss", "wait")
     }
+
+
+def fit_as_one_of_two(rank: int, port: int, path: Path) -> None:
+    """Train the tiny network as one of two processes of torchrun; the first writes what came out."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    watch, metrics = fit_tiny()
+    if rank == 0:
+        result = {"processes": torch.distributed.get_world_size(), "losses": watch.losses, "metrics": metrics}
+        path.write_text(json.dumps(result))

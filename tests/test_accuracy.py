@@ -30,6 +30,7 @@ from odconv.app.classify.module import ClassifierTraining
 from odconv.app.classify.restore import restore
 from odconv.app.commands.release import release
 from odconv.layers import PerSampleConv
+from odconv.models.build import shapes_alone
 
 pytestmark = pytest.mark.slow  # of benchmarks
 
@@ -68,7 +69,7 @@ def rows(path) -> list[dict[str, str]]:
 def test_every_method_builds(network):
     static = sum(p.numel() for p in build(network, "static", "small", 10).parameters())
     for method in METHODS | ABLATIONS:
-        with torch.device("meta"):
+        with shapes_alone():
             model = build(network, method, "small", 10)
         dynamic = [m for m in model.modules() if isinstance(m, PerSampleConv)]
         assert bool(dynamic) == (method not in ("static", "se"))
@@ -80,7 +81,7 @@ def test_every_method_builds(network):
 @pytest.mark.parametrize("method", ["dyconv", "odconv_1x", "kw_4x", "reduction_4", "norm_layer", "zero_heads"])
 def test_runs_say_which_network_they_train(method, start):
     arch, options = described("mobilenetv2_050", method, start)
-    with torch.device("meta"):
+    with shapes_alone():
         said = odconv.create_model(arch, kernel_num=(METHODS | ABLATIONS)[method].kernel_num, **options)
         made = build("mobilenetv2_050", method, "standard", 1000, start=start)
     shapes = [{key: tensor.shape for key, tensor in model.state_dict().items()} for model in (said, made)]

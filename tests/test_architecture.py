@@ -95,8 +95,9 @@ def test_no_module_hides_a_public_name():
 def test_import_odconv_is_light():
     heavy = (
         "torchvision lightning pytorch_lightning torchmetrics jsonargparse matplotlib rich yaml sklearn PIL "
-        "safetensors timm huggingface_hub onnx onnxscript onnxruntime gradio odconv.app"
+        "safetensors timm huggingface_hub onnx onnxscript onnxruntime gradio odconv.app triton"
     )
-    code = f"import sys, odconv; odconv.ODConv2d; print(*[name for name in {heavy.split()!r} if name in sys.modules])"
+    code = "import sys, odconv, odconv.ops.triton; odconv.ODConv2d; "
+    code += f"print(*[name for name in {heavy.split()!r} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == []

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+import tiny
 import torch
 from hostile_images import progressive
 from parameters import slow_except
@@ -60,8 +61,8 @@ def open_digits() -> Images:
 def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Options that name a dynamic and a static network that know digits."""
     folder = tmp_path_factory.mktemp("networks")
-    dynamic = save_network(folder / "dynamic.ckpt", "od_mobilenetv2_050", kernel_num=2)
-    return {"weights": dynamic, "static": save_network(folder / "static.ckpt", "mobilenetv2_050")}
+    dynamic = save_network(folder / "dynamic.ckpt", tiny.DYNAMIC, kernel_num=2)
+    return {"weights": dynamic, "static": save_network(folder / "static.ckpt", tiny.STATIC)}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_examples(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_answers_are_those_of_the_networks(networks: dict[str, str], digit: Path) -> None:
     answers = ask(load(**networks, static_arch=None), read_upload(digit))
-    assert [answer.network.classifier.name for answer in answers] == ["mobilenetv2_050", "od_mobilenetv2_050"]
+    assert [answer.network.classifier.name for answer in answers] == [tiny.STATIC, tiny.DYNAMIC]
     assert [bool(answer.network.layers) for answer in answers] == [False, True]
     for answer, path in zip(answers, (networks["static"], networks["weights"]), strict=True):
         classifier = load_classifier(path)
@@ -160,7 +161,7 @@ def test_names_are_text(networks: dict[str, str]) -> None:
 
 
 def test_networks_that_cannot_be_compared(networks: dict[str, str], tmp_path: Path) -> None:
-    other = save_network(tmp_path / "other.ckpt", "mobilenetv2_050", ["cat", "dog"])
+    other = save_network(tmp_path / "other.ckpt", tiny.STATIC, ["cat", "dog"])
     with pytest.raises(ValueError, match="classes of both networks must be the same, got 2 and 10"):
         load(networks["weights"], other, None)
     for name in ("none.onnx", "none.pt2"):  # refused by its name: opening some would run code
@@ -243,7 +244,7 @@ def test_only_this_machine_and_only_uploads(demo: Demo, digit: Path) -> None:
     assert Path(name).is_relative_to(demo.folder)
     assert httpx.get(f"{demo.url}/gradio_api/file={name}").status_code == 200
     assert httpx.get(f"{demo.url}/gradio_api/file={digit}").status_code == 403
-    assert "od_mobilenetv2_050" in classify(demo, name)[0]
+    assert tiny.DYNAMIC in classify(demo, name)[0]
     assert classify(demo, str(digit)) == []
     assert "digit.png was not dropped here" in classify(demo, str(digit), kind=None)[0]
     assert "was not dropped here" in classify(demo, "../../../etc/passwd", kind=None)[0]

@@ -25,6 +25,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align
 from torchvision.transforms.functional import to_tensor
 
 from odconv.layers.warehouse_conv import KWConv
+from odconv.models.build import shapes_alone
 from odconv.models.detectors import conventions, mmdetection_keys
 
 SMALL = {"min_size": 64, "max_size": 96}
@@ -51,7 +52,7 @@ CHANNELS = {
 
 
 def meta(*args, **options):
-    with torch.device("meta"):
+    with shapes_alone():
         return odconv.create_detector(*args, **options)
 
 
@@ -112,6 +113,7 @@ def test_levels_of_the_pyramid():
 # Training and evaluation
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     ("name", "backbone", "kernel_num"),
     [
@@ -145,6 +147,7 @@ def test_a_training_step_reaches_all_but_what_is_frozen(name, backbone, kernel_n
     assert all(torch.equal(tensor, before[key]) for key, tensor in detector.named_buffers())
 
 
+@pytest.mark.usefixtures("narrow")
 def test_freezing_and_batch_norm_are_options():
     def trained(**options):
         detector = odconv.create_detector("faster_rcnn", "od_mobilenetv2_050", **options)
@@ -162,6 +165,7 @@ def test_freezing_and_batch_norm_are_options():
     assert trained(frozen_stages=4) == ([], [])
 
 
+@pytest.mark.usefixtures("narrow")
 def test_copies_and_synchronised_batch_norm_stay_frozen_too():
     options = {"frozen_stages": 2, "norm_eval": False}
     detector = copy.deepcopy(odconv.create_detector("faster_rcnn", "od_resnet18", **options))
@@ -171,6 +175,7 @@ def test_copies_and_synchronised_batch_norm_stay_frozen_too():
     assert modes["layer3.0.bn1"] is modes["layer3.0.conv1.attention.bn"] is True
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     ("name", "conventions"),
     [("faster_rcnn", "torchvision"), ("mask_rcnn", "mmdetection"), ("retinanet", "torchvision")],
@@ -190,6 +195,7 @@ def test_mixed_precision_does_not_round_boxes(name, conventions):
     torch.testing.assert_close(coder.decode_single(torch.zeros(1, 4, dtype=torch.bfloat16), boxes), boxes)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("conventions", ["torchvision", "mmdetection"])
 def test_mask_rcnn_returns_boxes_labels_scores_and_masks(conventions):
     torch.manual_seed(0)
@@ -216,6 +222,7 @@ def test_mask_rcnn_returns_boxes_labels_scores_and_masks(conventions):
     assert all(loss.isfinite() for loss in detector(images, targets).values())
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("conventions", ["torchvision", "mmdetection"])
 def test_images_without_objects_train_and_pictures_without_detections_return_nothing(conventions):
     torch.manual_seed(0)
@@ -249,6 +256,7 @@ def test_retinanet_returns_as_many_detections_as_asked():
     assert all(((one["labels"] >= 0) & (one["labels"] <= 3)).all() for one in found)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_sizes_and_temperature_are_options():
     detector = meta(
         "retinanet", "od_resnet18", min_size=(300, 400), max_size=500, anchor_sizes=(8, 16, 32, 64, 100), temperature=3
@@ -301,6 +309,7 @@ def wrapped(state, form):
     }[form]
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("form", ["plain", "published", "lightning", "headless"])
 def test_a_classifiers_checkpoint_is_the_backbone(form, tmp_path):
     network = odconv.create_model("od_mobilenetv2_050", kernel_num=2, num_classes=17)
@@ -318,6 +327,7 @@ def test_a_classifiers_checkpoint_is_the_backbone(form, tmp_path):
         assert torch.equal(detector.eval().backbone.body(x)["3"], network.eval().features(x))
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_detectors_own_checkpoint(tmp_path):
     make = {"name": "retinanet", "backbone": "od_mobilenetv2_050", "num_classes": 3}
     detector = odconv.create_detector(**make)
@@ -326,6 +336,7 @@ def test_a_detectors_own_checkpoint(tmp_path):
     assert all(torch.equal(again[key], value) for key, value in detector.state_dict().items())
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_real_picture_with_a_warm_start_from_real_weights(shared_data):
     torch.manual_seed(0)
     network = odconv.create_model(
@@ -633,6 +644,7 @@ def test_unknown_options_name_the_nearest():
         odconv.create_detector("faster_rcnn", "mobilenetv2_050", box_nms_tresh=0.3)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_weights_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
         odconv.create_detector("faster_rcnn", "mobilenetv2_050", weights_backbone=tmp_path / "nothing.pth")
@@ -663,6 +675,7 @@ def test_published_weights_that_do_not_fit(tmp_path):
         odconv.create_detector("retinanet", "od_mobilenetv2_050", weights=path)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_new_predictor_on_a_warm_start(tmp_path):
     network = odconv.convert(odconv.create_model("mobilenetv2_050"), kernel_num=2)
     warm = odconv.create_detector("faster_rcnn", network, num_classes=4, temperature=10.0).eval()

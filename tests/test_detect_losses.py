@@ -11,6 +11,7 @@ import odconv
 torchvision = pytest.importorskip("torchvision")
 from odconv.models.detectors import mmdetection_losses as losses  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("narrow")
 SIZES = {"min_size": 96, "max_size": 160, "num_classes": 4}
 
 
@@ -136,7 +137,8 @@ def test_masks_are_cut_aligned_and_are_0_or_1():
     assert losses.cut_masks(mask, torch.tensor([0]), boxes[:1], 14).sum() == 0
 
 
-def test_a_new_detector_begins_as_mmdetection_draws_it():
+def test_a_new_detector_begins_as_mmdetection_draws_it(monkeypatch):
+    monkeypatch.setattr("odconv.models.detectors.backbone.CHANNELS", 256)
     model = detector(num_classes=81)
     heads, fpn = model.roi_heads, model.backbone.fpn
     for layer, spread in {

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from PIL import Image
@@ -23,7 +25,8 @@ from odconv.app.detect.module import DetectorTraining
 from odconv.app.detect.restore import RestoredDetector, build, coco_classes
 from odconv.app.detect.schedule import learning_rate
 from odconv.layers import Attention
-from odconv.models.detectors import conventions
+from odconv.models.build import shapes_alone
+from odconv.models.detectors import backbone, conventions
 
 OPTIONS = {
     "detector": "mask_rcnn",
@@ -81,6 +84,14 @@ def make_coco(root: Path, counts: dict[str, int], masks: bool = True, size: tupl
     return root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def narrow() -> Iterator[None]:
+    """Make the pyramids of all detectors narrow, as they are in processes of `tiny`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "CHANNELS", tiny.CHANNELS)
+        yield
+
+
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_coco(tmp_path_factory.mktemp("coco"), {"train": 9, "val": 5})
@@ -104,12 +115,13 @@ def flags(options: dict) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_recipes(name: str) -> None:
+def test_published_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "CHANNELS", 256)
     given = parse_options("detect train", train, ["--config", name, "--data", "coco", "--out", "run"])
     config = DetectConfig(**given)
     assert name == f"{config.detector}_{config.arch}" + ("_4x" if config.kernel_num == 4 else "")
     assert (config.kernel_num == 4) == config.arch.startswith("od_")
-    with torch.device("meta"):
+    with shapes_alone():
         model = build(config, 80)
     classifier = 2.049 if "resnet" in name else 1.281
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6 + classifier
@@ -155,7 +167,7 @@ def test_small_recipes(name: str) -> None:
     config = DetectConfig(**options)
     assert config.warm_start == config.arch.startswith("od_")
     static = DetectConfig(**options | {"arch": "mobilenetv2_100", "kernel_num": None, "warm_start": False})
-    with torch.device("meta"):
+    with shapes_alone():
         assert len(build(static, 3).transform.min_size) == 1
 
 
@@ -230,7 +242,7 @@ def test_two_processes_score_the_same(run: Path, coco: Path, tmp_path: Path) -> 
         results = [json.loads((tmp_path / place / f"{name}.json").read_text()) for place in ("one", "two")]
         first, second = (sorted(json.dumps(item) for item in result) for result in results)
         assert first == second
-        assert len(first) > 100
+        assert len(first) > 50  # of 5 images x 8 proposals x 2 classes
     assert {name: scores[name] for name in ("ap", "ap50", "mask_ap", "classes")} == {
         name: one[name] for name in ("ap", "ap50", "mask_ap", "classes")
     }

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 
 import odconv
@@ -19,7 +20,7 @@ HubModel = pytest.importorskip("odconv.hub").HubModel
 load_classifier = pytest.importorskip("odconv.app.predict").load_classifier
 
 NAME, OPTIONS = (
-    "od_mobilenetv2_050",
+    tiny.DYNAMIC,
     {"kernel_num": 2, "num_classes": 10, "reduction": 0.125, "dropout": 0.1, "stem": "small"},
 )
 
@@ -52,7 +53,7 @@ def test_a_network_comes_back_from_a_folder_as_it_was(tmp_path):
 
 
 def test_a_warm_start_and_training_checkpoints_come_back_too(tmp_path):
-    static = odconv.create_model("mobilenetv2_050", num_classes=10)
+    static = odconv.create_model(tiny.STATIC, num_classes=10)
     warm = odconv.convert(static, kernel_num=2)
     for parameter in warm.parameters():
         torch.nn.init.normal_(parameter, std=0.1)  # trained
@@ -114,7 +115,7 @@ def test_a_repository_in_the_cache_is_read_without_a_network(tmp_path):
     torch.save(logits(network), tmp_path / "logits.pt")
     torch.save(image(), tmp_path / "image.pt")
     script = f"""
-import torch, odconv
+import tiny, torch, odconv
 from odconv.hub import HubModel
 x, expected = torch.load("image.pt"), torch.load("logits.pt")
 plain = odconv.create_model({NAME!r}, **{OPTIONS!r}, weights="someone/flowers").eval()
@@ -170,10 +171,10 @@ def test_a_config_json_that_is_malformed(text, tmp_path):
 
 
 def test_a_warm_start_is_not_repeated(tmp_path):
-    static = odconv.create_model("mobilenetv2_050", num_classes=3)
+    static = odconv.create_model(tiny.STATIC, num_classes=3)
     torch.save(static.state_dict(), tmp_path / "static.pth")
     options = {"kernel_num": 2, "num_classes": 3, "weights": tmp_path / "static.pth", "warm_start": True}
-    network = HubModel("od_mobilenetv2_050", **options).eval()
+    network = HubModel(tiny.DYNAMIC, **options).eval()
     network.save_pretrained(tmp_path / "saved")
     again = HubModel.from_pretrained(tmp_path / "saved")
     x = torch.randn(1, 3, 64, 64)

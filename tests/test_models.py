@@ -10,6 +10,7 @@ from torch.export import Dim, export
 import odconv
 from odconv.checkpoints import save_safetensors
 from odconv.layers import DynamicConv
+from odconv.models.build import shapes_alone
 
 pytest.importorskip("torchvision")
 
@@ -25,9 +26,22 @@ def test_names():
     assert odconv.list_models("nothing") == []
 
 
+@pytest.mark.parametrize("name", ["od_mobilenetv2_050", "kw_resnet18", "convnext_tiny"])
+def test_shapes_alone_are_those_of_the_network(name):
+    with shapes_alone():
+        empty = odconv.create_model(name, num_classes=10)
+    assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
+    shapes = [
+        {key: tensor.shape for key, tensor in model.state_dict().items()}
+        for model in (empty, odconv.create_model(name, num_classes=10))
+    ]
+    assert shapes[0] == shapes[1]
+    assert torch.nn.Linear(3, 3).weight.any()  # drawn, outside of the block
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_every_network_is_built_with_its_defaults(name):
-    with torch.device("meta"):
+    with shapes_alone():
         model = odconv.create_model(name, num_classes=10)
     layers = dynamic(model)
     prefix = name.partition("_")[0]

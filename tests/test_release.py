@@ -229,7 +229,10 @@ def test_classes_are_called_as_a_file_says(trained: Path, folder: Path, tmp_path
     assert load_classifier(str(out)).classes == ["a bar", "a dot", "a gap"]
     assert restore(str(out)).classes == ["bar", "dot", "gap"]  # by which the data are measured
     assert "3: a bar, a dot, a gap" in (out / "README.md").read_text()
-    assert main(["visualize", str(folder / "val"), "--weights", str(out), "--out", str(tmp_path / "look")]) == 0
+    assert (
+        main(["visualize", str(folder / "val"), "--weights", str(out), "--out", str(tmp_path / "look"), "--shown", "2"])
+        == 0
+    )
     assert "a dot" in (tmp_path / "look/attentions.html").read_text()
     notes = json.loads((out / "classifier.json").read_text())
     for wrong in (["a bar"], [1, 2, 3], 3):

@@ -5,6 +5,7 @@ import itertools
 import logging
 
 import pytest
+import tiny
 import torch
 from parameters import slow_except
 from torch import fx, nn
@@ -92,7 +93,7 @@ def test_all_pairs_of_layers_serve_all_batches():
         assert_exports(nn.Sequential(LAYERS[first](), LAYERS[second]()).eval(), (8, 15, 15))
 
 
-@pytest.mark.parametrize("name", slow_except(["od_mobilenetv2_050", "dy_resnet18"], "od_mobilenetv2_050"))
+@pytest.mark.parametrize("name", slow_except([tiny.DYNAMIC, "od_mobilenetv2_050", "dy_resnet18"], tiny.DYNAMIC))
 def test_networks_serve_all_batches_and_sizes(name):
     torch.manual_seed(0)
     model = odconv.create_model(name, num_classes=10).eval()

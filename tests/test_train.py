@@ -1,9 +1,11 @@
 """Training on real, tiny images: schedules, resuming, several processes, unreadable images, evaluation."""
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from math import cos, pi
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small_runs import AGAIN, OPTIONS, Tiny, fit_tiny, make_folder, rows, weights
+from small_runs import AGAIN, OPTIONS, Tiny, fit_as_one_of_two, fit_tiny, make_folder, rows, weights
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -50,9 +52,18 @@ def test_no_annealing() -> None:
 
 
 def test_two_processes_train_and_evaluate_like_one(tmp_path: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path / "two")]
-    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    # torchrun itself is called by slow tests: these two import Lightning once, where they are forked
+    forked = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forked else "spawn")
+    context.set_forkserver_preload(["small_runs"])
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+    processes = [context.Process(target=fit_as_one_of_two, args=(i, port, tmp_path / "two")) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
     two = json.loads((tmp_path / "two").read_text())
     watch, metrics = fit_tiny()
     assert two["processes"] == 2
@@ -381,15 +392,3 @@ def test_published_accuracy_of_mobilenetv2(shared_data: Path) -> None:
     )
     assert result["top1"] == pytest.approx(78.5, abs=0.3)
     assert result["top5"] == pytest.approx(94.8, abs=0.3)
-
-
-def in_one_of_several_processes(path: str) -> None:
-    """What torchrun runs."""
-    watch, metrics = fit_tiny()
-    if os.environ["RANK"] == "0":
-        result = {"processes": int(os.environ["WORLD_SIZE"]), "losses": watch.losses, "metrics": metrics}
-        Path(path).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    in_one_of_several_processes(sys.argv[1])

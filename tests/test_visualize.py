@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from io import StringIO
 from math import isnan, sqrt
 
 import pytest
+import tiny
 import torch
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -159,10 +162,10 @@ def test_plot_history(tmp_path):
         plot_history({})
 
 
-def test_pyplot_is_not_needed():
+def test_what_draws_and_predicts_needs_neither_pyplot_nor_lightning():
     code = (
-        "import sys, torch, odconv, odconv.app.pages as v, odconv.attentions as a;"
-        "assert 'matplotlib' not in sys.modules;"
+        "import sys, torch, odconv, odconv.app.pages as v, odconv.attentions as a, odconv.app.commands.visualize;"
+        "assert not {'matplotlib', 'lightning'} & sys.modules.keys();"
         "m = odconv.ODConv2d(3, 3, 3); v.plot_attentions(a.record_attentions(m, torch.randn(2, 3, 5, 5)));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
@@ -359,37 +362,38 @@ def looked(tmp_path_factory):
         folder / "val", [f"{name}/{index}.png" for name in ("a<b>", "$c^2$", "d") for index in range(4)]
     )
     (root / "d" / "broken.png").write_bytes(b"none")
-    weights = save(folder / "best.ckpt", "od_resnet18", ["d", "a<b>", "$c^2$"], kernel_num=3)
+    weights = save(folder / "best.ckpt", tiny.DYNAMIC, ["d", "a<b>", "$c^2$"], kernel_num=3)
     words = ["visualize", str(root), "--weights", weights, "--out", str(folder / "out"), "--shown", "5"]
-    done = subprocess.run([sys.executable, "-m", "odconv", *words], capture_output=True, text=True, check=True)
-    return folder / "out", done
+    with redirect_stdout(StringIO()) as output, redirect_stderr(StringIO()) as errors:
+        assert main(words) == 0
+    return folder / "out", output.getvalue(), errors.getvalue()
 
 
 def test_the_page(looked):
-    out, done = looked
+    out, output, errors = looked
     page = Page((out / "attentions.html").read_text(encoding="utf-8"))
     rows = list(csv.DictReader((out / "attentions.csv").open()))
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    assert len(layers) == 16
-    assert page.shows("od_resnet18, 3 kernels")
-    assert page.shows("of 16 dynamic layers")
+    assert len(layers) == 15
+    assert page.shows("od_tiny, 3 kernels")
+    assert page.shows("of 15 dynamic layers")
     assert all(page.shows(layer) for layer in layers)
     assert page.texts[page.texts.index("images") + 1] == "12"
     assert page.texts[page.texts.index("classes") + 1] == "3"
-    assert page.tags.count("svg") == 4 + 16
+    assert page.tags.count("svg") == 4 + 15
     assert page.tags.count("img") == 2 * 5
     assert page.shows("a<b>")
     assert page.shows("$c^2$")
-    assert page.shows("Grad-CAM on the map of layer3")
-    assert "broken.png" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert re.search(r"mixed kernel +± \d+\.\d % +\d+\.\d % +\d+ +\d+ +\d+\n", done.stdout)
-    assert done.stdout.splitlines()[-1] == f"written: {out / 'attentions.html'}"
+    assert page.shows("Grad-CAM on the map of features.3")
+    assert "broken.png" in errors
+    assert "Traceback" not in errors
+    assert re.search(r"mixed kernel +± \d+\.\d % +\d+\.\d % +\d+ +\d+ +\d+\n", output)
+    assert output.splitlines()[-1] == f"written: {out / 'attentions.html'}"
 
 
 def test_the_numbers(looked):
     rows = {(row["layer"], row["attention"]): row for row in csv.DictReader((looked[0] / "attentions.csv").open())}
-    model = odconv.create_model("od_resnet18", num_classes=3, stem="small", kernel_num=3)
+    model = odconv.create_model(tiny.DYNAMIC, num_classes=3, stem="small", kernel_num=3)
     odconv.load_checkpoint(model, looked[0].parent / "best.ckpt")
     paths, classes = find([str(looked[0].parent / "val")], ["d", "a<b>", "$c^2$"])
     paths = [path for path in paths if path.name != "broken.png"]
@@ -402,18 +406,18 @@ def test_the_numbers(looked):
         assert float(row["between_images"]) == pytest.approx(expected["between_images"], rel=1e-3, abs=1e-6)
         values = getattr(recorded[expected["layer"]], expected["attention"])
         assert float(row["class_share"]) == pytest.approx(scatter(values, labels).class_share, rel=1e-2, abs=1e-3)
-    found = scatter_of_kernels(model.layer2[0].conv1, recorded["layer2.0.conv1"], labels)
-    row = rows["layer2.0.conv1", "mixed kernel"]
+    found = scatter_of_kernels(model.features[3].conv[2], recorded["features.3.conv.2"], labels)
+    row = rows["features.3.conv.2", "mixed kernel"]
     share = sqrt(found.total / 12 / found.norm)
     assert float(row["between_images"]) / float(row["mean"]) == pytest.approx(share, rel=1e-3)
 
 
 def test_the_pictures(looked):
-    out, _ = looked
+    out, *_ = looked
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
     assert {"overview.png", "classes.png", "kernels.png", "shares.png", "images.png"} < names
-    assert {"layers/01_layer1.0.conv1.png", "layers/16_layer4.1.conv2.png"} < names
-    assert len(names) == 5 + 16
+    assert {"layers/01_features.1.conv.0.0.png", "layers/15_features.6.0.png"} < names
+    assert len(names) == 5 + 15
     for name in names:
         with Image.open(out / name) as picture:
             assert picture.width == 880
@@ -494,7 +498,7 @@ def test_mistakes(tmp_path, capsys):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_in_a_browser(looked, width, tmp_path):
-    out, _ = looked
+    out, *_ = looked
     _, errors = browse(out / "attentions.html", tmp_path / "profile", f"--screenshot={tmp_path / 'page.png'}")
     assert errors == []
     page = measure_page(out / "attentions.html", tmp_path, width)

@@ -28,7 +28,7 @@ import odconv
 from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.schedule import learning_rate, temperature
 from odconv.app.data import Images, normalise, open_data
-from odconv.app.engine.layer_options import count_parameters
+from odconv.profiling.count import count_parameters
 
 MIN_SCALE, RATIO, TRIES = 0.35, 4 / 3, 10  # of a crop: its least area, its most ratio, and what torchvision tries
 TEST_BATCH = 250

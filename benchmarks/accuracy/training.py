@@ -16,11 +16,11 @@ from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.history import AccuracyHistory
 from odconv.app.classify.module import ClassifierTraining
 from odconv.app.data import Images, open_data
-from odconv.app.engine.layer_options import count_parameters
 from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.app.engine.resume import find_resumed
 from odconv.app.engine.run_folder import write_beginning
 from odconv.app.engine.trainer import make_training
+from odconv.profiling.count import count_parameters
 
 FOLDERS = {"imagenette": "imagenette96", "cifar10": "cifar10"}
 VALIDATION = 10  # one in so many training images is cut off, where recipes are chosen

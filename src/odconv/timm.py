@@ -14,12 +14,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from odconv.conversion.convert import convert, options_of
 from odconv.conversion.warehouse import NAME, stock
-from odconv.models.build import METHODS, build_static, split_name
+from odconv.models.build import METHODS, build_static, shapes_alone, split_name
 from odconv.models.warehouse import OPTIONS, plan
 from odconv.models.zoo import BACKBONES, WAREHOUSE
 from odconv.system.packages import needed_by
@@ -160,7 +159,7 @@ def make_dynamic(model: nn.Module, name: str, layer_options: dict[str, Any]) -> 
     """Replace the convolutions of a static network of timm, in place, to make that of one of our names."""
     method_name, backbone = split_name(name)
     if method_name == WAREHOUSE:
-        with torch.device("meta"):
+        with shapes_alone():
             pools, options = plan(build_static(BACKBONES[backbone], 1000, 0.0), BACKBONES[backbone], **layer_options)
         if "conv_stem" in model._modules:
             pools = {pool: [PUBLISHED[layer] for layer in layers] for pool, layers in pools.items()}

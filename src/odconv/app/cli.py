@@ -1,12 +1,13 @@
 """The command `odconv`: a table of commands; what a command needs is imported when it is called."""
 
+import argparse
 import importlib
 import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -169,23 +170,17 @@ def parse_options(name: str, function: Callable[..., Any], arguments: list[str])
     return options
 
 
-def _arrange(arguments: Iterable[str], switches: Collection[str], recipes: bool) -> list[str]:
+def _arrange(arguments: Sequence[str], switches: Collection[str], recipes: bool) -> list[str]:
     """Put recipes first, for all other options to override them, and "=true" behind a switch without a value."""
     first: list[str] = []
-    rest: list[str] = []
-    words = list(arguments)
-    while words:
-        word, *words = words
-        if recipes and word == "--config":
-            first += [word, *words[:1]]
-            words = words[1:]
-        elif recipes and word.startswith("--config="):
-            first.append(word)
-        elif word in switches and words[:1] not in (["true"], ["false"], ["null"]):
-            rest.append(f"{word}=true")
-        else:
-            rest.append(word)
-    return first + rest
+    if recipes:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--config", action="append", default=[])
+        found, arguments = parser.parse_known_args(arguments)
+        first = [f"--config={recipe}" for recipe in found.config]
+    values = ("true", "false", "null")
+    pairs = pairwise([*arguments, ""])
+    return first + [f"{word}=true" if word in switches and after not in values else word for word, after in pairs]
 
 
 def _find_recipe(name: str, command: str) -> str:

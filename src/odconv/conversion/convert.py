@@ -114,7 +114,7 @@ def convert(
     if to == "kernelwarehouse":
         from odconv.conversion.warehouse import convert_to_warehouse  # which is built on what follows
 
-        check_warehouse_options(layer_options)
+        check_known(layer_options, WAREHOUSE_OPTIONS, to)
         return convert_to_warehouse(model, include=include, exclude=exclude, warm_start=warm_start, **layer_options)
     if not warm_start and isinstance(to, str) and layer_options.get("init") != "published":
         layer_options = SETTLED.get(to, {}) | layer_options
@@ -187,22 +187,17 @@ def find_family(to: str | type[DynamicConv]) -> Sequence[type[Any]]:
     return FAMILIES[to]
 
 
-def check_options(layer: type[nn.Module], options: dict[str, Any]) -> None:
+def check_options(layer: type[nn.Module], options: Iterable[str]) -> None:
     """Raise a TypeError for an option that a layer does not have."""
-    known = options_of(layer)
+    check_known(options, options_of(layer), layer.__name__.removesuffix("1d"))  # the first of a method's family
+
+
+def check_known(options: Iterable[str], known: Sequence[str], title: str) -> None:
+    """Raise a TypeError for an option that is not among those known of something."""
     for option in options:
         if option not in known:
-            title = layer.__name__.removesuffix("1d")  # the first of a method's family
             hint = suggest(option, known, f"; it has {', '.join(known)}")
             raise TypeError(f"{option!r} is no option of {title}{hint}")
-
-
-def check_warehouse_options(options: dict[str, Any]) -> None:
-    """Raise a TypeError for an option that a conversion to KernelWarehouse does not have."""
-    for option in options:
-        if option not in WAREHOUSE_OPTIONS:
-            hint = suggest(option, WAREHOUSE_OPTIONS, f"; it has {', '.join(WAREHOUSE_OPTIONS)}")
-            raise TypeError(f"{option!r} is no option of kernelwarehouse{hint}")
 
 
 def options_of(layer: type[nn.Module]) -> list[str]:

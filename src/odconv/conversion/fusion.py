@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from odconv.conversion.convert import CONVOLUTIONS
 from odconv.layers import DynamicConv
 from odconv.layers.warehouse_conv import KWConv, KWLinear
 from odconv.ops.epilogue import MODULES, Epilogue, finished
 from odconv.ops.packing import Packed
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
-STATIC = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NAMES = {kind: name for name, kind in MODULES.items()}
 TWICE = ("relu", "relu6")  # change nothing when they are called twice
 
@@ -140,7 +140,7 @@ def _fold_norm(part: Part, node: fx.Node, owners: Counter[Any]) -> None:
     if source is None or not isinstance(bn, BatchNorm) or bn.running_mean is None:
         return
     conv, rest = part.modules[source], besides(bn)
-    if rest is None or not (isinstance(conv, DynamicConv) or type(conv) in STATIC):
+    if rest is None or not (isinstance(conv, DynamicConv) or type(conv) in CONVOLUTIONS):
         return
     if part.once(node) and part.once(source) and owners[conv] == owners[bn] == 1:
         if isinstance(conv, DynamicConv):

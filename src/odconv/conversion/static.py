@@ -3,25 +3,20 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from odconv.conversion.convert import replace_parts
+from odconv.conversion.convert import CONVOLUTIONS, replace_parts
 from odconv.layers import Attentions, PerSampleConv
 from odconv.layers.warehouse import Warehouse
 from odconv.layers.warehouse_conv import KWConv
 from odconv.ops.epilogue import MODULES, NO_EPILOGUE
 
-CONVOLUTIONS: dict[tuple[int, bool], type[nn.Module]] = {
-    (1, False): nn.Conv1d,
-    (2, False): nn.Conv2d,
-    (3, False): nn.Conv3d,
-    (1, True): nn.ConvTranspose1d,
-    (2, True): nn.ConvTranspose2d,
-    (3, True): nn.ConvTranspose3d,
-}
+KINDS = dict(zip(product((False, True), (1, 2, 3)), CONVOLUTIONS, strict=True))
+"""PyTorch's convolutions, transposed or not, by their dimensions."""
 
 
 class Score(NamedTuple):
@@ -185,7 +180,7 @@ def _static_like(layer: Any, attentions: Attentions) -> nn.Module:
 def convolution_like(layer: Any, kernel: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:
     """Return the static convolution of a layer's geometry with a kernel and a bias, placed and typed as `like`."""
     transposed = {"output_padding": layer.output_padding} if layer.transposed else {}
-    conv: Any = CONVOLUTIONS[layer.dims, layer.transposed](
+    conv: Any = KINDS[layer.transposed, layer.dims](
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,

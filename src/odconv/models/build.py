@@ -1,14 +1,17 @@
 """The zoo: torchvision's networks with their convolutions replaced, as rows of data."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from odconv.checkpoints import Weights, find_checkpoint, load_all_but, load_checkpoint, size_limit
-from odconv.conversion.convert import check_options, convert
+from odconv.conversion.convert import check_known, check_options, convert
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 from odconv.layers.starts import SETTLED
 from odconv.models.warehouse import OPTIONS, make_warehouse
@@ -125,6 +128,26 @@ def load_all_but_classifier(network: nn.Module, weights: Weights) -> None:
     load_all_but(network, find_checkpoint(weights), re.compile(rf"{re.escape(linear[0])}\."))
 
 
+class Undrawn(TorchFunctionMode):
+    """Leaves parameters undrawn."""
+
+    def __torch_function__(self, function: Any, _: Any, arguments: Any = (), options: Any = None) -> Any:
+        """Call a function, unless it is one that draws."""
+        options = options or {}
+        if function in (Tensor.normal_, Tensor.uniform_):
+            return arguments[0]
+        if "tensor" in options and getattr(function, "__module__", "") == "torch.nn.init":
+            return options["tensor"]
+        return function(*arguments, **options)
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Make networks without numbers within the block: on the meta device, where to draw them takes most of the time."""
+    with torch.device("meta"), Undrawn():
+        yield
+
+
 def check_described(path: Path, name: str, **options: Any) -> None:
     """See that the network that a file describes fits into the file, before memory is asked for.
 
@@ -137,7 +160,7 @@ def check_described(path: Path, name: str, **options: Any) -> None:
         ValueError: it has many times as many numbers as the file has bytes, or as :func:`create_model`.
     """
     try:
-        with torch.device("meta"):  # shapes alone
+        with shapes_alone():
             network = create_model(name, **options)
     except (RuntimeError, OverflowError) as error:  # more than can be counted
         raise ValueError(f"{path} cannot hold the network that goes with it: {error}") from error
@@ -188,9 +211,7 @@ def check_layer_options(name: str, options: dict[str, Any]) -> None:
     if method is None and options:
         raise TypeError(f"{name} is static and has no options of dynamic layers: {', '.join(options)}")
     if method == WAREHOUSE:
-        if unknown := [option for option in options if option not in OPTIONS]:
-            hint = suggest(unknown[0], OPTIONS, f"; it has {', '.join(OPTIONS)}")
-            raise TypeError(f"{unknown[0]!r} is no option of {name}{hint}")
+        check_known(options, OPTIONS, name)
     elif method is not None:
         check_options(METHODS[method].layer, options)
 

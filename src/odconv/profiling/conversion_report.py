@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from odconv.conversion.convert import Chosen, Decision, check_warehouse_options, decide, dynamic_like
+from odconv.conversion.convert import WAREHOUSE_OPTIONS, Chosen, Decision, check_known, decide, dynamic_like
 from odconv.conversion.warehouse import METHOD, NAME, layers_of, plan, ratios
 from odconv.layers import DynamicConv
 from odconv.layers.warehouse import Warehouse
-from odconv.profiling.count import count_madds, profile, record_calls, zeros_for
+from odconv.profiling.count import count_madds, count_parameters, profile, record_calls, zeros_for
 from odconv.profiling.table import Table, short
 
 
@@ -105,13 +105,13 @@ def conversion_report(
             type(decision.module).__name__,
             "" if layer is None else type(layer).__name__,
             decision.reason,
-            (parameters(decision.module), parameters(layer or decision.module)),
+            (count_parameters(decision.module), count_parameters(layer or decision.module)),
         )
         for decision, layer in zip(decisions, new, strict=True)
     ]
     if warehouse is not None:
-        rows.insert(0, Replacement(NAME, "", type(warehouse).__name__, "", (0, parameters(warehouse))))
-    before = parameters(model)
+        rows.insert(0, Replacement(NAME, "", type(warehouse).__name__, "", (0, count_parameters(warehouse))))
+    before = count_parameters(model)
     after = before + sum(row.parameters[1] - row.parameters[0] for row in rows)
     if input_size is None:
         return Conversion(rows, (before, after), None)
@@ -149,15 +149,10 @@ def plan_layers(
             ],
             None,
         )
-    check_warehouse_options(layer_options)
+    check_known(layer_options, WAREHOUSE_OPTIONS, METHOD)
     norm = {name: layer_options[name] for name in layer_options.keys() & {"norm", "reduction"}}
     planning = {name: value for name, value in layer_options.items() if name != "norm"}
     decisions, pools = plan(model, include, exclude, **planning)
     options = ratios(layer_options.get("budget", 1.0)) | norm
     made, warehouse = layers_of(model, pools, device="meta", dtype=None, **options)
     return decisions, [made.get(decision.names[0]) for decision in decisions], warehouse
-
-
-def parameters(module: nn.Module) -> int:
-    """Return the number of parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -138,6 +138,11 @@ def layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
             yield name, module
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Return how many numbers a module learns, or could learn if nothing were frozen."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def zeros_for(model: nn.Module, input_size: Sequence[int]) -> Tensor:
     """Return an input of zeros with a batch axis, on the model's device and in its dtype."""
     size = tuple(input_size) if isinstance(input_size, Sequence) else ()

@@ -2,9 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import torch
-
-from odconv.models.build import create_model
+from odconv.models.build import create_model, shapes_alone
 from odconv.profiling.count import Profile, profile
 from odconv.profiling.table import Table, short
 
@@ -87,7 +85,7 @@ def count_published(row: Published) -> tuple[Profile, int]:
         What it costs here, and its multiply-adds as the paper counts them.
     """
     options: dict[str, Any] = {} if row.budget is None else {"budget": row.budget}
-    with torch.device("meta"):  # nothing is drawn: the values do not matter
+    with shapes_alone():
         model = create_model(row.name, kernel_num=row.kernel_num, **options)
     counts = profile(model.to_empty(device="cpu"), (3, 224, 224))
     saving = STRIDE_SAVING if row.madds and row.name.endswith(("resnet50", "resnet101")) else 0

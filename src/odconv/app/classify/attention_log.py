@@ -1,6 +1,5 @@
 """The statistics of the attentions over a training run."""
 
-import csv
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odconv.attentions.statistics import COLUMNS, attention_statistics
-from odconv.system.files import replacing
+from odconv.system.files import write_table
 
 IMAGES = 32
 
@@ -69,7 +68,4 @@ class AttentionStatistics(pl.Callback):
         statistics = attention_statistics(model, self.images)
         self.rows += [{"epoch": trainer.current_epoch + 1, **row} for row in statistics]
         if self.rows:
-            with replacing(self.path) as partial, partial.open("w", newline="") as file:
-                writer = csv.DictWriter(file, ["epoch", *COLUMNS])
-                writer.writeheader()
-                writer.writerows(self.rows)
+            write_table(self.path, ["epoch", *COLUMNS], self.rows)

@@ -1,12 +1,11 @@
 """Measuring the accuracy of a checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from odconv.app.classify.restore import Restored, restore
 from odconv.app.engine.config import Amp, check
-from odconv.system.files import check_writable, replacing
+from odconv.system.files import check_writable, write_json
 from odconv.system.text import first_few
 
 
@@ -83,8 +82,7 @@ def evaluate(
             flush=True,
         )
         if out:
-            with replacing(Path(out)) as partial:
-                partial.write_text(json.dumps(result, indent=2) + "\n")
+            write_json(Path(out), result)
     return result
 
 

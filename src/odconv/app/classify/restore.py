@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any, NamedTuple, get_args
 
@@ -14,11 +15,42 @@ from odconv.app.engine.config import check
 from odconv.checkpoints import Checkpoint, find_checkpoint, find_released, load_checkpoint, malformed
 from odconv.conversion.warehouse import NAME
 from odconv.layers import try_temperature
-from odconv.models.build import METHODS, check_described, check_layer_options, create_model, split_name
+from odconv.models.build import (
+    METHODS,
+    check_described,
+    check_layer_options,
+    create_model,
+    shapes_alone,
+    split_name,
+)
 from odconv.models.zoo import BACKBONES, WAREHOUSE
 
 BUDGETS = (1.0, 0.5, 4.0, 2.0, 0.25)
 """Published budgets of KernelWarehouse's networks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a file of weights may leave unsaid of its network; None: what it says, else the default."""
+
+    arch: str | None = None
+    """Network of the checkpoint, such as od_resnet18; default: what the checkpoint says."""
+    kernel_num: int | None = None
+    """Kernels of its dynamic layers; default: what the checkpoint says, else that of the network."""
+    reduction: float | None = None
+    """Reduction of its attentions; default: what the checkpoint says, else that of the network."""
+    stem: Stem | None = None
+    """Its first layers; default: what the checkpoint says, else standard."""
+    image_size: int | None = None
+    """Side of the images, in pixels; default: what the checkpoint says, else 224."""
+    resize_size: int | None = None
+    """Shorter side before the centre is cropped, in pixels; default: what the checkpoint says, in proportion where
+    image_size is another, else 8/7 of image_size."""
+    temperature: float | None = None
+    """Temperature of the attentions; default: what the checkpoint says, else 1."""
+
+
+NAMES = tuple(field.name for field in fields(Description))
 
 
 class Restored(NamedTuple):
@@ -43,30 +75,13 @@ class Restored(NamedTuple):
     names: list[str] | None = None
 
 
-def restore(
-    weights: str,
-    *,
-    arch: str | None = None,
-    kernel_num: int | None = None,
-    reduction: float | None = None,
-    stem: Stem | None = None,
-    image_size: int | None = None,
-    resize_size: int | None = None,
-    temperature: float | None = None,
-) -> Restored:
+def restore(weights: str, **description: Any) -> Restored:
     """Build the network of a checkpoint and load it.
 
     Args:
         weights: A checkpoint of odconv train, or a folder of odconv release or its name, which say all of the rest, or
             another file of weights.
-        arch: Network of the checkpoint, such as od_resnet18; default: what the checkpoint says.
-        kernel_num: Kernels of its dynamic layers; default: what the checkpoint says, else that of the network.
-        reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
-        stem: Its first layers; default: what the checkpoint says, else standard.
-        image_size: Side of the images, in pixels; default: what the checkpoint says, else 224.
-        resize_size: Shorter side before the centre is cropped, in pixels; default: what the checkpoint says, in
-            proportion where image_size is another, else 8/7 of image_size.
-        temperature: Temperature of the attentions; default: what the checkpoint says, else 1.
+        **description: the fields of :class:`Description`.
 
     Returns:
         The network and how to use it.
@@ -77,33 +92,34 @@ def restore(
             weights fit, if any.
         OSError: the file cannot be read.
     """
-    numbers = {"kernel_num": kernel_num, "reduction": reduction, "image_size": image_size, "resize_size": resize_size}
-    check({**numbers, "temperature": temperature})
+    return restore_described(weights, Description(**description))
+
+
+def restore_described(weights: str, description: Description) -> Restored:
+    """Build the network of a checkpoint and load it; see :func:`restore`."""
+    given = {name: value for name in NAMES if (value := getattr(description, name)) is not None}
+    check(given)
     if (folder := find_released(weights)).is_dir():
-        network = {"arch": arch, "kernel_num": kernel_num, "reduction": reduction, "stem": stem}
-        if given := [name for name, value in network.items() if value is not None]:
-            raise ValueError(f"config.json of {weights} says what network it is; leave out {', '.join(given)}")
-        return _of_folder(open_released(folder), image_size, resize_size, temperature)
+        if named := [name for name in ("arch", "kernel_num", "reduction", "stem") if name in given]:
+            raise ValueError(f"config.json of {weights} says what network it is; leave out {', '.join(named)}")
+        return _of_folder(open_released(folder), description)
     checkpoint = find_checkpoint(weights)
     with malformed(checkpoint.path):
-        return _restore(checkpoint, arch, stem, numbers, temperature)
+        return _restore(checkpoint, given)
 
 
-def _restore(
-    checkpoint: Checkpoint, arch: str | None, stem: Stem | None, numbers: dict[str, Any], temperature: float | None
-) -> Restored:
+def _restore(checkpoint: Checkpoint, given: dict[str, Any]) -> Restored:
     from odconv.app.data.transforms import evaluation_sizes  # with torchvision, which the command's help does without
 
     path, state, options = checkpoint.path, checkpoint.state, checkpoint.options
     recorded = "arch" in options
     if "detector" in options:
         raise ValueError(f"{path} is a detector, {options['detector']}: see odconv detect")
-    if arch is not None and options.get("arch", arch) != arch:
-        raise ValueError(f"arch must be {options['arch']}, the network of {path}, got {arch}")
+    if recorded and given.get("arch", options["arch"]) != options["arch"]:
+        raise ValueError(f"arch must be {options['arch']}, the network of {path}, got {given['arch']}")
     check(options)
-    sizes = evaluation_sizes(numbers["image_size"], numbers["resize_size"], options)
-    given = {"arch": arch, "stem": stem, **numbers}
-    options |= {name: value for name, value in given.items() if value is not None}
+    sizes = evaluation_sizes(given.get("image_size"), given.get("resize_size"), options)
+    options |= given
     if "arch" not in options:
         raise ValueError(f"arch must be given, since {path} holds weights alone{_hint(state)}")
     num_classes = count_classes(state)
@@ -126,7 +142,7 @@ def _restore(
         load_checkpoint(model, checkpoint)  # with the temperature that the file records
     except ValueError as error:
         raise ValueError(f"{error}{'' if recorded else _hint(state)}") from error
-    _set_temperature(model, options["arch"], temperature)
+    _set_temperature(model, options["arch"], given.get("temperature"))
     return Restored(
         model.eval(),
         options["arch"],
@@ -136,14 +152,12 @@ def _restore(
     )
 
 
-def _of_folder(
-    released: Released, image_size: int | None, resize_size: int | None, temperature: float | None
-) -> Restored:
+def _of_folder(released: Released, given: Description) -> Restored:
     from odconv.app.data.transforms import evaluation_sizes
 
     model, config, notes = released
-    _set_temperature(model, config["name"], temperature)
-    sizes = evaluation_sizes(image_size, resize_size, notes)
+    _set_temperature(model, config["name"], given.temperature)
+    sizes = evaluation_sizes(given.image_size, given.resize_size, notes)
     return Restored(model, config["name"], notes.get("classes"), config["num_classes"], *sizes, notes.get("names"))
 
 
@@ -172,7 +186,7 @@ def find_budget(state: dict[str, Tensor], arch: str) -> float:
         return [tensor.shape for key, tensor in tensors.items() if key.startswith(f"{NAME}.weights.")]
 
     for budget in BUDGETS:
-        with torch.device("meta"), suppress(ValueError):  # of budgets that the widths do not allow
+        with shapes_alone(), suppress(ValueError):  # of budgets that the widths do not allow
             if cells(create_model(arch, budget=budget).state_dict()) == cells(state):
                 return budget
     return 1.0
@@ -198,7 +212,7 @@ def fitting_networks(state: dict[str, Tensor]) -> list[str]:
 
 
 def _described(arch: str, stem: Stem, kernel_num: int | None = None) -> dict[str, Tensor]:
-    with torch.device("meta"):  # shapes alone
+    with shapes_alone():
         return create_model(arch, stem=stem, kernel_num=kernel_num).state_dict()
 
 

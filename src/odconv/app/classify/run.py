@@ -1,7 +1,6 @@
 """A training run: everything is checked and put together first, then Lightning's Trainer works."""
 
 import logging
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from odconv.app.data import open_data
 from odconv.app.data.transforms import evaluation_sizes
 from odconv.app.engine.errors import explained
 from odconv.app.engine.history import Row
-from odconv.app.engine.layer_options import check_fall, count_parameters, layer_options, resolve_layers
+from odconv.app.engine.layer_options import check_fall, layer_options, resolve_layers
 from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.app.engine.resume import describe_resumption, find_resumed
 from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
@@ -30,6 +29,7 @@ from odconv.app.engine.trial import conclusion, place
 from odconv.app.pages.reports import refresh_report
 from odconv.models.build import create_model, split_name
 from odconv.models.zoo import WAREHOUSE
+from odconv.profiling.count import count_parameters
 
 FIXED = ("num_classes", "stem", "temp_epoch", "temp_init")
 """Options of classifiers that a resumed run must share with its checkpoint: the network, the temperature."""
@@ -79,8 +79,7 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: AccuracyHistory) -
     if trainer.is_global_zero:
         write_beginning(config, resumed, trainer.world_size)
         introduction = _introduction(config, model, len(train_images), len(val_images))
-        print(introduction, *describe_resumption(config, resumed), sep="\n")
-        sys.stdout.flush()
+        print(introduction, *describe_resumption(config, resumed), sep="\n", flush=True)
     share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
     in_a_batch = config.batch_size // config.accumulate
     train_loader = training_loader(train_images, in_a_batch, config.workers, seed=config.seed, **share)

@@ -1,9 +1,12 @@
 """The commands `odconv export` and `odconv detect export`."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
+from odconv.app.classify import restore as classify
+from odconv.app.detect import restore as detect
 from odconv.export.network import Precision
 from odconv.export.onnx_file import Form, export_onnx
 from odconv.export.torch_file import export_torch
@@ -14,35 +17,62 @@ from odconv.system.devices import Device, find_device
 Format = Literal["onnx", "torch", "aoti"]
 
 
-def export(
-    *,
-    weights: str,
-    out: str,
-    format: Format = "onnx",
-    form: Form = "loop",
-    opset: int = 18,
-    precision: Precision = "float32",
-    device: Device = "cpu",
-    batch_one: bool = False,
-    dynamic_size: bool = False,
-    verify: bool = True,
-    **network: Any,
-) -> Written:
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """What is to be written."""
+
+    out: str
+    """File to write; one that is there is replaced."""
+    format: Format = "onnx"
+    """onnx, torch for a program of torch.export, or aoti for one compiled for this machine."""
+    form: Form = "loop"
+    """Of ONNX: loop computes one image after the other, product a batch at once."""
+    opset: int = 18
+    """Of ONNX: version of its operators, at least 18."""
+    precision: Precision = "float32"
+    """Of weights and activations: float32, float16 or, not in ONNX, bfloat16; of ONNX: int8 for weights."""
+    device: Device = "cpu"
+    """For what torch and aoti are made: cpu, gpu, or auto for a GPU if there is one; ONNX runs anywhere."""
+    batch_one: bool = False
+    """Take one image at a time only."""
+    dynamic_size: bool = False
+    """Take images of other sizes too."""
+    verify: bool = True
+    """Compare the file with the network before it takes its place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneFile(File):
+    """What is to be written of a detector's backbone."""
+
+    height: int = 800
+    """Of the images, in pixels."""
+    width: int = 1344
+    """Of the images, in pixels."""
+    dynamic_size: bool = True
+    """Take images of other sizes too."""
+    sizes: bool | None = None
+    """Take a second input, the height and width of each image without its padding, for the attentions to pool over the
+    images alone; default: as the detector's masked_pool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(classify.Description, File):
+    """The options of `odconv export`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneExport(detect.Description, BackboneFile):
+    """The options of `odconv detect export`."""
+
+
+def export(*, weights: str, **options: Any) -> Written:
     """Write a trained network as a file for other programs.
 
     Args:
         weights: A checkpoint of odconv train, or a folder of odconv release or its name, which say what network it is;
             or another file of weights.
-        out: File to write; one that is there is replaced.
-        format: onnx, torch for a program of torch.export, or aoti for one compiled for this machine.
-        form: Of ONNX: loop computes one image after the other, product a batch at once.
-        opset: Of ONNX: version of its operators, at least 18.
-        precision: Of weights and activations: float32, float16 or, not in ONNX, bfloat16; of ONNX: int8 for weights.
-        device: For what torch and aoti are made: cpu, gpu, or auto for a GPU if there is one; ONNX runs anywhere.
-        batch_one: Take one image at a time only.
-        dynamic_size: Take images of other sizes too.
-        verify: Compare the file with the network before it takes its place.
-        **network: What the checkpoint does not say; see :func:`odconv.app.classify.restore.restore`.
+        **options: the fields of :class:`Export`.
 
     Returns:
         What was written.
@@ -53,11 +83,11 @@ def export(
         OSError: the weights cannot be read, or `out` cannot be written.
         ImportError: a package is missing.
     """
-    from odconv.app.classify.restore import restore
     from odconv.app.data.transforms import MEAN, STD
 
-    place = find_device(device)
-    restored = restore(weights, **network)
+    config = Export(**options)
+    place = find_device(config.device)
+    restored = classify.restore_described(weights, config)
     notes = {
         "arch": restored.arch,
         "classes": restored.names or restored.classes,
@@ -66,58 +96,17 @@ def export(
         "mean": MEAN,
         "std": STD,
     }
-    return _export(
-        restored.model.to(place),
-        restored.arch,
-        (3, restored.image_size, restored.image_size),
-        f"(batch, {restored.num_classes})",
-        {name: note for name, note in notes.items() if note is not None},
-        out=out,
-        format=format,
-        form=form,
-        opset=opset,
-        precision=precision,
-        batch_one=batch_one,
-        dynamic_size=dynamic_size,
-        verify=verify,
-    )
+    size = (3, restored.image_size, restored.image_size)
+    notes = {name: note for name, note in notes.items() if note is not None}
+    return _export(restored.model.to(place), restored.arch, size, f"(batch, {restored.num_classes})", notes, config)
 
 
-def export_backbone(
-    *,
-    weights: str,
-    out: str,
-    height: int = 800,
-    width: int = 1344,
-    format: Format = "onnx",
-    form: Form = "loop",
-    opset: int = 18,
-    precision: Precision = "float32",
-    device: Device = "cpu",
-    batch_one: bool = False,
-    dynamic_size: bool = True,
-    sizes: bool | None = None,
-    verify: bool = True,
-    **detector: Any,
-) -> Written:
+def export_backbone(*, weights: str, **options: Any) -> Written:
     """Write the backbone of a trained detector, with its feature pyramid, as a file for other programs.
 
     Args:
         weights: A checkpoint of odconv detect train, which says what detector it is, or another file of a detector.
-        out: File to write; one that is there is replaced.
-        height: Of the images, in pixels.
-        width: Of the images, in pixels.
-        format: onnx, torch for a program of torch.export, or aoti for one compiled for this machine.
-        form: Of ONNX: loop computes one image after the other, product a batch at once.
-        opset: Of ONNX: version of its operators, at least 18.
-        precision: Of weights and activations: float32, float16 or, not in ONNX, bfloat16; of ONNX: int8 for weights.
-        device: For what torch and aoti are made: cpu, gpu, or auto for a GPU if there is one; ONNX runs anywhere.
-        batch_one: Take one image at a time only.
-        dynamic_size: Take images of other sizes too.
-        sizes: Take a second input, the height and width of each image without its padding, for the attentions to pool
-            over the images alone; default: as the detector's masked_pool.
-        verify: Compare the file with the network before it takes its place.
-        **detector: What the checkpoint does not say; see :func:`odconv.app.detect.restore.restore`.
+        **options: the fields of :class:`BackboneExport`.
 
     Returns:
         What was written.
@@ -126,29 +115,16 @@ def export_backbone(
         ValueError, OSError, ImportError: as :func:`export`.
     """
     from odconv.app.data.transforms import MEAN, STD
-    from odconv.app.detect.restore import restore
 
-    place = find_device(device)
-    restored = restore(weights, **detector)
+    config = BackboneExport(**options)
+    place = find_device(config.device)
+    restored = detect.restore_described(weights, config)
     backbone: Any = restored.model.backbone.to(place)
-    title = f"backbone of {restored.name}"
     notes = {"detector": restored.name, "classes": restored.classes, "mean": MEAN, "std": STD}
-    return _export(
-        backbone,
-        title,
-        (3, height, width),
-        "",
-        notes,
-        out=out,
-        format=format,
-        form=form,
-        opset=opset,
-        precision=precision,
-        batch_one=batch_one,
-        dynamic_size=dynamic_size,
-        sizes=bool(restored.model.masked_pool) and has_attentions(backbone) if sizes is None else sizes,
-        verify=verify,
-    )
+    masked = bool(restored.model.masked_pool) and has_attentions(backbone)
+    sizes = masked if config.sizes is None else config.sizes
+    size = (3, config.height, config.width)
+    return _export(backbone, f"backbone of {restored.name}", size, "", notes, config, sizes)
 
 
 def _export(
@@ -157,27 +133,19 @@ def _export(
     size: tuple[int, int, int],
     shape: str,
     notes: dict[str, Any],
-    *,
-    out: str,
-    format: Format,
-    form: Form,
-    opset: int,
-    precision: Precision,
-    batch_one: bool,
-    dynamic_size: bool,
+    file: File,
     sizes: bool = False,
-    verify: bool,
 ) -> Written:
     """Write a network, and say what was written."""
-    options: dict[str, Any] = {"dynamic_size": dynamic_size, "sizes": sizes, "precision": precision}
-    options |= {"check": verify, "metadata": notes}
-    if format == "onnx":
-        written = export_onnx(model, out, size, not batch_one, form=form, opset=opset, **options)
+    options: dict[str, Any] = {"dynamic_size": file.dynamic_size, "sizes": sizes, "precision": file.precision}
+    options |= {"check": file.verify, "metadata": notes}
+    if file.format == "onnx":
+        written = export_onnx(model, file.out, size, not file.batch_one, form=file.form, opset=file.opset, **options)
     else:
-        written = export_torch(model, out, size, not batch_one, compiled=format == "aoti", **options)
-    kind = {"onnx": f"ONNX with opset {opset}", "torch": "torch.export", "aoti": "AOTInductor"}[format]
-    batch, side = "1" if batch_one else "batch", "height, width" if dynamic_size else f"{size[1]}, {size[2]}"
-    print(f"{written.path}: {title}, {kind}, {precision}, {written.megabytes:.1f} MB")
+        written = export_torch(model, file.out, size, not file.batch_one, compiled=file.format == "aoti", **options)
+    kind = {"onnx": f"ONNX with opset {file.opset}", "torch": "torch.export", "aoti": "AOTInductor"}[file.format]
+    batch, side = "1" if file.batch_one else "batch", "height, width" if file.dynamic_size else f"{size[1]}, {size[2]}"
+    print(f"{written.path}: {title}, {kind}, {file.precision}, {written.megabytes:.1f} MB")
     inputs = f"images ({batch}, 3, {side})" + (f", sizes ({batch}, 2)" if sizes else "")
     print(f"{inputs} -> {', '.join(written.outputs)} {shape}".rstrip())
     if written.error is not None:

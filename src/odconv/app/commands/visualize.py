@@ -1,6 +1,5 @@
 """The command `odconv visualize`."""
 
-import csv
 from collections.abc import Sequence
 from math import isnan, nan
 from pathlib import Path
@@ -22,7 +21,7 @@ from odconv.attentions.verdicts import KINDS, VERDICTS, deviation, verdict
 from odconv.layers import PerSampleConv
 from odconv.profiling.table import Table, show
 from odconv.system.devices import Device, find_device
-from odconv.system.files import check_writable, replacing
+from odconv.system.files import check_writable, write_table
 from odconv.system.text import share
 
 BATCH = 32
@@ -90,7 +89,8 @@ def visualize(
     )
     indices = choose(pictures.classes or [""] * len(logits), shown)
     examples = explain_examples(subject, model, place, indices, cam_layer)
-    write_rows(folder / "attentions.csv", subject.layers)
+    rows = (row for layer in subject.layers for row in layer.rows.values())
+    write_table(folder / "attentions.csv", [*COLUMNS, *CLASS_COLUMNS], rows)
     page = write_page(folder, subject, indices, examples, cam_layer)
     show(tabulate(subject.layers))
     print(subject.sentence, *subject.notes, f"written: {page}", sep="\n")
@@ -107,15 +107,3 @@ def tabulate(layers: Sequence[Layer]) -> Table:
             counts = [str(given.count(word)) for word in VERDICTS[:3]]
             lines.append([kind, f"± {share(median(map(deviation, rows)))}", share(of_classes), *counts])
     return Table(["", "between images", "of classes", "layers: varies", "slightly", "static"], lines, left=1)
-
-
-def write_rows(path: Path, layers: Sequence[Layer]) -> None:
-    """Write the statistics, one row per layer and attention.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *CLASS_COLUMNS])
-        writer.writeheader()
-        writer.writerows(row for layer in layers for row in layer.rows.values())

@@ -1,4 +1,4 @@
-"""A function over many arguments, in several processes."""
+"""A function over many arguments, in several processes, and how many processes or threads may read images."""
 
 import multiprocessing
 import os
@@ -41,6 +41,16 @@ def each(function: Callable[[A], R], arguments: Sequence[A], workers: int | None
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_readers(processes: int = 1) -> int:
+    """Return how many may read images for each of the processes of a machine: a core is left to itself, at most 8."""
+    return min(8, max(1, count_cores() // processes - 1))
 
 
 def _depend_on_parent() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from odconv.system.files import replacing
+from odconv.system.files import write_text
 
 FORMAT = "odconv shards"
 VERSION = 1
@@ -97,8 +97,7 @@ class Index:
             "classes": self.classes,
         }
         lines = ",\n".join(json.dumps(shard.to_json(), separators=(",", ":")) for shard in self.shards)
-        with replacing(path) as partial:
-            partial.write_text(f'{json.dumps(head)[:-1]}, "shards": [\n{lines}\n]}}\n', encoding="utf-8")
+        write_text(path, f'{json.dumps(head)[:-1]}, "shards": [\n{lines}\n]}}\n')
 
     @classmethod
     def parse(cls, text: bytes, place: str | Path) -> "Index":

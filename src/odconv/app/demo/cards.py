@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from odconv.app.demo.networks import RUNS, Answer, Network
+from odconv.profiling.count import count_parameters
 
 
 def show_answers(answers: Sequence[Answer], device: str) -> str:
@@ -32,7 +33,7 @@ def show_answer(answer: Answer) -> str:
 
 def describe(network: Network) -> str:
     """Return the kind and the size of a network, in two lines."""
-    size = f"{sum(parameter.numel() for parameter in network.model.parameters()) / 1e6:.2f} million parameters"
+    size = f"{count_parameters(network.model) / 1e6:.2f} million parameters"
     if not network.layers:
         return f"static<br>{size}"
     kernels = sorted({len(layer.parts) for layer in network.layers.values()})

@@ -1,11 +1,10 @@
 """Measuring a detector."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from odconv.app.engine.config import Amp, check
-from odconv.system.files import check_writable, replacing
+from odconv.system.files import check_writable, write_json
 from odconv.system.text import first_few, printable
 
 
@@ -47,10 +46,10 @@ def evaluate(
         OSError: weights or data cannot be read, or `out` cannot be written.
     """
     from odconv.app.detect.coco import check_files, read_annotations
-    from odconv.app.detect.images import CocoImages
-    from odconv.app.detect.loaders import evaluation_loader
+    from odconv.app.detect.images import CocoImages, collate
     from odconv.app.detect.module import DetectorEvaluation
     from odconv.app.detect.restore import restore
+    from odconv.app.engine.loaders import evaluation_loader
     from odconv.app.engine.trainer import make_trainer
 
     check({"test_batch": test_batch, "workers": workers, "devices": devices})
@@ -65,10 +64,10 @@ def evaluate(
     if unknown := sorted({*ids} - {*restored.classes}):
         raise ValueError(f"the data has classes that the detector does not know: {first_few(unknown)}")
     evaluation.annotations, evaluation.categories = truth, [ids.get(name) for name in restored.classes]
-    place = (trainer.global_rank, trainer.world_size)
-    trainer.validate(
-        evaluation, evaluation_loader(CocoImages(truth, Path(data, images)), test_batch, workers, *place), verbose=False
-    )
+    place = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+    found = CocoImages(truth, Path(data, images))
+    loader = evaluation_loader(found, test_batch, workers, **place, collate_fn=collate)
+    trainer.validate(evaluation, loader, verbose=False)
     looked_at = int(trainer.callback_metrics["val_images"])
     corrupt = len(truth.images) - looked_at
     if corrupt and not skip_corrupt:
@@ -118,5 +117,4 @@ def _write(out: Path, result: dict[str, Any], found: list[dict[str, Any]]) -> No
     if "mask_ap" in result:
         files["segm"] = [{key: value for key, value in item.items() if key != "bbox"} for item in found]
     for name, content in files.items():
-        with replacing(out / f"{name}.json") as partial:
-            partial.write_text(json.dumps(content, indent=2 if name == "scores" else None) + "\n")
+        write_json(out / f"{name}.json", content, indent=2 if name == "scores" else None)

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from odconv.app.data import EvaluationSampler
 from odconv.app.detect.coco import Annotations
 from odconv.app.detect.config import DetectConfig
 from odconv.app.detect.images import CocoImages, collate
 from odconv.app.detect.sampler import GroupedSampler
-from odconv.app.engine.loaders import Loader, TrainingLoader, reading
+from odconv.app.engine.loaders import Loader, TrainingLoader, evaluation_loader, reading
 
 
 def make_loaders(
@@ -22,11 +21,5 @@ def make_loaders(
     how = reading(config.workers, world_size)
     train_loader = TrainingLoader(images, share // config.accumulate, sampler=sampler, collate_fn=collate, **how)
     val_images = CocoImages(evaluation, root / config.val_images)
-    return train_loader, evaluation_loader(val_images, config.test_batch, config.workers, rank, world_size)
-
-
-def evaluation_loader(images: CocoImages, batch_size: int, workers: int | None, rank: int, world_size: int) -> Loader:
-    """Return batches of this process's share of the images, each image once."""
-    sampler = EvaluationSampler(len(images), rank, world_size)
-    share = max(1, batch_size // world_size)
-    return Loader(images, share, sampler=sampler, collate_fn=collate, **reading(workers, world_size))
+    place = {"rank": rank, "world_size": world_size}
+    return train_loader, evaluation_loader(val_images, config.test_batch, config.workers, **place, collate_fn=collate)

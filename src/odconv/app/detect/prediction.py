@@ -1,12 +1,11 @@
 """Finding objects on images: pictures with boxes, labels and masks, and a file of all that was found."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from odconv.app.engine.config import check
 from odconv.system.devices import Device, find_device
-from odconv.system.files import check_writable, replacing
+from odconv.system.files import check_writable, replacing, write_json
 from odconv.system.text import printable
 
 if TYPE_CHECKING:
@@ -74,8 +73,7 @@ def predict(
         raise ValueError("none of the images can be read")
     for i, item in enumerate(found["annotations"], 1):
         item |= {"id": i, "iscrowd": 0}
-    with replacing(Path(out) / "detections.json") as partial:
-        partial.write_text(json.dumps(found) + "\n")
+    write_json(Path(out) / "detections.json", found, indent=None)
     print(f"{len(found['annotations'])} objects on {len(found['images'])} images: {out}", flush=True)
     return found
 

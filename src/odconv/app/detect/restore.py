@@ -1,6 +1,7 @@
 """A trained detector: from a checkpoint of ours alone, from others' with a description of the detector."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -13,28 +14,55 @@ from odconv.models.build import check_described
 from odconv.models.detectors import mmdetection_keys
 from odconv.models.detectors.builder import create_detector
 
-DESCRIPTION = (
-    *(
-        "kernel_num",
-        "reduction",
-        "layer_options",
-        "conventions",
-        "temperature",
-        "masked_pool",
-        "anchor_sizes",
-        "min_size",
-        "max_size",
-    ),
-    *("score_threshold", "nms_threshold", "detections_per_image"),
-)
-"""Options of a run that describe its detector, besides its kind and its backbone."""
-
 OUTPUTS = {
     "roi_heads.box_predictor.cls_score.bias": 1,
     "roi_head.bbox_head.fc_cls.bias": 1,  # mmdetection
     "head.classification_head.cls_logits.bias": 9,
 }
 """Tensors whose length is the number of classes, and how many times that: the anchors of a place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a file of weights may leave unsaid of its detector; None: what it says, else the default."""
+
+    detector: str | None = None
+    """faster_rcnn, mask_rcnn or retinanet; default: what the checkpoint says."""
+    arch: str | None = None
+    """Network of its backbone, such as od_resnet50; default: what the checkpoint says."""
+    kernel_num: int | None = None
+    """Kernels of its dynamic layers; default: what the checkpoint says, else that of the network."""
+    reduction: float | None = None
+    """Reduction of its attentions; default: what the checkpoint says, else that of the network."""
+    conventions: str | None = None
+    """torchvision or mmdetection; default: what the checkpoint says or is."""
+    temperature: float | None = None
+    """Temperature of the attentions; default: what the checkpoint says, else 1."""
+    masked_pool: bool | None = None
+    """Whether its attentions pool over the images alone; default: what the checkpoint says, else False."""
+    classes: str | Sequence[str] | None = None
+    """Names of its classes in their order, such as cat,dog; default: what the checkpoint says, else those of COCO for
+    80 or, by category id, for 90, else class 1 and so on."""
+    anchor_sizes: Sequence[int] | None = None
+    """Sides of its anchors in pixels, for the five levels; default: what the checkpoint says, else 32 to 512."""
+    min_size: int | None = None
+    """Pixels of the shorter side; default: what the checkpoint says, else 800."""
+    max_size: int | None = None
+    """Limit of the longer side in pixels; default: what the checkpoint says, else 1333."""
+    score_threshold: float | None = None
+    """Detections with a score up to this are dropped; default: what the checkpoint says, else 0.05."""
+    nms_threshold: float | None = None
+    """Overlap above which the lesser of two detections of a class is dropped; default: what the checkpoint says, else
+    0.5."""
+    detections_per_image: int | None = None
+    """Detections that are kept at most; default: what the checkpoint says, else 100."""
+    options: dict[str, Any] | None = None
+    """Further arguments of torchvision's class; default: what the checkpoint says."""
+
+
+NAMES = tuple(field.name for field in fields(Description))
+PASSED = tuple(name for name in NAMES if name not in ("detector", "arch", "classes", "options"))
+"""Arguments of `create_detector` by the name that they have there."""
 
 
 class RestoredDetector(NamedTuple):
@@ -73,52 +101,18 @@ def build(config: DetectConfig, classes: int, weights: Checkpoint | None = None)
         warm_start=config.warm_start,
         frozen_stages=config.frozen_stages,
         norm_eval=config.norm_eval,
-        **{name: getattr(config, name) for name in DESCRIPTION} | {"layer_options": layer_options(config)},
+        layer_options=layer_options(config),
+        **{name: getattr(config, name) for name in PASSED},
         **config.options or {},
     )
 
 
-def restore(
-    weights: str,
-    *,
-    detector: str | None = None,
-    arch: str | None = None,
-    kernel_num: int | None = None,
-    reduction: float | None = None,
-    conventions: str | None = None,
-    temperature: float | None = None,
-    masked_pool: bool | None = None,
-    classes: str | Sequence[str] | None = None,
-    anchor_sizes: Sequence[int] | None = None,
-    min_size: int | None = None,
-    max_size: int | None = None,
-    score_threshold: float | None = None,
-    nms_threshold: float | None = None,
-    detections_per_image: int | None = None,
-    options: dict[str, Any] | None = None,
-) -> RestoredDetector:
+def restore(weights: str, **description: Any) -> RestoredDetector:
     """Build the detector of a checkpoint and load it.
 
     Args:
         weights: A checkpoint of odconv detect train, which says all of the rest, or another file of a detector.
-        detector: faster_rcnn, mask_rcnn or retinanet; default: what the checkpoint says.
-        arch: Network of its backbone, such as od_resnet50; default: what the checkpoint says.
-        kernel_num: Kernels of its dynamic layers; default: what the checkpoint says, else that of the network.
-        reduction: Reduction of its attentions; default: what the checkpoint says, else that of the network.
-        conventions: torchvision or mmdetection; default: what the checkpoint says or is.
-        temperature: Temperature of the attentions; default: what the checkpoint says, else 1.
-        masked_pool: Whether its attentions pool over the images alone; default: what the checkpoint says, else False.
-        classes: Names of its classes in their order, such as cat,dog; default: what the checkpoint says, else those of
-            COCO for 80 or, by category id, for 90, else class 1 and so on.
-        anchor_sizes: Sides of its anchors in pixels, for the five levels; default: what the checkpoint says, else 32 to
-            512.
-        min_size: Pixels of the shorter side; default: what the checkpoint says, else 800.
-        max_size: Limit of the longer side in pixels; default: what the checkpoint says, else 1333.
-        score_threshold: Detections with a score up to this are dropped; default: what the checkpoint says, else 0.05.
-        nms_threshold: Overlap above which the lesser of two detections of a class is dropped; default: what the
-            checkpoint says, else 0.5.
-        detections_per_image: Detections that are kept at most; default: what the checkpoint says, else 100.
-        options: Further arguments of torchvision's class; default: what the checkpoint says.
+        **description: the fields of :class:`Description`.
 
     Returns:
         The detector and what its classes are.
@@ -127,26 +121,16 @@ def restore(
         ValueError: `detector` or `arch` is needed, or a number is out of range, or the weights do not fit.
         OSError: the file cannot be read.
     """
-    given = {
-        "detector": detector,
-        "arch": arch,
-        "kernel_num": kernel_num,
-        "reduction": reduction,
-        "conventions": conventions,
-        "temperature": temperature,
-        "masked_pool": masked_pool,
-        "anchor_sizes": anchor_sizes,
-        "min_size": min_size,
-        "max_size": max_size,
-        "score_threshold": score_threshold,
-        "nms_threshold": nms_threshold,
-        "detections_per_image": detections_per_image,
-        "options": options,
-    }
+    return restore_described(weights, Description(**description))
+
+
+def restore_described(weights: str, description: Description) -> RestoredDetector:
+    """Build the detector of a checkpoint and load it; see :func:`restore`."""
+    given = {name: value for name in NAMES if (value := getattr(description, name)) is not None}
     check(given)
     checkpoint = find_checkpoint(weights)
     with malformed(checkpoint.path):
-        return _restore(checkpoint, {name: value for name, value in given.items() if value is not None}, classes)
+        return _restore(checkpoint, given, given.pop("classes", None))
 
 
 def _restore(checkpoint: Checkpoint, given: dict[str, Any], classes: str | Sequence[str] | None) -> RestoredDetector:
@@ -173,7 +157,8 @@ def _restore(checkpoint: Checkpoint, given: dict[str, Any], classes: str | Seque
         described["arch"],
         num_classes=outputs,
         weights=checkpoint,
-        **{name: described[name] for name in DESCRIPTION if name in described},
+        layer_options=described.get("layer_options"),
+        **{name: described[name] for name in PASSED if name in described},
         **described.get("options") or {},
     )
     title = f"{described['detector']} on {described['arch']}"

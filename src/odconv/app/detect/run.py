@@ -1,7 +1,6 @@
 """A detector's training run: everything is checked and put together first, then Lightning's Trainer works."""
 
 import logging
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from odconv.app.detect.loaders import make_loaders
 from odconv.app.detect.module import DetectorTraining
 from odconv.app.detect.restore import build
 from odconv.app.engine.errors import explained
-from odconv.app.engine.layer_options import check_fall, count_parameters, resolve_layers
+from odconv.app.engine.layer_options import check_fall, resolve_layers
 from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
 from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
 from odconv.app.engine.trainer import make_training
@@ -24,6 +23,7 @@ from odconv.app.engine.trial import conclusion, place
 from odconv.app.pages.reports import refresh_report
 from odconv.checkpoints import Checkpoint, find_checkpoint
 from odconv.models.detectors.builder import find_conventions
+from odconv.profiling.count import count_parameters
 from odconv.system.text import first_few
 
 FIXED = (
@@ -69,8 +69,8 @@ def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory)
             *filter(None, (training.describe_dropped(), evaluation.describe_dropped())),
             *describe_resumption(config, resumed),
             sep="\n",
+            flush=True,
         )
-        sys.stdout.flush()
     train_loader, val_loader = make_loaders(config, training, evaluation, trainer.global_rank, trainer.world_size)
     train_loader.go_to(resumed.epoch, resumed.batch)
     with explained(trainer.world_size):

@@ -10,11 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from odconv.app.engine.checkpoint_io import BEST, LAST
-
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""What tells a run to save and end: torchrun, systemd and clusters send the first, SLURM's users often the second.
-
-Windows has no second."""
+from odconv.app.engine.loaders import SIGNALS
 
 ASK = 8
 """Steps after which several processes ask each other whether one of them shall stop."""

@@ -1,6 +1,5 @@
 """The history of a run: one line per epoch on the screen, and a table in the run's folder."""
 
-import csv
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -9,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from odconv.system.files import replacing
+from odconv.system.files import write_table
 
 Row = dict[str, float]
 """An epoch: `epoch` counts from 1; `temperature` is that of the last step, or `blend` of KernelWarehouse's networks."""
@@ -83,7 +82,7 @@ class History(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(self.rows[-1], trainer.global_step)
         if trainer.is_global_zero:
-            self._write()
+            write_table(self.path, list(self.rows[-1]), self.rows)
             say = getattr(trainer.progress_bar_callback, "print", print)  # above a bar, not into it
             say(self._line(trainer.max_epochs or 0))
 
@@ -102,12 +101,6 @@ class History(pl.Callback):
         """Return the seconds of this epoch so far, and those of them spent waiting for images."""
         seconds, waited = self.before
         return seconds + time.perf_counter() - self.start, waited + self.loader.waited
-
-    def _write(self) -> None:
-        with replacing(self.path) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[-1]))
-            writer.writeheader()
-            writer.writerows(self.rows)
 
     def _line(self, epochs: int) -> str:
         row = self.rows[-1]

@@ -1,9 +1,7 @@
-"""The network of a run: the options of its dynamic layers, and its size."""
+"""The options of the dynamic layers of a run's network."""
 
 import inspect
 from typing import Any
-
-from torch import nn
 
 from odconv.app.engine.config import RunConfig
 from odconv.models.build import METHODS, check_layer_options, split_name
@@ -42,8 +40,3 @@ def layer_options(config: RunConfig) -> dict[str, Any]:
     given = config.layer_options or {}
     check_layer_options(config.arch, given)
     return given if split_name(config.arch)[0] is None else {"init": config.init, **given}
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return how many numbers a network learns, or could learn if nothing were frozen."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch.utils.data import DataLoader
 
 from odconv.app.data import EvaluationSampler, Images, TrainingSampler
-from odconv.app.engine.checkpoint_callbacks import SIGNALS
+from odconv.app.data.parallel import count_readers
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""What tells a run to save and end: torchrun, systemd and clusters send the first, SLURM's users often the second.
+
+Windows has no second."""
 
 
 class Loader(DataLoader):
@@ -103,15 +107,17 @@ def training_loader(
 
 
 def evaluation_loader(
-    images: Images, batch_size: int, workers: int | None = None, *, rank: int = 0, world_size: int = 1
-) -> DataLoader:
-    """Return batches of this process's share of the images, in order, each image once; arguments as above."""
-    sampler = EvaluationSampler(len(images), rank, world_size)
-    return Loader(images, max(1, batch_size // world_size), sampler=sampler, **reading(workers, world_size))
+    images: Any, batch_size: int, workers: int | None = None, *, rank: int = 0, world_size: int = 1, **options: Any
+) -> Loader:
+    """Return batches of this process's share of the images, in order, each image once; arguments as above.
+
+    The images may be those of a detector, too; `options` are further ones of PyTorch's DataLoader.
+    """
+    sampler, share = EvaluationSampler(len(images), rank, world_size), max(1, batch_size // world_size)
+    return Loader(images, share, sampler=sampler, **options, **reading(workers, world_size))
 
 
 def reading(workers: int | None, world_size: int) -> dict[str, Any]:
     """Return how a loader reads: arguments of PyTorch's DataLoader; see :func:`training_loader`."""
-    if workers is None:
-        workers = min(8, suggested_max_num_workers(world_size))
+    workers = count_readers(world_size) if workers is None else workers
     return {"num_workers": workers, "pin_memory": torch.cuda.is_available()}

@@ -1,6 +1,5 @@
 """What a run works on: the machine, without its name, and the versions of what takes part."""
 
-import json
 import os
 import platform
 import re
@@ -10,12 +9,12 @@ from typing import Any
 
 import torch
 
-from odconv.system.files import replacing
+from odconv.app.data.parallel import count_cores
 
 PACKAGES = ("odconv", "torch", "torchvision", "lightning")
 
 
-def describe_machine(processes: int = 1) -> dict[str, Any]:
+def describe_machine(processes: int) -> dict[str, Any]:
     """Describe this machine.
 
     Args:
@@ -28,7 +27,7 @@ def describe_machine(processes: int = 1) -> dict[str, Any]:
     """
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": count_cores(),
         "memory": _memory(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -37,16 +36,6 @@ def describe_machine(processes: int = 1) -> dict[str, Any]:
         **{package: _version(package) for package in PACKAGES},
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
     }
-
-
-def write_machine(folder: Path, processes: int = 1) -> None:
-    """Write machine.json, :func:`describe_machine`, to the folder of a run.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with replacing(folder / "machine.json") as partial:
-        partial.write_text(json.dumps(describe_machine(processes), indent=2) + "\n")
 
 
 def _processor() -> str | None:

@@ -1,6 +1,5 @@
 """The folder of a run: locked, so that nothing in it is lost, and what is written to it at the start and the end."""
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +12,9 @@ from filelock import FileLock, Timeout
 
 from odconv.app.engine.checkpoint_io import BEST, LAST, PREVIOUS
 from odconv.app.engine.config import RunConfig, defaults
-from odconv.app.engine.machine import write_machine
+from odconv.app.engine.machine import describe_machine
 from odconv.app.engine.resume import Resumed
-from odconv.system.files import check_writable, replacing
+from odconv.system.files import check_writable, replacing, write_json, write_text
 
 LOCK = ".lock"
 LOCK_WAIT = 10
@@ -69,9 +68,9 @@ def write_beginning(config: RunConfig, resumed: Resumed, processes: int) -> None
     """Write what is known before the first step, and bring the best checkpoint so far along."""
     out = Path(config.out)
     if not is_finished(config, resumed):
-        _write(out / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
-        _write(out / DEFAULTS, yaml.safe_dump(defaults(type(config)), sort_keys=False))
-        write_machine(out, processes)
+        write_text(out / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+        write_text(out / DEFAULTS, yaml.safe_dump(defaults(type(config)), sort_keys=False))
+        write_json(out / "machine.json", describe_machine(processes))
     if resumed.path and not (out / BEST).exists() and (best := resumed.path.with_name(BEST)).exists():
         with replacing(out / BEST) as partial:
             shutil.copyfile(best, partial)
@@ -80,9 +79,4 @@ def write_beginning(config: RunConfig, resumed: Resumed, processes: int) -> None
 def write_result(config: RunConfig, resumed: Resumed, result: Mapping[str, Any]) -> None:
     """Write what came out, unless it was there before."""
     if not is_finished(config, resumed):
-        _write(Path(config.out, RESULT), json.dumps(result, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text)
+        write_json(Path(config.out, RESULT), result)

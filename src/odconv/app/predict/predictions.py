@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch import Tensor
 
 from odconv.app.data import find_existing, read_image
+from odconv.app.data.parallel import count_readers
 from odconv.app.predict.classifier import Classifier
 from odconv.app.predict.prefetch import ahead
 
@@ -68,7 +68,7 @@ class Predictions:
     ) -> None:
         self.classifier, self.top = classifier, min(top, len(classifier.classes))
         self.batch_size = batch_size or (64 if classifier.device.type == "cuda" else 4)
-        self.workers = min(8, suggested_max_num_workers(1)) if workers is None else workers
+        self.workers = count_readers() if workers is None else workers
         self.paths, missing = find_existing(images)
         self.missing = [Unreadable(Path(path), reason) for path, reason in missing.items()]
         self._start()

@@ -7,7 +7,7 @@ from odconv.app.pages.reports.pictures import draw_attentions, draw_curves, draw
 from odconv.app.pages.reports.read_run import Run, read_run
 from odconv.app.pages.template import render_page
 from odconv.attentions.verdicts import deviation, judge_kernels, summarize, verdict
-from odconv.system.files import replacing
+from odconv.system.files import write_text
 from odconv.system.text import number, share
 
 
@@ -30,10 +30,8 @@ def write_report(folder: str | Path) -> Path:
 
 def write_page(run: Run) -> Path:
     """Write the report of a run that was read; see :func:`write_report`."""
-    page = render(run)
     path = run.folder / "report.html"
-    with replacing(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(path, render(run))
     return path
 
 

@@ -10,7 +10,7 @@ from odconv.app.pages.visualize.kernels import draw_shares, draw_similarity
 from odconv.app.pages.visualize.overview import draw_class_shares, draw_deviations
 from odconv.app.pages.visualize.subject import Subject
 from odconv.attentions.verdicts import deviation, judge_kernels, verdict
-from odconv.system.files import replacing
+from odconv.system.files import write_text
 from odconv.system.text import number, share
 
 LAYERS = "layers"
@@ -80,6 +80,5 @@ def write_page(
         share=share,
     )
     path = folder / "attentions.html"
-    with replacing(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
