@@ -446,7 +446,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 def test_narrower_vectors_too(tmp_path):
     """The kernel as a processor without AVX-512 compiles it, in a process that PyTorch takes for one."""
     tests = [f"{__file__}::test_large_problems_are_the_reference", f"{__file__}::test_any_strides"]
-    tests.append(str(Path(__file__).with_name("test_half.py")))
+    tests += [str(Path(__file__).with_name(name)) for name in ("test_half.py", "test_cells.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     changes = {"ATEN_CPU_CAPABILITY": "avx2", "ODCONV_CACHE": str(tmp_path)}
     run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, check=False)

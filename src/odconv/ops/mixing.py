@@ -14,7 +14,7 @@ from odconv.ops.recompute import Backend, Step, apply, grouped_backward
 
 PART = 24 * 2**20
 """Bytes of kernels that are mixed at a time on the CPU without gradients: the C library gets blocks of 32 MiB and more
-from the system anew each time, page by page, which takes longer than mixing. Rows: warehouse.csv."""
+from the system anew each time, page by page, which takes longer than mixing."""
 
 
 def mixed_conv(
