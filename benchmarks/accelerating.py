@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.accelerating
 
 timm's tf_efficientnet_cc_b0_4e, a ResNet-18 whose 3x3 convolutions are an ODConv2d as many repositories copied it, one
-of KernelWarehouse at 1x whose layers are those of its published file, and one of layers in the manner of FDConv.
-The ratio is how many times as fast the accelerated one is; `load` is the system's load average, to which the
-measurement itself adds 1. Rows go to results/accelerating.csv.
+of KernelWarehouse at 1x whose layers are those of its published file, one of layers in the manner of FDConv, and
+twelve blocks in the manner of EfficientAT's. The ratio is how many times as fast the accelerated one is; `saved_mb` is
+what autograd keeps of a training step; `load` is the system's load average, to which the measurement itself adds 1.
+Rows go to results/accelerating.csv.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import timm
 import torch
-from benchmarks.common import RESULTS, Sheet, alternate, origin, percentiles
-from tests.test_acceleration import CopiedKW, CopiedODConv, Manager
+from benchmarks.common import RESULTS, Sheet, alternate, origin, percentiles, saved_mb
+from tests.test_acceleration import Contextual, CopiedKW, CopiedODConv, Manager
 from tests.test_folded_batch import Frequency
 from torch import Tensor, nn
 from torchvision.models import resnet18
@@ -58,11 +59,42 @@ def frequency_resnet18() -> nn.Module:
     return model
 
 
+class ContextBlock(nn.Module):
+    """An inverted residual whose convolutions are chosen by one context vector."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        wide, context = 4 * channels, channels // 4
+        self.context = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, context, 1), nn.ReLU())
+        self.convs = nn.ModuleList(
+            [
+                Contextual(channels, wide, context, 1),
+                Contextual(wide, wide, context, 3, groups=wide),
+                Contextual(wide, channels, context, 1),
+            ]
+        )
+        for conv in self.convs:
+            nn.init.normal_(conv.weight, std=0.05)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in self.convs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g, y = (self.context(x), None, None), x
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            y = norm(conv(y, g)).relu()
+        return x + y
+
+
+def contextual_blocks() -> nn.Module:
+    """Twelve such blocks of 96 channels, on maps an eighth as wide as the image."""
+    return nn.Sequential(nn.Conv2d(3, 96, 8, 8), *(ContextBlock(96) for _ in range(12)))
+
+
 NETWORKS = {
     "tf_efficientnet_cc_b0_4e": partial(timm.create_model, "tf_efficientnet_cc_b0_4e"),
     "resnet18 of copied ODConv2d": copied_resnet18,
     "resnet18 of copied KernelWarehouse": copied_kernelwarehouse,
     "resnet18 in the manner of FDConv": frequency_resnet18,
+    "blocks in the manner of EfficientAT": contextual_blocks,
 }
 
 
@@ -101,6 +133,7 @@ def main() -> None:
                 | {"round": args.round}
                 | times
                 | {"times_as_fast": 1.0 if form == "as it is" else ratio, "load": load, "timm": timm.__version__}
+                | ({"saved_mb": saved_mb(forms[form], x)} if mode == "training" else {})
                 | where
                 for form, times in measured.items()
             ]

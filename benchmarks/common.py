@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from odconv.app.data import Images
@@ -111,6 +112,22 @@ def resident_mb(entry: str) -> float:
 
 def forget_peak() -> None:
     (PROCESS / "clear_refs").write_text("5")
+
+
+def saved_mb(model: nn.Module, x: Tensor) -> float:
+    """MB that autograd keeps of a forward pass, every storage once, without parameters and buffers."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return round(sum(storage.nbytes() for storage in saved.values()) / 1e6, 1)
 
 
 def origin() -> dict[str, Any]:

@@ -36,10 +36,10 @@ from common import (
     percentiles,
     published_form,
     resident_mb,
+    saved_mb,
 )
 from plot import draw_networks
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 import odconv
@@ -106,18 +106,8 @@ def step_memory(name: str, n: int | None, form: str, batch: int, size: int) -> d
     run(model, x, True, published)
     peak = resident_mb("VmHWM") - before
 
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor), published_form() if published else nullcontext():
-        model(x)
-    return {"saved_mb": round(sum(storage.nbytes() for storage in saved.values()) / 1e6, 1), "peak_mb": round(peak, 1)}
+    with published_form() if published else nullcontext():
+        return {"saved_mb": saved_mb(model, x), "peak_mb": round(peak, 1)}
 
 
 def memory_of_network(name: str, n: int, batch: int, size: int) -> list[dict[str, Any]]:

@@ -164,6 +164,8 @@ def accelerating() -> str:
     networks = {
         "resnet18 of copied ODConv2d": "ResNet-18 of copied `ODConv2d`",
         "resnet18 of copied KernelWarehouse": "ResNet-18 of KernelWarehouse's file, 1x",
+        "resnet18 in the manner of FDConv": "ResNet-18 in the manner of FDConv",
+        "blocks in the manner of EfficientAT": "blocks in the manner of EfficientAT",
         "tf_efficientnet_cc_b0_4e": "`tf_efficientnet_cc_b0_4e`, depth-wise for the most part",
     }
 
@@ -171,10 +173,19 @@ def accelerating() -> str:
         found = rows("accelerating", network=network, mode=mode, batch=batch, form="accelerated")
         return ", ".join(fixed(one["times_as_fast"], 1 if "ODConv2d" in network else 2) for one in found)
 
+    def kept(network: str) -> str:
+        same = {"network": network, "mode": "training", "round": "1"}
+        before, after = (row("accelerating", form=form, **same)["saved_mb"] for form in ("as it is", "accelerated"))
+        return f"{fixed(before, 0)} to {fixed(after, 0)} MB"
+
     return table(
-        ["", "batch of 1", "batch of 8", "training, 8"],
+        ["", "batch of 1", "batch of 8", "training, 8", "kept for the backward pass"],
         (
-            [title, *(cell(network, *what) for what in (("inference", "1"), ("inference", "8"), ("training", "8")))]
+            [
+                title,
+                *(cell(network, *what) for what in (("inference", "1"), ("inference", "8"), ("training", "8"))),
+                kept(network),
+            ]
             for network, title in networks.items()
         ),
     )

@@ -15,9 +15,8 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from benchmarks.common import RESULTS, Sheet, alternate, origin, percentiles
+from benchmarks.common import RESULTS, Sheet, alternate, origin, percentiles, saved_mb
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 import odconv
@@ -62,23 +61,6 @@ def run(model: nn.Module, x: Tensor, train: bool, form: str) -> None:
             y.square().mean().backward()
 
 
-def saved_mb(model: nn.Module, x: Tensor, form: str) -> float:
-    """MB that autograd keeps for the backward pass, every storage once, without parameters and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor), published_form() if form == "published" else nullcontext():
-        y = model(x)  # which keeps the storages, so that no address is used twice
-    assert y.requires_grad
-    return round(sum(saved.values()) / 1e6, 1)
-
-
 def check(model: nn.Module, x: Tensor) -> None:
     """See that both forms compute the same."""
     with torch.no_grad():
@@ -117,13 +99,17 @@ def main() -> None:
             load = round(os.getloadavg()[0], 1)
             setting = {"model": args.model, "budget": args.budget, "batch": args.batch, "size": args.size, "mode": mode}
             base = measured["static"]["median_ms"]
+            kept = {}
+            for form, model in models.items() if train else ():
+                with published_form() if form == "published" else nullcontext():
+                    kept[form] = {"saved_mb": saved_mb(model, x)}
             rows = [
                 setting
                 | {"form": form, "round": number}
                 | times
                 | {"ratio_to_static": round(times["median_ms"] / base, 3), "load": load}
                 | where
-                | ({"saved_mb": saved_mb(models[form], x, form)} if train else {})
+                | kept.get(form, {})
                 for form, times in measured.items()
             ]
             sheet.add(rows)
