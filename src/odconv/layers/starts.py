@@ -32,6 +32,12 @@ PACE = {"batch": 0.2, "group": 0.5, "layer": 0.5, "none": 0.2}
 """Size of what the heads read, by the norm before them: a step of SGD moves their logits by its square, one of Adam by
 itself. Batch norm spreads the images of a batch however alike they are; the others leave them as alike as they were."""
 
+BIAS = 3.0
+"""Least bias of KernelWarehouse's calm start: with 1, shares of small cells run away, those of depth-wise layers first.
+
+Rows: accuracy.csv, "start=calm (bias 1)"; starts.csv.
+"""
+
 OPEN = 0.98
 """Where sigmoid gates begin, or at 1 where their gain allows it: they take little off a kernel's size."""
 
@@ -126,9 +132,9 @@ def draw_calm_warehouse(attention: "WarehouseAttention") -> None:
     The bias is s for the cell that a piece is assigned to. The other logits of a row, small and normal, have sizes that
     sum to about s LOGIT: a row's shares are divided by the sum of its logits' sizes, and the more cells there are, the
     more a row would differ from image to image. A step moves a kernel by its shares (size / s)^2 times as far as by its
-    cells: s is the cells' size, but for small ones.
+    cells: s is the cells' size, and at least BIAS.
     """
-    scale = max(1.0, attention.size)
+    scale = max(BIAS, attention.size)
     draw_published_warehouse(attention)
     outputs = attention.place.cells + 1
     if isinstance(weight := attention.norm1.weight, Tensor):
