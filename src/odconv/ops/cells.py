@@ -69,7 +69,6 @@ def cell_conv(
     Raises:
         ValueError, TypeError: as :func:`~odconv.ops.mixing.mixed_conv`.
     """
-
     mix = partial(assemble, shape=kernel_shape)
     # What torch.compile differentiates is to be made of operations that it knows.
     compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()

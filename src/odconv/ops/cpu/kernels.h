@@ -1,6 +1,8 @@
 // Tiles of kernels: cut out of the weight, mixed, and put back.
 #pragma once
 
+#include <optional>
+
 #include "simd.h"
 
 namespace odconv {
@@ -33,7 +35,7 @@ template <class T>
 struct Kernels {
   const T* data;
   int64_t n, size, rows, lanes, taps, row_step, lane_step, sample_step;
-  const Cells<T>* cells = nullptr;
+  std::optional<Cells<T>> cells = {};
   bool per_sample() const { return sample_step > 0; }
   Kernels of_sample(int64_t sample) const {
     Kernels out = *this;

@@ -341,24 +341,24 @@ std::vector<int64_t> check_cells(const Tensor& x, const Tensor& cells, const Ten
   return size;
 }
 
-// How kernels are put together, seen from outputs or from the gradient of x.
+// Kernels that are put together of cells, as outputs meet them, or the gradient of x.
 template <class T>
-Cells<T> cells_of(const Tensor& cells, const Tensor& shares, int64_t filters, int64_t channels, bool from_outputs) {
-  const int64_t co = cells.size(1), ci = cells.size(2), across = channels / ci, blocks = filters / co * across;
-  const T* data = shares.const_data_ptr<T>();
-  return from_outputs ? Cells<T>{data, ci, co, 1, across, blocks} : Cells<T>{data, co, ci, across, 1, blocks};
+Kernels<T> kernels_of_cells(const Tensor& cells, const Tensor& shares, int64_t filters, int64_t channels, int64_t taps, bool from_outputs) {
+  const int64_t n = cells.size(0), co = cells.size(1), ci = cells.size(2), across = channels / ci, blocks = filters / co * across;
+  const T *data = cells.const_data_ptr<T>(), *rows = shares.const_data_ptr<T>();
+  if (from_outputs) return {data, n, co * ci, channels, filters, taps, 1, ci, 0, Cells<T>{rows, ci, co, 1, across, blocks}};
+  return {data, n, co * ci, filters, channels, taps, ci, 1, 0, Cells<T>{rows, co, ci, across, 1, blocks}};
 }
 
 Tensor conv_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, int64_t filters, at::IntArrayRef kernel,
                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   const std::vector<int64_t> size = check_cells(x, cells, shares, filters, kernel, stride, padding, dilation);
   const Geometry g = geometry_of(kernel, stride, padding, dilation, 1);
-  const int64_t channels = x.size(1), taps = g.kernel[0] * g.kernel[1] * g.kernel[2], ci = cells.size(2), numbers = cells.size(1) * ci;
+  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
   Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Cells<T> of = cells_of<T>(cells, shares, filters, channels, true);
-    const Kernels<T> kernels = {cells.const_data_ptr<T>(), cells.size(0), numbers, channels, filters, taps, 1, ci, 0, &of};
+    const Kernels<T> kernels = kernels_of_cells<T>(cells, shares, filters, x.size(1), taps, true);
     convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), map_of<T>(y, y.mutable_data_ptr<T>()), kernels, 1, {}, {}, x.size(0),
                 {forward_phase(g, three(at::IntArrayRef(size).slice(2), 1))});
   };
@@ -383,23 +383,20 @@ std::tuple<Tensor, Tensor> conv_cells_backward(const Tensor& grad, const Tensor&
   const std::vector<int64_t> size = check_cells(x, cells, shares, filters, kernel, stride, padding, dilation);
   TORCH_CHECK(grad.sizes() == size, "odconv: grad must have shape ", size, ", got ", grad.sizes());
   const Geometry g = geometry_of(kernel, stride, padding, dilation, 1);
-  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], n = cells.size(0), ci = cells.size(2), numbers = cells.size(1) * ci;
+  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
   Tensor x_grad = at::empty({0}, x.options()), pieces_grad = at::empty({0}, x.options());
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    const T* data = cells.const_data_ptr<T>();
     const auto upstream = map_of<const T>(grad, grad.const_data_ptr<T>());
     if (to_x) {
       const std::vector<Phase> phases = backward_phases(g, three(x.sizes().slice(2), 1));
       x_grad = empty_gradient(x, phases);
-      const Cells<T> of = cells_of<T>(cells, shares, filters, channels, false);
-      const Kernels<T> kernels = {data, n, numbers, filters, channels, taps, ci, 1, 0, &of};
+      const Kernels<T> kernels = kernels_of_cells<T>(cells, shares, filters, channels, taps, false);
       convolve<T>(upstream, map_of<T>(x_grad, x_grad.mutable_data_ptr<T>()), kernels, 1, {}, {}, batch, phases);
     }
     if (to_pieces) {
-      pieces_grad = at::empty({batch, shares.size(1), cells.size(1), ci}, x.options());
-      const Cells<T> of = cells_of<T>(cells, shares, filters, channels, true);
-      const Kernels<T> kernels = {data, n, numbers, channels, filters, taps, 1, ci, 0, &of};
+      pieces_grad = at::empty({batch, shares.size(1), cells.size(1), cells.size(2)}, x.options());
+      const Kernels<T> kernels = kernels_of_cells<T>(cells, shares, filters, channels, taps, true);
       const std::vector<Span> lanes = lane_blocks(kernels), rows = row_blocks(kernels, 1);
       Partial none;
       gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, 1, {}, batch, forward_phase(g, upstream.size), rows,
