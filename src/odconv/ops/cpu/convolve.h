@@ -45,6 +45,7 @@ namespace odconv {
 
 constexpr int64_t TILE_ROWS = 128;           // taps * rows of a tile: a mixed one has 32 KiB in float32
 constexpr int64_t TILES = 4;                 // tiles side by side that read the same window
+constexpr int64_t WRITTEN_POSITIONS = 32;    // about as many are written at a time where their sums are whole: those stay in the first-level cache
 constexpr int64_t TASK_OUTPUTS = 512 * 1024; // of a task: packed tiles serve as many samples as that takes
 constexpr int64_t CELL_NUMBERS = 256 * 1024; // of packed cells: half of the second-level cache in float32
 constexpr int64_t CELL_BLOCKS = 4;           // of rows that are packed at a time: what lies together in memory is read together
@@ -123,15 +124,17 @@ Scales<T> scales_of(const Gates<T>& gates, const Kernels<T>& kernels, int64_t gr
 // What the microkernel reads for one panel: a pointer for each position, and a step for each tap and row.
 template <class T>
 struct Operands {
-  std::vector<int64_t> offsets;
+  std::vector<int64_t> offsets, outputs;
   std::vector<const T*> positions;
   std::vector<Step> steps;
 
   void read_positions(const Panel& panel, const Window<T>& window) {
     offsets_of(panel, panel.phase->jump, window.step, offsets);
-    positions.clear();
-    for (int64_t offset : offsets) positions.push_back(window.data + offset);
+    positions.resize(offsets.size());
+    for (size_t i = 0; i < offsets.size(); ++i) positions[i] = window.data + offsets[i];
   }
+
+  void read_outputs(const Panel& panel, const Map<T>& out) { offsets_of(panel, panel.phase->stride, out.step, outputs); }
 
   void read_taps(const Phase& phase, const Window<T>& window, const Tile& tile, int64_t taps) {
     const int64_t width = tile.vectors * Simd<T>::LANES;
@@ -146,36 +149,48 @@ struct Operands {
 
 // ---- outputs -------------------------------------------------------------------------------------------------------
 
-// Write the sums of a panel, [position][lane], to its places in a map, from channel `filter` on, after the epilogue. Channels that lie
-// apart get them by a transposition.
+// How a panel's outputs follow each other: a map of one axis is one line.
+struct PanelLines {
+  int64_t count, length;
+  int axis;
+  explicit PanelLines(const Panel& panel) {
+    const Axes& size = panel.phase->count;
+    axis = size[1] * size[2] > 1 ? 2 : 0;
+    length = axis == 2 ? size[2] : panel.positions();
+    count = panel.positions() / length;
+  }
+};
+
+// Write the sums of some of a panel's lines, [position][lane], to their places in a map, which lie at offsets from the panel's first,
+// from channel `filter` on, after the epilogue. Channels that lie apart get them by a transposition.
 template <class T, class W>
-void store(T* sums, const Tile& tile, const Panel& panel, const Map<T>& out, const Epilogue<T>& epilogue, W write, int64_t filter,
-           std::vector<int64_t>& offsets) {
-  const int64_t width = tile.vectors * Simd<T>::LANES, positions = panel.positions();
+void store(T* sums, const Tile& tile, const Panel& panel, const Span& span, const Map<T>& out, const Epilogue<T>& epilogue, W write,
+           int64_t filter, const std::vector<int64_t>& offsets) {
   const Phase& phase = *panel.phase;
+  const PanelLines lines(panel);
+  const int64_t width = tile.vectors * Simd<T>::LANES, positions = span.count * lines.length, step = phase.stride[lines.axis] * out.step[lines.axis];
+  const int64_t* at = offsets.data() + span.first * lines.length;
   const bool last = out.channel_step == 1;
   T* to = out.data + panel.sample * out.batch_step + filter * out.channel_step + panel.first * phase.stride[0] * out.step[0];
   for (int a = 0; a < 3; ++a) to += phase.origin[a] * out.step[a];
-  offsets_of(panel, phase.stride, out.step, offsets);
   if (last || !epilogue.is_empty()) {
     Lanes<T> lanes(epilogue, nullptr, panel.sample, filter, tile.lanes);
-    const int axis = phase.count[1] * phase.count[2] > 1 ? 2 : 0;  // a map of one axis is one line
-    const int64_t length = axis == 2 ? phase.count[2] : positions, first = panel.first * phase.count[1];
-    for (int64_t i = 0; i < positions / length; ++i) {
-      T* line = sums + i * length * width;
+    const int64_t first = panel.first * phase.count[1] + span.first;
+    for (int64_t i = 0; i < span.count; ++i) {
+      T* line = sums + i * lines.length * width;
       if (last)
-        write(line, width, length, tile.lanes, lanes, to + offsets[i * length], phase.stride[axis] * out.step[axis]);
+        write(line, width, lines.length, tile.lanes, lanes, to + at[i * lines.length], step);
       else
-        write(line, width, length, width, lanes, line, width);
+        write(line, width, lines.length, width, lanes, line, width);
       T* whole = epilogue.line(panel.sample, first + i);
       lanes.end_line(whole ? whole + filter : nullptr, tile.lanes);
     }
   }
   if (!last && is_run(offsets))
-    transpose_block<T>(sums, width, positions, tile.lanes, to, out.channel_step);
+    transpose_block<T>(sums, width, positions, tile.lanes, to + at[0], out.channel_step);
   else if (!last)
     for (int64_t p = 0; p < positions; ++p)
-      for (int64_t l = 0; l < tile.lanes; ++l) to[offsets[p] + l * out.channel_step] = sums[p * width + l];
+      for (int64_t l = 0; l < tile.lanes; ++l) to[at[p] + l * out.channel_step] = sums[p * width + l];
 }
 
 // How a convolution is cut into tasks: each has some blocks of lanes, side by side, whose tiles share what is read of the map,
@@ -224,8 +239,8 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
     Scratch<T>& scratch = Scratch<T>::mine();
     Operands<T> operands;
     std::vector<int64_t> order;
-    auto finish = [&](const Tile& tile, const Panel& panel, int64_t group, T* from) {
-      store<T>(from, tile, panel, out, epilogue, write, group * kernels.lanes + tile.first_lane, operands.offsets);
+    auto finish = [&](const Tile& tile, const Panel& panel, const Span& lines, int64_t group, T* from) {
+      store<T>(from, tile, panel, lines, out, epilogue, write, group * kernels.lanes + tile.first_lane, operands.outputs);
     };
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / (sides * pieces);
@@ -258,6 +273,9 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
         for (const Panel* panel = first; panel < last; done += panel->positions(), ++panel) {
           const Window<T> window = window_of<T>(source, group * kernels.rows + span.first, span.count, *panel, scratch.window);
           operands.read_positions(*panel, window);
+          if (whole) operands.read_outputs(*panel, out);
+          const PanelLines lines(*panel);
+          const int64_t at_once = whole && out.channel_step == 1 ? std::max<int64_t>(1, WRITTEN_POSITIONS / lines.length) : lines.count;
           for (int64_t c = 0; c < side.count; ++c) {
             const Tile tile = tile_of<T>(span, lanes[side.first + c]);
             if (panel == first || panel->sample != (panel - 1)->sample) {
@@ -271,9 +289,12 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
             operands.read_taps(*panel->phase, window, tile, taps);
             T* to = whole ? sums : sums + c * positions * VECTORS * L + done * tile.vectors * L;
             const bool accumulate = span.first > 0;
-            multiply<T>(operands.positions.data(), operands.positions.size(), tile.vectors, mixed + c * most, operands.steps, to,
-                        accumulate);
-            if (whole) finish(tile, *panel, group, to);
+            for (int64_t line = 0; line < lines.count; line += at_once) {
+              const Span some = {line, std::min(at_once, lines.count - line)};
+              multiply<T>(operands.positions.data() + line * lines.length, some.count * lines.length, tile.vectors, mixed + c * most,
+                          operands.steps, to, accumulate);
+              if (whole) finish(tile, *panel, some, group, to);
+            }
           }
         }
       }
@@ -282,7 +303,8 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
         const Tile tile = tile_of<T>(rows[0], lanes[side.first + c]);
         T* from = sums + c * positions * VECTORS * L;
         for (const Panel* panel = first; panel < last; from += panel->positions() * tile.vectors * L, ++panel) {
-          finish(tile, *panel, group, from);
+          operands.read_outputs(*panel, out);
+          finish(tile, *panel, {0, PanelLines(*panel).count}, group, from);
         }
       }
     }

@@ -94,12 +94,12 @@ Window<T> window_of(const Map<const T>& map, int64_t channel, int64_t channels, 
 
 // Where in a map (or window) each position of a panel lies, from the panel's first.
 inline void offsets_of(const Panel& panel, const Axes& stride, const Axes& step, std::vector<int64_t>& out) {
-  const Axes& count = panel.phase->count;
-  out.clear();
+  const Axes count = panel.phase->count, apart = {stride[0] * step[0], stride[1] * step[1], stride[2] * step[2]};  // copies: what is written cannot be they
+  out.resize(panel.positions());
+  int64_t* line = out.data();
   for (int64_t i = 0; i < panel.last - panel.first; ++i)
-    for (int64_t j = 0; j < count[1]; ++j)
-      for (int64_t k = 0; k < count[2]; ++k)
-        out.push_back(i * stride[0] * step[0] + j * stride[1] * step[1] + k * stride[2] * step[2]);
+    for (int64_t j = 0; j < count[1]; ++j, line += count[2])
+      for (int64_t k = 0; k < count[2]; ++k) line[k] = i * apart[0] + j * apart[1] + k * apart[2];
 }
 
 inline bool is_run(const std::vector<int64_t>& offsets) {

@@ -134,28 +134,32 @@ template <class T>
 using Multiply = void (*)(const T* const*, const T*, const Step*, int64_t, T*, bool);
 
 template <class T, int N, int... M>
-constexpr Multiply<T> pick(int64_t rows, std::integer_sequence<int, M...>) {
-  constexpr Multiply<T> table[] = {multiply_tile<T, M + 1, N>...};
+Multiply<T> pick(int64_t rows, std::integer_sequence<int, M...>) {
+  static constexpr Multiply<T> table[] = {multiply_tile<T, M + 1, N>...};
   return table[rows - 1];
 }
 
-template <class T, int N>
-constexpr Multiply<T> pick(int64_t rows) {
-  return pick<T, N>(rows, std::make_integer_sequence<int, ROWS[N - 1]>{});
+template <class T>
+Multiply<T> pick(int64_t rows, int vectors) {
+  if (vectors == 1) return pick<T, 1>(rows, std::make_integer_sequence<int, ROWS[0]>());
+#if defined(__AVX512F__)
+  if (vectors == 3) return pick<T, 3>(rows, std::make_integer_sequence<int, ROWS[2]>());
+  if (vectors == 4) return pick<T, 4>(rows, std::make_integer_sequence<int, ROWS[3]>());
+#endif
+  return pick<T, 2>(rows, std::make_integer_sequence<int, ROWS[1]>());
 }
 
 // out[row] (+)= the sum over steps, for `rows` rows that start at a[row]; out is `vectors` vectors wide.
 template <class T>
 void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const std::vector<Step>& steps, T* out, bool accumulate) {
   const int64_t tiles = ceil_div(rows, ROWS[vectors - 1]), width = vectors * Simd<T>::LANES;
-  for (int64_t tile = 0; tile < tiles; ++tile) {  // of nearly equal height: a tile of a single row would be slow
-    const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
-    Multiply<T> run = vectors == 1 ? pick<T, 1>(count) : pick<T, 2>(count);
-#if defined(__AVX512F__)
-    if (vectors > 2) run = vectors == 3 ? pick<T, 3>(count) : pick<T, 4>(count);
-#endif
-    run(a + first, b, steps.data(), steps.size(), out + first * width, accumulate);
-  }
+  const int64_t least = rows / tiles, higher = rows % tiles;  // of nearly equal height: a tile of a single row would be slow
+  auto run = [&](int64_t count, int64_t height) {
+    const Multiply<T> one = count > 0 ? pick<T>(height, vectors) : nullptr;
+    for (int64_t tile = 0; tile < count; ++tile, a += height, out += height * width) one(a, b, steps.data(), steps.size(), out, accumulate);
+  };
+  run(higher, least + 1);
+  run(tiles - higher, least);
 }
 
 // ---- moving numbers ------------------------------------------------------------------------------------------------
