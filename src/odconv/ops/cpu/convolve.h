@@ -15,13 +15,13 @@
 // convolve, forward and for the gradient of x:
 //
 //   for each task = some tiles side by side x some panels     (in parallel; blocks of lanes x panels that share packed tiles)
-//     for each block of rows
+//     for each run of rows that the second-level cache holds, mostly all of them
 //       pack the n kernels' (or cells') tiles                   -> packed, or one tile where the sample's kernel was blended
 //       for each panel, for each tile
 //         if the panel begins a sample: mix packed              -> mixed
-//         accumulate window x mixed                             -> sums[position][lane]
-//     for each tile, for each panel: apply the epilogue (epilogue.h), write the sums into the map; where there is one block of
-//     rows, directly after they were accumulated
+//         for each block of rows that the first-level cache holds: accumulate window x mixed -> sums[position][lane]
+//     apply the epilogue (epilogue.h) and write the sums into the map: a few positions at a time where one run holds all rows,
+//     else when all were accumulated
 //
 // gradients, of kernels and attentions: the product is transposed, positions are what is summed over.
 //
@@ -47,8 +47,8 @@ constexpr int64_t TILE_ROWS = 128;           // taps * rows of a tile: a mixed o
 constexpr int64_t TILES = 4;                 // tiles side by side that read the same window
 constexpr int64_t WRITTEN_POSITIONS = 32;    // about as many are written at a time where their sums are whole: those stay in the first-level cache
 constexpr int64_t TASK_OUTPUTS = 512 * 1024; // of a task: packed tiles serve as many samples as that takes
-constexpr int64_t CELL_NUMBERS = 256 * 1024; // of packed cells: half of the second-level cache in float32
-constexpr int64_t CELL_BLOCKS = 4;           // of rows that are packed at a time: what lies together in memory is read together
+constexpr int64_t HELD_NUMBERS = 256 * 1024; // of packed and mixed tiles: half of the second-level cache in float32
+constexpr int64_t CELL_BLOCKS = 4;           // of cells that are packed at a time
 
 // ---- blocks --------------------------------------------------------------------------------------------------------
 
@@ -88,11 +88,14 @@ std::vector<Span> row_blocks(const Kernels<T>& kernels, int64_t least) {
   return split(kernels.rows, std::max(ceil_div(kernels.rows, most), std::min(least, ceil_div(kernels.rows, 8))));
 }
 
-// The rows of up to `count` blocks from one on, as far as a cell reaches.
-inline Span rows_within(const std::vector<Span>& blocks, size_t first, int64_t count, int64_t cell) {
-  Span out = blocks[first];
-  for (size_t i = first + 1; i < blocks.size() && int64_t(i - first) < count && blocks[i].first % cell > 0; ++i) out.count += blocks[i].count;
-  return out;
+// Runs of up to `count` blocks, none beyond a cell of `cell` rows.
+inline std::vector<Span> runs_of(const std::vector<Span>& blocks, int64_t count, int64_t cell) {
+  std::vector<Span> runs;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (runs.empty() || runs.back().count == count || blocks[i].first % cell == 0) runs.push_back({int64_t(i), 0});
+    ++runs.back().count;
+  }
+  return runs;
 }
 
 template <class T>
@@ -136,14 +139,16 @@ struct Operands {
 
   void read_outputs(const Panel& panel, const Map<T>& out) { offsets_of(panel, panel.phase->stride, out.step, outputs); }
 
-  void read_taps(const Phase& phase, const Window<T>& window, const Tile& tile, int64_t taps) {
+  // Of one block of a tile's rows after the other.
+  void read_taps(const Phase& phase, const Window<T>& window, const Tile& tile, int64_t taps, const Span* blocks, int64_t count) {
     const int64_t width = tile.vectors * Simd<T>::LANES;
     steps.clear();
-    for (const Tap& tap : phase.taps) {
-      const int64_t from = tap_offset(phase, tap, window.step);
-      for (int64_t i = 0; i < tile.rows; ++i)
-        steps.push_back({from + i * window.channel_step, (i * taps + tap.index) * width});
-    }
+    for (const Span* block = blocks; block < blocks + count; ++block)
+      for (const Tap& tap : phase.taps) {
+        const int64_t from = tap_offset(phase, tap, window.step);
+        for (int64_t i = block->first - tile.first_row; i < block->first - tile.first_row + block->count; ++i)
+          steps.push_back({from + i * window.channel_step, (i * taps + tap.index) * width});
+      }
   }
 };
 
@@ -223,15 +228,16 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
               const Epilogue<T>& epilogue, int64_t batch, const std::vector<Phase>& phases) {
   constexpr int L = Simd<T>::LANES;
   const std::vector<Span> rows = row_blocks(kernels, 1), lanes = lane_blocks(kernels);
-  const int64_t n = kernels.n, taps = kernels.taps, blocks = lanes.size();
-  const bool whole = rows.size() == 1;  // every sum is complete at once, and is written while it lies in the cache
-  const std::vector<Panel> panels = panels_of(phases, batch, ceil_div(at::get_num_threads(), batch * blocks * groups),
-                                              whole && taps == 1 ? FEW_POSITIONS : PANEL_POSITIONS);
+  const int64_t n = kernels.n, taps = kernels.taps, blocks = lanes.size(), threads = at::get_num_threads();
+  const int64_t size = (n + 1) * (kernels.cells ? 1 : taps) * rows[0].count * VECTORS * L;  // numbers of a block, packed and mixed
+  const bool fits = size * int64_t(rows.size()) <= HELD_NUMBERS;
+  const int64_t deep = kernels.cells ? CELL_BLOCKS : fits ? rows.size() : TILES;
+  const std::vector<Span> runs = runs_of(rows, std::clamp<int64_t>(HELD_NUMBERS / size, 1, deep), kernels.cells ? kernels.cells->rows : kernels.rows);
+  const bool whole = runs.size() == 1;  // every sum is complete at once, and is written while it lies in the cache
+  const int64_t most = whole && taps == 1 ? FEW_POSITIONS : std::clamp(PANEL_NUMBERS / (runs[0].count * rows[0].count), FEW_POSITIONS, PANEL_POSITIONS);
+  const std::vector<Panel> panels = panels_of(phases, batch, ceil_div(threads, batch * blocks * groups), most);
   if (panels.empty()) return;  // a gradient that nothing reaches
-  const int64_t held = kernels.cells ? n * rows[0].count * VECTORS * L : 0;  // numbers of a tile's packed cells
-  const int64_t deep = held ? std::clamp<int64_t>(CELL_NUMBERS / held, 1, CELL_BLOCKS) : 1;
-  const int64_t tiles = held ? std::clamp<int64_t>(CELL_NUMBERS / (held * deep), 1, TILES) : TILES;
-  const Plan plan = plan_of(kernels, panels, groups, batch, blocks, tiles);
+  const Plan plan = plan_of(kernels, panels, groups, batch, blocks, std::clamp<int64_t>(HELD_NUMBERS / (size * runs[0].count), 1, TILES));
   const int64_t sides = plan.lanes.size(), pieces = plan.panels.size(), packs = plan.blended ? 1 : n;
 
   const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_positions<T, decltype(activate)>; });
@@ -252,22 +258,17 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
       for (const Panel* panel = first; panel < last; ++panel) positions = whole ? std::max(positions, panel->positions()) : positions + panel->positions();
       T* sums = scratch.out.get(positions * side.count * VECTORS * L);  // [tile][position][lane]
 
-      Span held_rows = {0, 0};  // of the packed cells
-      for (size_t i = 0; i < rows.size(); ++i) {
-        const Span& span = rows[i];
-        const int64_t most = taps * span.count * VECTORS * L;  // numbers of a tile
-        if (kernels.cells && span.first >= held_rows.first + held_rows.count) held_rows = rows_within(rows, i, deep, kernels.cells->rows);
-        const int64_t all = kernels.cells ? n * held_rows.count * VECTORS * L : packs * most;
+      for (const Span& run : runs) {
+        const Span* block = rows.data() + run.first;
+        const Span span = {block->first, block[run.count - 1].first + block[run.count - 1].count - block->first};
+        const int64_t all = packs * (kernels.cells ? 1 : taps) * span.count * VECTORS * L, one = taps * span.count * VECTORS * L;
         T* packed = scratch.packed.get(all * side.count);
-        T* mixed = scratch.mixed.get(most * side.count);
+        T* mixed = scratch.mixed.get(one * side.count);
         for (int64_t c = 0; c < side.count; ++c) {
-          T* to = packed + c * all;
-          if (kernels.cells) {
-            if (held_rows.first == span.first) pack_cells<T>(here, tile_of<T>(held_rows, lanes[side.first + c]), order, to);
-            continue;
-          }
           const Tile tile = tile_of<T>(span, lanes[side.first + c]);
-          for (int64_t k = 0; k < packs; ++k, to += taps * tile.rows * tile.vectors * L) pack<T>(here, tile, here.data + k * here.size, order, to);
+          T* to = packed + c * all;
+          if (kernels.cells) pack_cells<T>(here, tile, order, to);
+          for (int64_t k = 0; k < packs && !kernels.cells; ++k, to += taps * tile.rows * tile.vectors * L) pack<T>(here, tile, here.data + k * here.size, order, to);
         }
         int64_t done = 0;
         for (const Panel* panel = first; panel < last; done += panel->positions(), ++panel) {
@@ -282,17 +283,21 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
               Scales<T> scales = scales_of(gates, kernels, groups, group, panel->sample, tile);
               if (plan.blended) scales.shares = nullptr;
               if (kernels.cells)
-                mix_cells<T>(packed + c * all + (span.first - held_rows.first) * n * tile.vectors * L, kernels, tile, panel->sample, mixed + c * most);
+                mix_cells<T>(packed + c * all, kernels, tile, panel->sample, mixed + c * one);
               else
-                mix<T>(packed + c * all, packs, taps, tile, scales, mixed + c * most);
+                mix<T>(packed + c * all, packs, taps, tile, scales, mixed + c * one);
             }
-            operands.read_taps(*panel->phase, window, tile, taps);
+            operands.read_taps(*panel->phase, window, tile, taps, block, run.count);
             T* to = whole ? sums : sums + c * positions * VECTORS * L + done * tile.vectors * L;
-            const bool accumulate = span.first > 0;
             for (int64_t line = 0; line < lines.count; line += at_once) {
               const Span some = {line, std::min(at_once, lines.count - line)};
-              multiply<T>(operands.positions.data() + line * lines.length, some.count * lines.length, tile.vectors, mixed + c * most,
-                          operands.steps, to, accumulate);
+              const Step* step = operands.steps.data();
+              for (int64_t i = 0; i < run.count; ++i) {
+                const int64_t steps = block[i].count * panel->phase->taps.size();
+                multiply<T>(operands.positions.data() + line * lines.length, some.count * lines.length, tile.vectors, mixed + c * one, step,
+                            steps, to, block[i].first > 0);
+                step += steps;
+              }
               if (whole) finish(tile, *panel, some, group, to);
             }
           }
@@ -387,7 +392,7 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
                const Gates<T>& gates, int64_t batch, const Phase& phase, const std::vector<Span>& rows,
                const std::vector<Span>& lanes, T* weight_grad, Partial& partial) {
   const std::vector<Phase> phases = {phase};
-  const std::vector<Panel> panels = panels_of(phases, batch, 1);
+  const std::vector<Panel> panels = panels_of(phases, batch, 1, PANEL_POSITIONS);
   const int64_t n = kernels.n, taps = kernels.taps, high = rows.size(), count = high * lanes.size();
   const int64_t channels = groups * kernels.rows, filters = groups * kernels.lanes;
   const bool plain = kernels.cells || (kernels.per_sample() && !gates.taps && !gates.rows && !gates.lanes);
@@ -433,7 +438,7 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
           for (int64_t i = 0; i < tile.rows; ++i)
             taps_and_rows.push_back(window.data + tap_offset(phase, tap, window.step) + i * window.channel_step);
         const bool accumulate = panel.first > 0;
-        multiply<T>(taps_and_rows.data(), taps_and_rows.size(), tile.vectors, by_position, steps, mixed_grad, accumulate);
+        multiply<T>(taps_and_rows.data(), taps_and_rows.size(), tile.vectors, by_position, steps.data(), steps.size(), mixed_grad, accumulate);
         if (panel.last < phase.count[0]) continue;  // the sample goes on
         if (kernels.cells)
           unpack_pieces<T>(mixed_grad, kernels, tile, order, weight_grad + b * taps * kernels.cells->blocks * kernels.size);

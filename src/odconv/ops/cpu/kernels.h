@@ -208,7 +208,7 @@ void mix_cells(const T* packed, const Kernels<T>& kernels, const Tile& tile, int
   steps.clear();
   for (int64_t i = 0; i < n; ++i) steps.push_back({i, i * width});
   for (int64_t r = 0; r < tile.rows; ++r)
-    multiply<T>(shares.data(), taps, tile.vectors, packed + r * n * width, steps, out + r * taps * width, false);
+    multiply<T>(shares.data(), taps, tile.vectors, packed + r * n * width, steps.data(), n, out + r * taps * width, false);
 }
 
 // The reverse of packing for the gradient of a sample's pieces: out[piece][lane][row] = in[tap][row][lane].

@@ -34,8 +34,9 @@ struct Panel {
 
 constexpr int64_t PANEL_POSITIONS = 1024;  // outputs of a panel: what it reads, and its sums, stay in the second-level cache
 constexpr int64_t FEW_POSITIONS = 128;     // or in the first, where a panel reads nothing that another one does
+constexpr int64_t PANEL_NUMBERS = 64 * 1024;  // that a panel reads, about
 
-inline std::vector<Panel> panels_of(const std::vector<Phase>& phases, int64_t batch, int64_t least, int64_t positions = PANEL_POSITIONS) {
+inline std::vector<Panel> panels_of(const std::vector<Phase>& phases, int64_t batch, int64_t least, int64_t positions) {
   std::vector<Panel> panels;
   for (int64_t b = 0; b < batch; ++b)
     for (const Phase& phase : phases) {

@@ -149,14 +149,14 @@ Multiply<T> pick(int64_t rows, int vectors) {
   return pick<T, 2>(rows, std::make_integer_sequence<int, ROWS[1]>());
 }
 
-// out[row] (+)= the sum over steps, for `rows` rows that start at a[row]; out is `vectors` vectors wide.
+// out[row] (+)= the sum over `length` steps, for `rows` rows that start at a[row]; out is `vectors` vectors wide.
 template <class T>
-void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const std::vector<Step>& steps, T* out, bool accumulate) {
+void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const Step* steps, int64_t length, T* out, bool accumulate) {
   const int64_t tiles = ceil_div(rows, ROWS[vectors - 1]), width = vectors * Simd<T>::LANES;
   const int64_t least = rows / tiles, higher = rows % tiles;  // of nearly equal height: a tile of a single row would be slow
   auto run = [&](int64_t count, int64_t height) {
     const Multiply<T> one = count > 0 ? pick<T>(height, vectors) : nullptr;
-    for (int64_t tile = 0; tile < count; ++tile, a += height, out += height * width) one(a, b, steps.data(), steps.size(), out, accumulate);
+    for (int64_t tile = 0; tile < count; ++tile, a += height, out += height * width) one(a, b, steps, length, out, accumulate);
   };
   run(higher, least + 1);
   run(tiles - higher, least);
