@@ -159,6 +159,15 @@ struct Lanes {
   }
 };
 
+// Write the sums of one filter's positions plus its bias, activated.
+template <class T, class A>
+void write_run(const T* sums, int64_t count, T bias, T* out) {
+  using S = Simd<T>;
+  int64_t k = 0;
+  for (; k + S::LANES <= count; k += S::LANES) S::store(out + k, A()(S::load(sums + k) + bias));
+  for (; k < count; ++k) out[k] = A()(sums[k] + bias);
+}
+
 // Write V vectors of the sums of some positions of a line, times the filters, plus the bias, activated, and add them to the line's.
 // The last vector has `last` lanes.
 template <class T, class A, int V>

@@ -31,6 +31,7 @@
 #include "depthwise.h"
 #include "half.h"
 #include "planes.h"
+#include "points.h"
 
 namespace odconv {
 namespace {
@@ -248,9 +249,18 @@ Tensor conv_depthwise(const Tensor& x, const Tensor& weight, const Optional& ker
   return out.movedim(-1, 1).contiguous(x.suggest_memory_format());
 }
 
+// What the vectors run over in float32 and float64: a channel's positions, depth-wise or with one tap, or filters.
+enum class Layout { planes, points, filters };
+
+Layout layout_of(const Tensor& x, const Tensor& weight, const Geometry& g) {
+  if (x.suggest_memory_format() != at::MemoryFormat::Contiguous || !x.is_contiguous()) return Layout::filters;
+  if (by_plane(x, weight, g.groups)) return Layout::planes;
+  return by_point(x, g) ? Layout::points : Layout::filters;
+}
+
 // In float32 and float64.
 Tensor conv_dense(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
-                  const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g, bool planes) {
+                  const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g, Layout layout) {
   Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
   const int64_t filters = weight.size(1) / g.groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
@@ -261,10 +271,13 @@ Tensor conv_dense(const Tensor& x, const Tensor& weight, const Optional& kernel,
     const T* data = weight.const_data_ptr<T>();
     const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
     const Phase phase = forward_phase(g, three(at::IntArrayRef(size).slice(2), 1));
-    if (planes)
+    if (layout == Layout::planes)
       return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, g.groups, gates,
                                 epilogue_of<T>(extras), x.size(0), phase, g.stride, y.mutable_data_ptr<T>());
     const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
+    if (layout == Layout::points)
+      return convolve_points<T>(x.const_data_ptr<T>(), kernels, g.groups, gates, epilogue_of<T>(extras), x.size(0), x[0][0].numel(),
+                                y.mutable_data_ptr<T>());
     convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), map_of<T>(y, y.mutable_data_ptr<T>()), kernels, g.groups, gates,
                 epilogue_of<T>(extras), x.size(0), {phase});
   };
@@ -307,14 +320,14 @@ std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, con
                                  padding, dilation, groups, in_sums(bias), activation, means, {});
     return {y.to(x.scalar_type()), found};
   }
-  const bool planes = !over_channels && !is_half(x) && by_plane(x, weight, groups) && x.suggest_memory_format() == at::MemoryFormat::Contiguous;
+  const Layout layout = over_channels || is_half(x) ? Layout::filters : layout_of(x, weight, g);
   const Axes count = three(at::IntArrayRef(size).slice(2), 1);
   Extras extras = {in_sums(bias), activation, {}};
   const bool by_line = means && count[1] * count[2] > 1;  // a map of one axis has no lines to sum
-  if (by_line) extras.line_sums = at::empty({size[0], planes ? 1 : count[0] * count[1], size[1]}, x.options().dtype(is_half(x) ? at::kFloat : x.scalar_type()));
+  if (by_line) extras.line_sums = at::empty({size[0], layout == Layout::filters ? count[0] * count[1] : 1, size[1]}, x.options().dtype(is_half(x) ? at::kFloat : x.scalar_type()));
   const Tensor y = over_channels ? conv_depthwise(x, weight, kernel, spatial, channel, filter, extras, size, g)
                    : is_half(x)  ? conv_half(x, weight, kernel, spatial, channel, filter, packed, extras, size, g)
-                                 : conv_dense(x, weight, kernel, spatial, channel, filter, extras, size, g, planes);
+                                 : conv_dense(x, weight, kernel, spatial, channel, filter, extras, size, g, layout);
   return {y, by_line ? means_of(extras.line_sums, count[0] * count[1] * count[2]) : means ? pool(y) : Tensor()};
 }
 
@@ -430,10 +443,12 @@ Gradients conv_backward(
     if (to_x) {
       const std::vector<Phase> phases = backward_phases(g, three(x.sizes().slice(2), 1));
       x_grad = empty_gradient(x, phases);
-      const auto out = map_of<T>(x_grad, x_grad.mutable_data_ptr<T>());
       const Kernels<T> kernels = {data, n, one, filters, channels, taps, channels * taps, taps, per_sample ? one : 0};
       const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
-      convolve<T>(upstream, out, kernels, groups, gates, {}, batch, phases);
+      if (x_grad.is_contiguous() && grad.is_contiguous() && by_point(grad, g))
+        convolve_points<T>(upstream.data, kernels, groups, gates, {}, batch, grad[0][0].numel(), x_grad.mutable_data_ptr<T>());
+      else
+        convolve<T>(upstream, map_of<T>(x_grad, x_grad.mutable_data_ptr<T>()), kernels, groups, gates, {}, batch, phases);
     }
     if (to_weights) {
       weight_grad = at::empty_like(weight);

@@ -20,12 +20,6 @@
 
 namespace odconv {
 
-// Write sums plus a bias, activated.
-template <class T, class A>
-void write_run(const T* sums, int64_t count, T bias, T* out) {
-  for (int64_t k = 0; k < count; ++k) out[k] = A()(sums[k] + bias);
-}
-
 // One filter a channel, on contiguous maps of one or two axes: vectors run over positions. A plane is copied with zeros
 // around it and taken apart by its coordinates modulo the stride, so that each tap reads it in one run. There are n kernels
 // to mix, or one for each sample.

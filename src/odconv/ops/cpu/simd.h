@@ -152,11 +152,11 @@ Multiply<T> pick(int64_t rows, int vectors) {
 // out[row] (+)= the sum over `length` steps, for `rows` rows that start at a[row]; out is `vectors` vectors wide.
 template <class T>
 void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const Step* steps, int64_t length, T* out, bool accumulate) {
-  const int64_t tiles = ceil_div(rows, ROWS[vectors - 1]), width = vectors * Simd<T>::LANES;
-  const int64_t least = rows / tiles, higher = rows % tiles;  // of nearly equal height: a tile of a single row would be slow
-  auto run = [&](int64_t count, int64_t height) {
+  const int most = ROWS[vectors - 1], tiles = (int(rows) + most - 1) / most, width = vectors * Simd<T>::LANES;
+  const int least = int(rows) / tiles, higher = int(rows) % tiles;  // of nearly equal height: a tile of a single row would be slow
+  auto run = [&](int count, int height) {
     const Multiply<T> one = count > 0 ? pick<T>(height, vectors) : nullptr;
-    for (int64_t tile = 0; tile < count; ++tile, a += height, out += height * width) one(a, b, steps, length, out, accumulate);
+    for (int tile = 0; tile < count; ++tile, a += height, out += height * width) one(a, b, steps, length, out, accumulate);
   };
   run(higher, least + 1);
   run(tiles - higher, least);

@@ -1,0 +1,125 @@
+// Kernels of one tap on contiguous maps: vectors run over positions, so that neither kernels nor sums are transposed. A sample's
+// outputs are a matrix product, its mixed kernel (filters x channels) times its map (channels x positions).
+//
+//   for each task = a group's filters, or some of them, x a sample       (in parallel)
+//     mix the kernels, which lie in the second-level cache from the sample before  -> mixed, as in the weight
+//     for each few vectors of positions
+//       copy what they read of the map                                   -> window[channel][position], zeros beyond the map
+//       for some filters: accumulate mixed x window, a block of channels after the other; apply the epilogue, write
+#pragma once
+
+#include "convolve.h"
+
+namespace odconv {
+
+constexpr int64_t BLOCK_LANES = 12;  // that are written at a time: few enough to be written while the next ones are computed
+
+// Whether one tap meets each position of a contiguous map, of so many positions that vectors over them are full enough.
+inline bool by_point(const at::Tensor& x, const Geometry& g) {
+  const int64_t positions = x[0][0].numel(), lanes = VECTOR_BYTES / x.element_size();
+  const Axes ones = {1, 1, 1};
+  return g.kernel == ones && g.stride == ones && g.padding == Axes() && 5 * ceil_div(positions, lanes) * lanes <= 6 * positions;
+}
+
+// One sample's kernel for some lanes and all rows, in the order of the weight; how far apart its rows and lanes are.
+template <class T>
+struct Mixed {
+  const T* data;
+  int64_t row_step, lane_step;
+};
+
+template <class T>
+Mixed<T> mix_whole(const Kernels<T>& kernels, const Span& lanes, const T* shares, T tap, const T* by_row, const T* by_lane, Buffer<T>& buffer) {
+  using S = Simd<T>;
+  constexpr int L = S::LANES;
+  const bool runs_of_rows = kernels.row_step == 1;  // else of lanes
+  const int64_t runs = runs_of_rows ? lanes.count : kernels.rows, length = runs_of_rows ? kernels.rows : lanes.count;
+  const int64_t step = runs_of_rows ? kernels.lane_step : kernels.row_step, pitch = ceil_div(length, L) * L;
+  const T *by_run = runs_of_rows ? by_lane : by_row, *within = runs_of_rows ? by_row : by_lane;
+  T* out = buffer.get(runs * pitch);
+  for (int64_t run = 0; run < runs; ++run) {
+    const T* in = kernels.data + lanes.first * kernels.lane_step + run * step;
+    const T scale = (by_run ? by_run[run] : T(1)) * tap;
+    T* to = out + run * pitch;
+    int64_t e = 0;
+    for (; e + L <= length; e += L) {
+      typename S::Vec sum = S::load(in + e);
+      if (shares) sum *= shares[0];
+      for (int64_t i = 1; i < kernels.n; ++i) sum += shares[i] * S::load(in + i * kernels.size + e);
+      if (within) sum *= S::load(within + e);
+      S::store(to + e, sum * scale);
+    }
+    for (; e < length; ++e) {
+      T sum = shares ? shares[0] * in[e] : in[e];
+      for (int64_t i = 1; i < kernels.n; ++i) sum += shares[i] * in[i * kernels.size + e];
+      to[e] = sum * (within ? within[e] : T(1)) * scale;
+    }
+  }
+  return {out, runs_of_rows ? 1 : pitch, runs_of_rows ? pitch : 1};
+}
+
+// Copy `count` numbers into some vectors, with zeros beyond them; what follows is read next.
+template <class T>
+void copy_run(const T* in, int64_t count, int64_t vectors, T* out) {
+  using S = Simd<T>;
+  for (int64_t v = 0; v < vectors; ++v, in += S::LANES, out += S::LANES, count -= S::LANES) {
+    __builtin_prefetch(in + VECTORS * S::LANES);  // channels lie too far apart for the hardware to guess
+    if (count >= S::LANES)
+      S::store(out, S::load(in));
+    else
+      for (int64_t l = 0; l < S::LANES; ++l) out[l] = l < count ? in[l] : T(0);
+  }
+}
+
+// Convolve every sample's map, (B, groups * rows, positions), with its own mixed kernel of one tap, into y.
+template <class T>
+void convolve_points(const T* x, const Kernels<T>& kernels, int64_t groups, const Gates<T>& gates, const Epilogue<T>& epilogue, int64_t batch,
+                     int64_t positions, T* y) {
+  constexpr int L = Simd<T>::LANES;
+  const int64_t rows = kernels.rows, threads = at::get_num_threads(), vectors = ceil_div(positions, L);
+  const int64_t held = std::max<int64_t>(L, HELD_NUMBERS / ((kernels.n + 1) * rows));  // lanes of a task, at most
+  const int64_t apart = std::min(ceil_div(kernels.lanes, L), std::max(ceil_div(kernels.lanes, held), ceil_div(threads, batch * groups)));
+  const std::vector<Span> sides = split(kernels.lanes, apart, L), row_blocks = split(rows, ceil_div(rows, TILE_ROWS)),
+                          panels = split(vectors, ceil_div(vectors, VECTORS));
+  const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_run<T, decltype(activate)>; });
+  at::parallel_for(0, groups * apart * batch, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T>& scratch = Scratch<T>::mine();
+    T* window = scratch.window.get(rows * VECTORS * L);
+    T* sums = scratch.out.get(BLOCK_LANES * VECTORS * L);
+    std::vector<Step> steps(rows);
+    std::vector<const T*> filters;
+    std::vector<T> totals;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / (apart * batch), sample = task % batch;
+      const Span& side = sides[task / batch % apart];
+      const int64_t channel = (sample * groups + group) * rows, filter = (sample * groups + group) * kernels.lanes + side.first;
+      const Mixed<T> mixed = mix_whole<T>(kernels.of_sample(sample).of_group(group), side, gates.shares ? gates.shares + sample * kernels.n : nullptr,
+                                          gates.taps ? gates.taps[sample] : T(1), gates.rows ? gates.rows + channel : nullptr,
+                                          gates.lanes ? gates.lanes + filter : nullptr, scratch.mixed);
+      const T* bias = epilogue.bias.data ? epilogue.bias.of_sample(sample) + group * kernels.lanes + side.first : nullptr;
+      filters.resize(side.count);
+      for (int64_t l = 0; l < side.count; ++l) filters[l] = mixed.data + l * mixed.lane_step;
+      totals.assign(side.count, T(0));
+      for (const Span& panel : panels) {
+        const int64_t first = panel.first * L, width = panel.count * L, count = std::min(width, positions - first);
+        for (int64_t r = 0; r < rows; ++r) {
+          copy_run<T>(x + (channel + r) * positions + first, count, panel.count, window + r * width);
+          steps[r] = {r * mixed.row_step, r * width};
+        }
+        for (int64_t l = 0; l < side.count; l += BLOCK_LANES) {
+          const int64_t lanes = std::min(BLOCK_LANES, side.count - l);
+          for (const Span& block : row_blocks)
+            multiply<T>(filters.data() + l, lanes, panel.count, window, steps.data() + block.first, block.count, sums, block.first > 0);
+          for (int64_t i = 0; i < lanes; ++i) {
+            T* to = y + (filter + l + i) * positions + first;
+            write(sums + i * width, count, bias ? bias[l + i] : T(0), to);
+            if (epilogue.line_sums) totals[l + i] += sum_run<T>(to, count);
+          }
+        }
+      }
+      if (epilogue.line_sums) std::copy(totals.begin(), totals.end(), epilogue.line(sample, 0) + group * kernels.lanes + side.first);
+    }
+  });
+}
+
+}  // namespace odconv
