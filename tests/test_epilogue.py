@@ -181,6 +181,30 @@ def test_means_are_taken_over_and_only_where_they_are_those_of_the_input(monkeyp
         assert (fused(x) - model(x)).norm() <= 1e-12 * expected.norm()
 
 
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_compiled_networks_take_means_over_too(dtype):
+    fused, model, x = fused_and_not(Mixed(), 2, 3, 14, 13)
+    fused, model, x = (whole.to(dtype, memory_format=torch.channels_last) for whole in (fused, model, x))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    apart = copy.deepcopy(fused)  # whose parts are compiled each for itself: what is said of an output leaves its graph
+    for name, part in apart.named_children():
+        setattr(apart, name, torch.compile(part, backend=backend))
+    with torch.inference_mode():
+        expected = model(x)
+        for network in (torch.compile(fused, fullgraph=True, backend=backend), apart):
+            graphs.clear()
+            near = 1e-12 if dtype == torch.float64 else 0.03
+            assert (network(x) - expected).norm() <= near * expected.norm()
+            called = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+            assert sum(str(target) == "odconv.pool" for target in called) == 4  # as without a compiler
+
+
 @pytest.mark.parametrize("name", ["od_resnet18", "od_mobilenetv2_050", "odl_mobilenetv2_050", "dy_resnet18"])
 def test_networks_of_the_zoo(name):
     fused, model, x = fused_and_not(odconv.create_model(name, kernel_num=2, num_classes=5), 2, 3, 64, 64)

@@ -430,10 +430,10 @@ def is_plain(module: Any) -> bool:
 
     Hooks (pruning, old weight norm, adapters), parametrizations and other classes want to be called.
     """
-    own = module.__dict__  # what is asked for each layer of each image must not cost more than its arithmetic
-    if type(module) not in PLAIN or "forward" in own:
+    if type(module) not in PLAIN or "forward" in module.__dict__:
         return False
-    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]:
+    # read as attributes, of which torch.compile does not watch those that are empty
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return False
     return not (
         everywhere._global_forward_pre_hooks

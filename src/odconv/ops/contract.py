@@ -108,8 +108,8 @@ def check_shapes(
 
 
 def is_exporting() -> bool:
-    """Return whether torch.export or the ONNX exporter is tracing, for which shapes may be unknown."""
-    return torch.compiler.is_exporting() or is_traced() or torch.onnx.is_in_onnx_export()
+    """Return whether torch.export or an ONNX exporter, built on it or on torch.jit.trace, looks on: shapes may be unknown."""
+    return torch.compiler.is_exporting() or is_traced()
 
 
 def is_traced() -> bool:

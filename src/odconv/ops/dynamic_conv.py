@@ -182,9 +182,8 @@ def compute(
     bias = None if bias is None else bias.to(dtype)
     packed = packed if packed is not None and packed.dtype == dtype else None
     if backend == "cpu" and (epilogue.activation or packed is not None) and not torch.is_grad_enabled():
-        means = epilogue.means and not torch.compiler.is_compiling()
         activation = epilogue.activation or "none"
-        y, found = cpu.convolve_fused(x, weight, attentions, geometry, bias, activation, means, packed)
+        y, found = cpu.convolve_fused(x, weight, attentions, geometry, bias, activation, epilogue.means, packed)
         return finish(y, Finished(epilogue.activation, found)) if epilogue.activation else y
     if backend == "cpu":  # which adds the bias to what it writes
         return activate(cpu.convolve(x, weight, attentions, geometry, bias), epilogue)

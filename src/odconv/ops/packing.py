@@ -22,7 +22,7 @@ class Packed:
 
     def of(self, weight: Tensor, groups: int) -> Tensor | None:
         """Return a layer's kernels as :func:`odconv.ops.cpu.pack` makes them; None where they are taken as they are."""
-        if torch.is_grad_enabled() or is_exporting():
+        if weight.dtype not in cpu.HALF or torch.is_grad_enabled() or is_exporting():
             return None
         if not torch.compiler.is_compiling():
             plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_inference()
