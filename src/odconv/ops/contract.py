@@ -108,7 +108,7 @@ def check_shapes(
 
 
 def is_exporting() -> bool:
-    """Return whether torch.export or an ONNX exporter, built on it or on torch.jit.trace, looks on: shapes may be unknown."""
+    """Return whether torch.export or torch.jit.trace, or an exporter built on them, is at work: sizes may be open."""
     return torch.compiler.is_exporting() or is_traced()
 
 
