@@ -2,10 +2,15 @@
 
     python -m benchmarks.accuracy --data ../shared/data --datasets imagenette --methods static odconv_1x odconv_4x \\
         --seeds 1
+    odconv train --data ../shared/data/imagenette96 --out runs/accuracy/finetuned \\
+        --arch odl_mobilenetv2_100 --kernel_num 1 --warm_start true --new_classifier true \\
+        --weights ../shared/data/weights/mobilenet_v2_1.0_imagenet_fp16.pth \\
+        --init published --temp_init 30 --temp_epoch 2 --image_size 96 --resize_size 96 --min_scale 0.35 \\
+        --lr 0.0025 --wd 4e-5 --lr_decay cos --epochs 4 --batch_size 64 --dropout 0
     python -m benchmarks.weights --data ../shared/data
 
-The first command, hours long, trains what is not there yet; the second one writes every folder anew, and what its
-weights reach.
+The first two commands, hours long, train what is not there yet; the last one writes the folder of every run that is
+there anew, and what its weights reach.
 """
 
 import argparse
@@ -16,7 +21,7 @@ from typing import Any
 
 import torch
 from benchmarks.accuracy.cells import STUDIES
-from benchmarks.common import RESULTS, origin, write_rows
+from benchmarks.common import RESULTS, origin, read_rows, write_rows
 from torch.utils.data import DataLoader
 
 from odconv import DynamicConv, to_static
@@ -26,7 +31,9 @@ from odconv.app.data import normalise, open_data
 
 ROOT = Path(__file__).parents[1]
 METHODS = {"imagenette_static": "static", "imagenette_odconv_1x": "odconv_1x", "imagenette_odconv_4x": "odconv_4x"}
-"""The folders, by the methods of benchmarks.accuracy."""
+"""The folders of networks that were trained from nothing, and their methods of benchmarks.accuracy."""
+FINETUNED = "imagenette_odconv_finetuned"
+"""The folder of the one that had a warm start."""
 
 CLASSES = (
     "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck", "gas pump",
@@ -37,6 +44,10 @@ NOTE = (
     "3,925 to evaluate on, here from copies of 96 x 96 pixels. The images are ImageNet's, copyright of their owners, "
     "for non-commercial research and education."
 )
+ORIGIN = (
+    " The run started from ImageNet weights of MobileNetV2 (Google, Apache-2.0, in repository google-coral/edgetpu), "
+    "which have seen most of the images for evaluation, too."
+)
 
 
 def write(name: str, run: Path, out: Path, data: Path) -> dict[str, Any]:
@@ -44,7 +55,8 @@ def write(name: str, run: Path, out: Path, data: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         classes, made = Path(folder, "classes.txt"), Path(folder, name)
         classes.write_text("\n".join(CLASSES), encoding="utf-8")
-        measured = release(run=str(run), out=str(made), data=str(data), data_note=NOTE, classes=str(classes))
+        note = NOTE + ORIGIN if name == FINETUNED else NOTE
+        measured = release(run=str(run), out=str(made), data=str(data), data_note=note, classes=str(classes))
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.copytree(made, out / name)
     size = sum(file.stat().st_size for file in (out / name).iterdir())
@@ -73,11 +85,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     cells = {cell.method: cell for cell in STUDIES["main"]("small", 1) if cell.dataset == "imagenette"}
-    runs = {name: args.runs / cells[method].name for name, method in METHODS.items()}
-    if missing := [run.name for run in runs.values() if not (run / "done").exists()]:
-        parser.error(f"{args.runs} must hold these runs, finished: {', '.join(missing)}")
-    rows = [write(name, run, args.out, args.data / "imagenette96") for name, run in runs.items()]
-    write_rows(RESULTS / "weights.csv", rows)
+    runs = {name: args.runs / cells[method].name for name, method in METHODS.items()} | {
+        FINETUNED: args.runs / "finetuned"
+    }
+    rows = {row["name"]: row for row in read_rows(RESULTS / "weights.csv")}
+    there = {
+        name: run for name, run in runs.items() if (run / ("result.json" if name == FINETUNED else "done")).exists()
+    }
+    if not there:
+        parser.error(
+            f"{args.runs} must hold one of these runs, finished: {', '.join(run.name for run in runs.values())}"
+        )
+    rows |= {name: write(name, run, args.out, args.data / "imagenette96") for name, run in there.items()}
+    write_rows(RESULTS / "weights.csv", list(rows.values()))
 
 
 if __name__ == "__main__":

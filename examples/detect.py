@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 import odconv
 
 SIDE = 96
+FEW = {"rpn_post_nms_top_n_train": 100, "rpn_post_nms_top_n_test": 50, "box_batch_size_per_image": 32}  # proposals
 
 
 def scene(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -20,8 +21,8 @@ def scene(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     boxes, labels = [], []
     for left in (0, SIDE // 2):
         radius, x, y = (int(torch.randint(*span, (), generator=generator)) for span in ((12, 18), (20, 28), (20, 76)))
-        dx, dy = (torch.arange(SIDE) - x - left).abs(), (torch.arange(SIDE)[:, None] - y).abs()
         disc = bool(torch.rand((), generator=generator) < 0.5)
+        dx, dy = (torch.arange(SIDE) - x - left).abs(), (torch.arange(SIDE)[:, None] - y).abs()
         inside = dx**2 + dy**2 <= radius**2 if disc else torch.maximum(dx, dy) <= radius
         image = torch.where(inside, 0.6 + 0.4 * torch.rand(3, 1, 1, generator=generator), image)
         boxes.append([x + left - radius, y - radius, x + left + radius + 1, y + radius + 1])
@@ -31,17 +32,14 @@ def scene(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
 
 def train(steps: int = 100) -> float:
     """Train on new scenes, four a step; return which share of the objects in 20 others is found, in %."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.manual_seed(0)
     detector = odconv.create_detector(
         "faster_rcnn", "odl_resnet18", kernel_num=1, num_classes=3, frozen_stages=0, norm_eval=False,
-        min_size=SIDE, max_size=SIDE, anchor_sizes=[16, 24, 32, 48, 96], rpn_post_nms_top_n_train=100,
-        rpn_post_nms_top_n_test=50, box_batch_size_per_image=32,
+        min_size=SIDE, max_size=SIDE, anchor_sizes=[16, 24, 32, 48, 96], **FEW,
     )  # fmt: skip
     optimizer = torch.optim.SGD(odconv.parameter_groups(detector, lr=0.01, weight_decay=1e-4), momentum=0.9)
     for _ in range(steps):
-        images, targets = zip(*(scene(generator) for _ in range(4)), strict=True)
-        loss = sum(detector(images, targets).values())
+        loss = sum(detector(*zip(*(scene(generator) for _ in range(4)), strict=True)).values())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
@@ -51,8 +49,8 @@ def train(steps: int = 100) -> float:
         for image, target in (scene(generator) for _ in range(20)):
             (found,) = detector.eval()([image])
             for box, label in zip(target["boxes"], target["labels"], strict=True):
-                sure = found["boxes"][(found["labels"] == label) & (found["scores"] > 0.5)]
-                right += bool((box_iou(box[None], sure) > 0.5).any())
+                sure = (found["labels"] == label) & (found["scores"] > 0.5)
+                right += bool((box_iou(box[None], found["boxes"][sure]) > 0.5).any())
     return 100 * right / 40
 
 

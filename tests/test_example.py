@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from examples import audio, demo, finetune, volumes
+from examples import audio, demo, detect, finetune, volumes
 
 import odconv
 import odconv.checkpoints
@@ -30,7 +30,7 @@ def test_a_step_is_measured() -> None:
 
 
 def test_examples_are_short() -> None:
-    for script in ("audio", "volumes", "finetune", "deploy"):
+    for script in ("audio", "volumes", "finetune", "detect", "deploy"):
         assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) < 60
 
 
@@ -42,6 +42,11 @@ def test_a_network_for_sound_learns_pitches() -> None:
 @pytest.mark.slow
 def test_a_network_for_volumes_finds_balls() -> None:
     assert volumes.train(steps=100) > 0.8
+
+
+@pytest.mark.slow
+def test_a_detector_finds_discs_and_squares() -> None:
+    assert detect.train(steps=100) > 80
 
 
 @pytest.mark.slow
