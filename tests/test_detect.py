@@ -101,6 +101,31 @@ def test_every_network_of_the_zoo_is_a_backbone(backbone):
     assert any(isinstance(module, dynamic) for module in pyramid.body.modules()) == (static != backbone)
 
 
+@pytest.mark.parametrize("backbone", ["kw_resnet18", "kw_mobilenetv2_050", "kw_convnext_tiny"])
+def test_the_cells_of_a_warehouse_are_parameters_of_the_detector(backbone):
+    detector = meta("faster_rcnn", backbone, layer_options={"budget": 1})
+    kept = {*detector.parameters()}
+    layers = [module for module in detector.modules() if isinstance(module, KWConv)]
+    assert len(layers) > 15
+    assert all(weight in kept for layer in layers for weight in layer.warehouse.weights)
+    assert {"backbone.body.warehouse_manager.weights.0"} <= {*detector.state_dict()}
+
+
+def test_convnext_has_a_pyramid_whose_levels_are_normalised():
+    pyramid = odconv.create_detector("faster_rcnn", "convnext_tiny", frozen_stages=1).backbone.eval()
+    assert not any(p.requires_grad for name in ("narrow0", "stage0") for p in pyramid.body[name].parameters())
+    assert all(p.requires_grad for name in ("narrow1", "stage3") for p in pyramid.body[name].parameters())
+    found = []
+    for block in pyramid.fpn.inner_blocks:
+        block[1].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    with torch.inference_mode():
+        levels = pyramid(torch.randn(1, 3, 64, 96))
+    assert [tuple(level.shape[1:]) for level in levels.values()][:2] == [(256, 16, 24), (256, 8, 12)]
+    assert sorted(x.shape[1] for x in found) == [96, 192, 384, 768]
+    for x in found:
+        torch.testing.assert_close(x.mean(1), torch.zeros_like(x[:, 0]), rtol=0, atol=1e-5)
+
+
 def test_levels_of_the_pyramid():
     x = torch.zeros(1, 3, 64, 96)
     sizes = [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]

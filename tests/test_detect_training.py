@@ -147,8 +147,10 @@ def test_published_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert learning_rate(config, epoch, max(500, epoch * steps)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", "mobilenetv2_100"])
-@pytest.mark.parametrize("budget", [1, 4])
+@pytest.mark.parametrize(
+    ("backbone", "budget"),
+    [("resnet50", 1), ("resnet50", 4), ("mobilenetv2_100", 1), ("mobilenetv2_100", 4), ("convnext_tiny", 1)],
+)
 def test_published_recipes_of_kernel_warehouse(backbone: str, budget: int) -> None:
     name = f"mask_rcnn_kw_{backbone}_{budget}x"
     given = parse_options("detect train", train, ["--config", name, "--data", "coco", "--out", "run"])

@@ -103,7 +103,7 @@ class DetectorTraining(TrainingModule, DetectorEvaluation):
         categories = [item["id"] for item in annotations.categories]
         notes = {"classes": annotations.classes, "categories": categories}
         # all losses reach the pyramid's coarsest level
-        super().__init__(model, config, notes, model.backbone.fpn.inner_blocks[-1][0].weight)
+        super().__init__(model, config, notes, model.backbone.fpn.inner_blocks[-1][-1].weight)
         self.annotations, self.categories = annotations, categories
         self.hold(config.temperature, 0.0)
 

@@ -1,6 +1,8 @@
 """A network of the zoo as the backbone of a detector: four stages, a feature pyramid, what is frozen."""
 
-from itertools import pairwise
+from collections import OrderedDict
+from collections.abc import Iterable
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torchvision.models import MobileNetV2, ResNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
+from odconv.layers.warehouse import Warehouse
+from odconv.models.convnext import EPSILON, ChannelNorm, ConvNeXt
+
 CHANNELS = 256
 """Channels of every level of the pyramid."""
 
@@ -18,7 +23,8 @@ class Pyramid(BackboneWithFPN):
     """The feature pyramid on a backbone, five levels of 256 channels.
 
     Args:
-        network: a ResNet or MobileNetV2 of torchvision, with whatever convolutions; its classifier is left out.
+        network: a ResNet or MobileNetV2 of torchvision or our ConvNeXt, with whatever convolutions; its classifier is
+            left out. What the pyramid takes of a ConvNeXt, whose stages end without a norm, is normalised first.
         single_stage: False for levels 2 to 5 from the four stages and 6 by max-pooling, as R-CNNs have; True for
             levels 3 to 5 from the last three and 6 and 7 by convolutions, as RetinaNet has.
         frozen_stages: how many of the four stages, the stem with the first, are not trained.
@@ -33,6 +39,9 @@ class Pyramid(BackboneWithFPN):
         levels = {stage[-1]: str(level) for level, stage in enumerate(stages[first:])}
         extra: ExtraFPNBlock = LastLevelP6P7(CHANNELS, CHANNELS) if single_stage else LastLevelMaxPool()
         super().__init__(body, levels, channels[first:], CHANNELS, extra_blocks=extra)
+        if isinstance(network, ConvNeXt):
+            for block, width in zip(self.fpn.inner_blocks, channels[first:], strict=True):
+                block.insert(0, ChannelNorm(width, eps=EPSILON))
         frozen = [child for stage in stages[:frozen_stages] for child in stage]
         for child in frozen:
             self.body[child].requires_grad_(False)
@@ -71,5 +80,17 @@ def split(network: nn.Module) -> tuple[Any, list[list[str]], list[int]]:
         halving = [block for block, module in enumerate(features) if getattr(module, "stride", 1) == 2]
         ends = [0, *halving[1:], len(features)]  # the first stage has the stem's stride and another one
         stages = [[str(block) for block in range(*pair)] for pair in pairwise(ends)]
-        return features, stages, [features[int(stage[-1])].out_channels for stage in stages]
-    raise ValueError(f"backbone must be a ResNet or a MobileNetV2 of torchvision, got a {type(network).__name__}")
+        return body_of(network, stages, features), stages, [features[int(stage[-1])].out_channels for stage in stages]
+    if isinstance(network, ConvNeXt):
+        stages = [[f"narrow{level}", f"stage{level}"] for level in range(len(network.stages))]
+        parts = [part for pair in zip(network.downsample_layers, network.stages, strict=True) for part in pair]
+        return body_of(network, stages, parts), stages, [stage[0].gamma.shape[1] for stage in network.stages]
+    raise ValueError(
+        f"backbone must be a ResNet or a MobileNetV2 of torchvision or a ConvNeXt, got a {type(network).__name__}"
+    )
+
+
+def body_of(network: nn.Module, stages: list[list[str]], parts: Iterable[nn.Module]) -> nn.Sequential:
+    """Return the parts of the stages by name, behind the warehouse whose cells they share, if there is one."""
+    shared = {name: part for name, part in network.named_children() if isinstance(part, Warehouse)}
+    return nn.Sequential(OrderedDict(shared | dict(zip(chain.from_iterable(stages), parts, strict=True))))

@@ -71,8 +71,8 @@ def create_detector(
 
     Args:
         name: "faster_rcnn", "mask_rcnn" or "retinanet".
-        backbone: a name of :func:`odconv.list_models`; or a ResNet or MobileNetV2 that is built already, after
-            :func:`odconv.convert` for example. It becomes part of the detector, without its classifier.
+        backbone: a name of :func:`odconv.list_models`; or a ResNet, MobileNetV2 or ConvNeXt that is there already,
+            after :func:`odconv.convert` for example. It becomes part of the detector, without its classifier.
         kernel_num: number of kernels n of a dynamic backbone that is given by name; see :func:`odconv.create_model`.
         reduction: width of its attention's hidden layer as a share of the channels.
         layer_options: further options of its dynamic layers: `init`, `norm` and so on. Default: none.
