@@ -12,8 +12,9 @@
 // sums has one order. Those of kernels and attentions run over the batch; they are the same from run to run.
 //
 // simd.h has the microkernel, kernels.h tiles of kernels, maps.h what meets what; convolve.h puts them together and explains
-// the whole, half.h does so in bfloat16 and float16; epilogue.h is what is done to outputs besides. planes.h is for depth-wise layers, depthwise.h for those on channels-last
-// maps, attend.h for the attention; this file makes operators of them.
+// the whole, half.h does so in bfloat16 and float16; epilogue.h is what is done to outputs besides. Forms of their own have kernels of
+// one tap on contiguous maps, points.h, depth-wise layers, planes.h, and those on channels-last maps, depthwise.h. attend.h is
+// for the attention; this file makes operators of them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
