@@ -10,6 +10,7 @@ import pytest
 import torch
 from parameters import slow_except
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import odconv
 from odconv.functional import dynamic_conv
@@ -134,6 +135,35 @@ def test_the_operators_are_registered_as_operators_should_be():
     for to_x, to_weights in ((True, True), (True, False), (False, True)):
         arguments = (grad, *plain, *geometry, to_x, to_weights)
         torch.library.opcheck(torch.ops.odconv.conv_backward.default, arguments)
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("groups", [1, 32], ids=["dense", "depth-wise"])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("taps", [1, 3])
+def test_operators_lay_out_what_they_return_as_torch_compile_is_told(taps, axes, groups, last):
+    x = torch.randn(2, 32, *[7] * axes)
+    if last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    weight, kernel = torch.randn(4, 32, 32 // groups, *[taps] * axes), torch.rand(2, 4)
+    geometry = ([1] * axes, [taps // 2] * axes, [1] * axes, groups)
+    forward = (x, weight, kernel, None, None, None, *geometry)
+    y = torch.ops.odconv.conv(*forward, None)
+    calls = {
+        torch.ops.odconv.conv: (*forward, None),
+        torch.ops.odconv.conv_fused: (*forward, None, "relu", True, None),
+        torch.ops.odconv.conv_backward: (torch.randn_like(y), *forward, True, True),
+    }
+    for operator, arguments in calls.items():
+        with FakeTensorMode() as mode:
+            told = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        for found, fake in zip(flat(operator(*arguments)), flat(told), strict=True):
+            assert (found.shape, found.stride(), found.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+def flat(found):
+    return (found,) if isinstance(found, torch.Tensor) else found
 
 
 @NEEDS_KERNEL

@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
@@ -128,7 +129,8 @@ inline Gradients depthwise_backward(const at::Tensor& grad, const at::Tensor& x,
                                               dilation, false, std::vector<int64_t>(stride.size(), 0), batch * channels,
                                               {to_x, to_weights, false});
   auto none = [&] { return at::empty({0}, x.options()); };
-  const at::Tensor x_grad = to_x ? std::get<0>(found).view(x.sizes()) : none();
+  at::Tensor x_grad = to_x ? std::get<0>(found).view(x.sizes()) : none();
+  if (to_x && !x.is_contiguous()) x_grad = at::empty_like(x).copy_(x_grad);  // laid out as x, which torch.compile relies on
   if (!to_weights) return {x_grad, none(), none(), none(), none(), none()};
   const at::Tensor d = std::get<1>(found).view({batch, channels, taps}), to_base = (d * by_tap * rows * lanes).flatten(1);
   const at::Tensor to_gates = d * base, to_rows = (to_gates * by_tap).sum(2);
