@@ -47,7 +47,7 @@ constexpr int64_t TILE_ROWS = 128;           // taps * rows of a tile: a mixed o
 constexpr int64_t TILES = 4;                 // tiles side by side that read the same window
 constexpr int64_t WRITTEN_POSITIONS = 32;    // about as many are written at a time where their sums are whole: those stay in the first-level cache
 constexpr int64_t TASK_OUTPUTS = 512 * 1024; // of a task: packed tiles serve as many samples as that takes
-constexpr int64_t HELD_NUMBERS = 256 * 1024; // of packed and mixed tiles: half of the second-level cache in float32
+constexpr int64_t HELD_NUMBERS = 256 * 1024; // of packed and mixed tiles: half of the second-level cache in float32; cells alone fill it
 constexpr int64_t CELL_BLOCKS = 4;           // of cells that are packed at a time
 
 // ---- blocks --------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
   constexpr int L = Simd<T>::LANES;
   const std::vector<Span> rows = row_blocks(kernels, 1), lanes = lane_blocks(kernels);
   const int64_t n = kernels.n, taps = kernels.taps, blocks = lanes.size(), threads = at::get_num_threads();
-  const int64_t size = (n + 1) * (kernels.cells ? 1 : taps) * rows[0].count * VECTORS * L;  // numbers of a block, packed and mixed
+  const int64_t size = (kernels.cells ? n : (n + 1) * taps) * rows[0].count * VECTORS * L;  // numbers of a block, packed and mixed
   const bool fits = size * int64_t(rows.size()) <= HELD_NUMBERS;
   const int64_t deep = kernels.cells ? CELL_BLOCKS : fits ? rows.size() : TILES;
   const std::vector<Span> runs = runs_of(rows, std::clamp<int64_t>(HELD_NUMBERS / size, 1, deep), kernels.cells ? kernels.cells->rows : kernels.rows);
