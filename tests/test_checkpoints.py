@@ -170,7 +170,7 @@ def test_a_lone_layer_is_explained_too(prefix: str, tmp_path: Path) -> None:
         ({"width": 16}, {}, "another width: stem.weight is (16, 3, 3, 3) in the file, (8, 3, 3, 3) in the model"),
         ({"classes": 1000}, {}, "num_classes is 1000 in the file, 10 in the model (fc)"),
         ({"stem": 7}, {}, "another kernel size (stem?): stem.weight"),
-        ({"kernel_num": 0}, {}, "the file is of a static network, the model is dynamic"),
+        ({"kernel_num": 0}, {}, "the model is dynamic; what begins with such a file is a warm start"),
         ({}, {"kernel_num": 0}, "the file is of a dynamic network, the model is static"),
     ],
     ids=lambda value: "-".join(f"{k}{v}" for k, v in value.items()) or "default" if isinstance(value, dict) else "",

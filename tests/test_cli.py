@@ -313,6 +313,12 @@ def test_bad_checkpoints(fails, tmp_path: Path) -> None:
         for path in tmp_path.glob("*ed"):
             shutil.rmtree(path)
     assert not mark.exists()
+    exported = tmp_path / "net.onnx"
+    exported.touch()
+    fails(
+        "net.onnx is an exported network, which odconv predict alone takes; give its checkpoint",
+        *["evaluate", *DIGITS, "--weights", str(exported)],
+    )
     fails(
         "kernel_num is 2 in the file, 4 in the model",
         *["evaluate", *DIGITS, "--arch", "od_tiny", "--kernel_num", "4", "--weights", str(good)],

@@ -534,7 +534,8 @@ def test_a_plain_file_needs_a_description(run: Path, coco: Path, tmp_path: Path)
     ("words", "message"),
     [
         (["train", "--config", "faster_rcn_resnet50"], "did you mean faster_rcnn_resnet50?"),
-        (["train", "--config", "resnet50"], "there is neither a file nor a recipe 'resnet50'"),
+        (["train", "--config", "lenet"], "odconv detect train has neither a file nor a recipe 'lenet'"),
+        (["train", "--config", "od_resnet50_4x"], "a recipe 'od_resnet50_4x'; it is one of odconv train"),
         (["train", "--detector", "yolo", "--arch", "resnet18", "--data", "d", "--out", "o"], "yolo"),
         (["trian"], "unknown command 'detect trian'; did you mean detect train?"),
         (

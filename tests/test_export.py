@@ -329,6 +329,12 @@ def test_the_command(tmp_path, capsys):
     assert said["mean"] == "[0.485, 0.456, 0.406]"
 
 
+@pytest.mark.parametrize(("format", "name", "suffix"), [("onnx", "net.pt2", "onnx"), ("aoti", "net.onnx", "pt2")])
+def test_the_name_says_how_a_file_is_opened(tmp_path, capsys, format, name, suffix):
+    assert main(["export", "--weights", "absent.pth", "--out", str(tmp_path / name), "--format", format]) == 1
+    assert f"out must end in .{suffix} where format is {format}, got {tmp_path / name}" in capsys.readouterr().err
+
+
 @slow
 @pytest.mark.parametrize(
     "options", [("--precision", "float16"), ("--format", "aoti"), ("--batch_one", "--dynamic_size")]

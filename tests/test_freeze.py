@@ -109,6 +109,8 @@ def test_what_is_refused():
         odconv.to_static(nn.Conv2d(4, 6, 3), [x])
     with pytest.raises(ValueError, match="loader must have at least one batch, each time it is gone through, got none"):
         odconv.to_static(Network(layer), [])
+    with pytest.raises(TypeError, match=r"loader must give batches, .* got one tensor"):
+        odconv.to_static(Network(layer), x)
     with pytest.raises(TypeError, match=r"model must return logits \(B, classes\), got a tensor \(1, 6, 4, 4\)"):
         odconv.to_static(layer, [x])
     with pytest.raises(ValueError, match="layer takes a context, which an ordinary convolution cannot"):

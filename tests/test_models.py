@@ -170,7 +170,11 @@ def test_a_file_of_another_method_is_told(file, model, tmp_path):
         ("vgg", {}, r"unknown model 'vgg'; see odconv.list_models\(\)"),
         ("od_resnet18", {"kernel_num": 0}, "kernel_num must be an int of at least 1, got 0"),
         ("od_resnet18", {"stem": "tiny"}, "stem must be 'standard' or 'small', got 'tiny'"),
-        ("resnet18", {"kernel_num": 4}, "resnet18 is static: kernel_num and reduction must be None, got 4 and None"),
+        (
+            "resnet18",
+            {"kernel_num": 4},
+            "resnet18 is static: kernel_num and .* must be None, got 4 and None; od_resnet18 is dynamic",
+        ),
         ("cond_resnet18", {"reduction": 0.5}, "reduction must be None for cond_resnet18"),
         ("od_resnet18", {"reduction": -1}, "reduction must be above 0, got -1"),
         ("resnet18", {"num_classes": 0}, "num_classes must be an int of at least 1, got 0"),

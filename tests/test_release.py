@@ -188,6 +188,9 @@ def test_a_name_that_is_not_there_names_those_that_are(at_hand: Path) -> None:
             FileNotFoundError, match=f"nois(es)? do(es)? not exist; {there}|noises do(es)? not.*{there}"
         ):
             attempt("noises")
+    Path("noises.csv").touch()
+    with pytest.raises(FileNotFoundError, match=rf"noises do not exist; {there}; did you mean noise\?$"):
+        resolve("noises")
     for outside in ("../weights/noise", "weights/../noise", ".", ".."):  # a name leads nowhere else
         assert find_released(outside) == Path(outside)
     with pytest.raises(FileNotFoundError) as caught:  # what has the suffix of a file is meant as one

@@ -311,6 +311,7 @@ def test_a_trial_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch
     assert result["epochs"] == 1
     assert not [*tmp_path.iterdir()]
     said = capsys.readouterr().out.splitlines()
+    assert "15 to evaluate on, a trial of 2 steps that leaves no results" in said[0]
     assert said[-1] == "fast_dev_run=2: training and evaluation went well, and nothing of them is kept"
     assert not [line for line in said if "corrupt" in line or str(tmp_path) in line]  # of 15 images, 8 are evaluated
     with pytest.raises(ValueError, match="fast_dev_run begins anew; leave out resume, which is last"):

@@ -197,7 +197,9 @@ def _find_recipe(name: str, command: str) -> str:
         return name
     recipes = find_recipes(command)
     if name not in recipes:
-        raise FileNotFoundError(f"there is neither a file nor a recipe {name!r}{suggest(Path(name).stem, recipes)}")
+        others = [other for other in RECIPES if name in find_recipes(other)]
+        hint = f"; it is one of odconv {others[0]}" if others else suggest(Path(name).stem, recipes)
+        raise FileNotFoundError(f"odconv {command} has neither a file nor a recipe {name!r}{hint}")
     return str(recipes[name])
 
 

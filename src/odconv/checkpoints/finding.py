@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from odconv.system.text import suggest
+
 SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
 RELEASED = "model.safetensors"
 """The weights in a folder of `odconv release`."""
@@ -72,15 +74,16 @@ def resolve(weights: str | Path) -> Path:
         return path
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not name.endswith(SUFFIXES):
         return _download(name, HUB_FILES)
-    raise FileNotFoundError(f"the weights {path} do not exist{similar_files(path)}{named(path)}")
+    raise FileNotFoundError(f"the weights {path} do not exist{meant(path)}")
 
 
-def named(path: Path) -> str:
-    """Name the released weights that are there, for a path that may have been meant as a name."""
+def meant(path: Path) -> str:
+    """Say what may have been meant by a path at which nothing is: files beside it, or the name of released weights."""
     if len(path.parts) > 1 or path.suffix in SUFFIXES:
-        return ""
-    names = ", ".join(released_names()) or "nothing"
-    return f"; by name there is {names} in the folder {weights_folder()} (${PLACE} names another)"
+        return similar_files(path)
+    names = released_names()
+    there = f"{', '.join(names) or 'nothing'} in the folder {weights_folder()} (${PLACE} names another)"
+    return f"; by name there is {there}{suggest(path.name, names) or similar_files(path)}"
 
 
 def _download(repository: str, files: Sequence[str]) -> Path:

@@ -53,7 +53,8 @@ def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, T
     theirs, ours = dynamic_layers(state), dynamic_layers(own)
     if bool(theirs) != bool(ours):
         file, network = ("dynamic", "static") if theirs else ("static", "dynamic")
-        return [f"the file is of a {file} network, the model is {network}"]
+        hint = "" if theirs else "; what begins with such a file is a warm start (warm_start)"
+        return [f"the file is of a {file} network, the model is {network}{hint}"]
     if theirs and (file := method_of(state)) != (network := method_of(own)):
         return [f"the file is of another method: {file}, the model is {network}"]
     shared = len(own.keys() & state.keys())

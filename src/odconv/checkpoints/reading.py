@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odconv.checkpoints.finding import named, released_file, resolve, similar_files
+from odconv.checkpoints.finding import meant, released_file, resolve, similar_files
 from odconv.checkpoints.keys import FACTORS, NOTED_TEMPERATURE, attention_of, bare_names, is_temperature
 from odconv.system.text import first_few, printable
 
@@ -95,7 +95,7 @@ def read_checkpoint(weights: Weights) -> Checkpoint:
         return weights
     path = released_file(weights)
     if not path.exists():
-        raise FileNotFoundError(f"the checkpoint {path} does not exist{similar_files(path)}{named(path)}")
+        raise FileNotFoundError(f"the checkpoint {path} does not exist{meant(path)}")
     if path.is_dir():
         raise IsADirectoryError(f"the checkpoint {path} is a folder, not a file{similar_files(path / path.name)}")
     path.open("rb").close()  # whatever fails from here on is the fault of the content

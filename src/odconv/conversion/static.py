@@ -77,8 +77,10 @@ def to_static(model: nn.Module, loader: Iterable[Any], *, by_layer: bool = False
 
     Raises:
         ValueError: there are no dynamic layers, or no inputs; or a layer takes a context, or is never called.
-        TypeError: the network's output is no tensor of logits.
+        TypeError: `loader` is a tensor, or the network's output is no tensor of logits.
     """
+    if isinstance(loader, Tensor):
+        raise TypeError("loader must give batches, as a list of them or a DataLoader does, got one tensor")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PerSampleConv)}
     if not layers:
         raise ValueError(f"model must have dynamic layers, got a {type(model).__name__} without")

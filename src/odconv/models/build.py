@@ -198,7 +198,10 @@ def make_dynamic(
 
         convert(model, method.layer, include=chosen, warm_start=warm_start, **options)
     elif kernel_num not in (None, 1) or reduction is not None:
-        raise ValueError(f"{name} is static: kernel_num and reduction must be None, got {kernel_num} and {reduction}")
+        hint = f"; od_{name} is dynamic" if f"od_{name}" in NAMES else ""
+        raise ValueError(
+            f"{name} is static: kernel_num and reduction must be None, got {kernel_num} and {reduction}{hint}"
+        )
     elif warm_start:
         raise ValueError(f"{name} is static: warm_start is for dynamic networks")
     else:

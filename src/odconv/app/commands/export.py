@@ -1,6 +1,7 @@
 """The commands `odconv export` and `odconv detect export`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -22,7 +23,7 @@ class File:
     """What is to be written."""
 
     out: str
-    """File to write; one that is there is replaced."""
+    """File to write, ending in .onnx, or in .pt2 for torch and aoti; one that is there is replaced."""
     format: Format = "onnx"
     """onnx, torch for a program of torch.export, or aoti for one compiled for this machine."""
     form: Form = "loop"
@@ -39,6 +40,11 @@ class File:
     """Take images of other sizes too."""
     verify: bool = True
     """Compare the file with the network before it takes its place."""
+
+    def __post_init__(self) -> None:
+        suffix = ".onnx" if self.format == "onnx" else ".pt2"
+        if Path(self.out).suffix != suffix:  # the name tells odconv predict how to open it
+            raise ValueError(f"out must end in {suffix} where format is {self.format}, got {self.out}")
 
 
 @dataclass(frozen=True, kw_only=True)

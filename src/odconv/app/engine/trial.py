@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from odconv.app.engine.checkpoint_io import BEST
 from odconv.app.engine.config import RunConfig
+from odconv.system.text import count
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -31,7 +32,9 @@ def trial(config: Config) -> Iterator[Config]:
 
 def place(config: RunConfig) -> str:
     """Say where the results will be."""
-    return "of which fast_dev_run keeps nothing" if config.fast_dev_run else f"results in {config.out}"
+    if config.fast_dev_run:
+        return f"a trial of {count(config.fast_dev_run, 'step')} that leaves no results"
+    return f"results in {config.out}"
 
 
 def conclusion(config: RunConfig, scores: str) -> str:
