@@ -32,11 +32,9 @@ def scene(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
 
 def train(steps: int = 100) -> float:
     """Train on new scenes, four a step; return which share of the objects in 20 others is found, in %."""
-    generator = torch.manual_seed(0)
-    detector = odconv.create_detector(
-        "faster_rcnn", "odl_resnet18", kernel_num=1, num_classes=3, frozen_stages=0, norm_eval=False,
-        min_size=SIDE, max_size=SIDE, anchor_sizes=[16, 24, 32, 48, 96], **FEW,
-    )  # fmt: skip
+    generator, sizes = torch.manual_seed(0), {"min_size": SIDE, "max_size": SIDE, "anchor_sizes": [16, 24, 32, 48, 96]}
+    learning = {"num_classes": 3, "frozen_stages": 0, "norm_eval": False}  # no classifier's weights to keep
+    detector = odconv.create_detector("faster_rcnn", "odl_resnet18", kernel_num=1, **learning, **sizes, **FEW)
     optimizer = torch.optim.SGD(odconv.parameter_groups(detector, lr=0.01, weight_decay=1e-4), momentum=0.9)
     for _ in range(steps):
         loss = sum(detector(*zip(*(scene(generator) for _ in range(4)), strict=True)).values())

@@ -636,7 +636,7 @@ def test_a_published_detector_from_picture_to_masks(published):
         ({"name": "fasterrcnn"}, "unknown detector 'fasterrcnn'; did you mean faster_rcnn"),
         ({"name": "yolo"}, "known are faster_rcnn, mask_rcnn, retinanet"),
         ({"backbone": "od_resnet81"}, "unknown model 'od_resnet81'; did you mean"),
-        ({"backbone": nn.Conv2d(3, 3, 3)}, "backbone must be a ResNet or a MobileNetV2 of torchvision, got a Conv2d"),
+        ({"backbone": nn.Conv2d(3, 3, 3)}, "MobileNetV2 of torchvision or a ConvNeXt, got a Conv2d"),
         (
             {"backbone": odconv.create_model("resnet18"), "kernel_num": 4},
             "kernel_num, reduction and layer_options must be None",

@@ -15,7 +15,7 @@
 // convolve, forward and for the gradient of x:
 //
 //   for each task = some tiles side by side x some panels     (in parallel; blocks of lanes x panels that share packed tiles)
-//     for each run of rows that the second-level cache holds, mostly all of them
+//     for each run of rows that the second-level cache holds, of one tap mostly all of them
 //       pack the n kernels' (or cells') tiles                   -> packed, or one tile where the sample's kernel was blended
 //       for each panel, for each tile
 //         if the panel begins a sample: mix packed              -> mixed
@@ -230,7 +230,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
   const std::vector<Span> rows = row_blocks(kernels, 1), lanes = lane_blocks(kernels);
   const int64_t n = kernels.n, taps = kernels.taps, blocks = lanes.size(), threads = at::get_num_threads();
   const int64_t size = (kernels.cells ? n : (n + 1) * taps) * rows[0].count * VECTORS * L;  // numbers of a block, packed and mixed
-  const bool fits = size * int64_t(rows.size()) <= HELD_NUMBERS;
+  const bool fits = taps == 1 && size * int64_t(rows.size()) <= HELD_NUMBERS;  // of more taps, what is mixed would be read too often
   const int64_t deep = kernels.cells ? CELL_BLOCKS : fits ? rows.size() : TILES;
   const std::vector<Span> runs = runs_of(rows, std::clamp<int64_t>(HELD_NUMBERS / size, 1, deep), kernels.cells ? kernels.cells->rows : kernels.rows);
   const bool whole = runs.size() == 1;  // every sum is complete at once, and is written while it lies in the cache
