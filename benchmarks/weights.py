@@ -85,18 +85,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     cells = {cell.method: cell for cell in STUDIES["main"]("small", 1) if cell.dataset == "imagenette"}
-    runs = {name: args.runs / cells[method].name for name, method in METHODS.items()} | {
-        FINETUNED: args.runs / "finetuned"
-    }
-    rows = {row["name"]: row for row in read_rows(RESULTS / "weights.csv")}
-    there = {
-        name: run for name, run in runs.items() if (run / ("result.json" if name == FINETUNED else "done")).exists()
-    }
-    if not there:
+    ends = {name: args.runs / cells[method].name / "done" for name, method in METHODS.items()}  # of a finished run
+    ends[FINETUNED] = args.runs / "finetuned/result.json"
+    runs = {name: end.parent for name, end in ends.items() if end.exists()}
+    if not runs:
         parser.error(
-            f"{args.runs} must hold one of these runs, finished: {', '.join(run.name for run in runs.values())}"
+            f"{args.runs} must hold one of these runs, finished: {', '.join(e.parent.name for e in ends.values())}"
         )
-    rows |= {name: write(name, run, args.out, args.data / "imagenette96") for name, run in there.items()}
+    rows = {row["name"]: row for row in read_rows(RESULTS / "weights.csv")}
+    rows |= {name: write(name, run, args.out, args.data / "imagenette96") for name, run in runs.items()}
     write_rows(RESULTS / "weights.csv", list(rows.values()))
 
 

@@ -84,8 +84,8 @@ def split(network: nn.Module) -> tuple[Any, list[list[str]], list[int]]:
     if isinstance(network, ConvNeXt):
         stages = [[f"narrow{level}", f"stage{level}"] for level in range(len(network.stages))]
         parts = [part for pair in zip(network.downsample_layers, network.stages, strict=True) for part in pair]
-        blocks: Any = [stage[0] for stage in network.stages if isinstance(stage, nn.Sequential)]
-        return body_of(network, stages, parts), stages, [block.gamma.shape[1] for block in blocks]
+        blocks: Any = network.stages
+        return body_of(network, stages, parts), stages, [stage[0].gamma.shape[1] for stage in blocks]
     raise ValueError(
         f"backbone must be a ResNet or a MobileNetV2 of torchvision or a ConvNeXt, got a {type(network).__name__}"
     )

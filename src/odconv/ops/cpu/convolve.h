@@ -48,7 +48,7 @@ constexpr int64_t TILES = 4;                 // tiles side by side that read the
 constexpr int64_t WRITTEN_POSITIONS = 32;    // about as many are written at a time where their sums are whole: those stay in the first-level cache
 constexpr int64_t TASK_OUTPUTS = 512 * 1024; // of a task: packed tiles serve as many samples as that takes
 constexpr int64_t HELD_NUMBERS = 256 * 1024; // of packed and mixed tiles: half of the second-level cache in float32; cells alone fill it
-constexpr int64_t CELL_BLOCKS = 4;           // of cells that are packed at a time
+constexpr int64_t RUN_BLOCKS = 4;            // of rows that are packed at a time: what lies together in memory is read together
 
 // ---- blocks --------------------------------------------------------------------------------------------------------
 
@@ -230,8 +230,8 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
   const std::vector<Span> rows = row_blocks(kernels, 1), lanes = lane_blocks(kernels);
   const int64_t n = kernels.n, taps = kernels.taps, blocks = lanes.size(), threads = at::get_num_threads();
   const int64_t size = (kernels.cells ? n : (n + 1) * taps) * rows[0].count * VECTORS * L;  // numbers of a block, packed and mixed
-  const bool fits = taps == 1 && size * int64_t(rows.size()) <= HELD_NUMBERS;  // of more taps, what is mixed would be read too often
-  const int64_t deep = kernels.cells ? CELL_BLOCKS : fits ? rows.size() : TILES;
+  const bool fits = taps == 1 && !kernels.cells && size * int64_t(rows.size()) <= HELD_NUMBERS;  // of more taps, what is mixed would be read too often
+  const int64_t deep = fits ? rows.size() : RUN_BLOCKS;
   const std::vector<Span> runs = runs_of(rows, std::clamp<int64_t>(HELD_NUMBERS / size, 1, deep), kernels.cells ? kernels.cells->rows : kernels.rows);
   const bool whole = runs.size() == 1;  // every sum is complete at once, and is written while it lies in the cache
   const int64_t most = whole && taps == 1 ? FEW_POSITIONS : std::clamp(PANEL_NUMBERS / (runs[0].count * rows[0].count), FEW_POSITIONS, PANEL_POSITIONS);
@@ -267,8 +267,10 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
         for (int64_t c = 0; c < side.count; ++c) {
           const Tile tile = tile_of<T>(span, lanes[side.first + c]);
           T* to = packed + c * all;
-          if (kernels.cells) pack_cells<T>(here, tile, order, to);
-          for (int64_t k = 0; k < packs && !kernels.cells; ++k, to += taps * tile.rows * tile.vectors * L) pack<T>(here, tile, here.data + k * here.size, order, to);
+          if (kernels.cells)
+            pack_cells<T>(here, tile, order, to);
+          else
+            for (int64_t k = 0; k < packs; ++k, to += taps * tile.rows * tile.vectors * L) pack<T>(here, tile, here.data + k * here.size, order, to);
         }
         int64_t done = 0;
         for (const Panel* panel = first; panel < last; done += panel->positions(), ++panel) {

@@ -124,30 +124,43 @@ void unpack(const T* in, const Tile& tile, const Kernels<T>& kernels, std::vecto
   }
 }
 
-// sum_i shares[i] * kernel[i] for a block of lanes and all rows: one kernel that is read as n were, but from the cache.
-// It streams through memory in the order of the weight, at the speed of the memory.
+// What a blended kernel of one tap is multiplied by: (rows) and, from the first of its lanes on, (lanes); null counts as ones.
 template <class T>
-Kernels<T> blend(const Kernels<T>& kernels, const Span& lanes, const T* shares, Buffer<T>& buffer) {
+struct Factors {
+  const T *rows = nullptr, *lanes = nullptr;
+  T tap = 1;
+};
+
+// sum_i shares[i] * kernel[i] for a block of lanes and all rows, shares or one kernel as it is: one kernel that is read as n were, but
+// from the cache. It streams through memory in the order of the weight, at the speed of the memory.
+template <class T>
+Kernels<T> blend(const Kernels<T>& kernels, const Span& lanes, const T* shares, Buffer<T>& buffer, const Factors<T>& factors = {}) {
   using S = Simd<T>;
   Kernels<T> out = kernels;
-  const int64_t runs = rows_run(kernels) ? lanes.count : kernels.rows, step = rows_run(kernels) ? kernels.lane_step : kernels.row_step;
-  const int64_t length = (rows_run(kernels) ? kernels.rows : lanes.count) * kernels.taps, pitch = length + 2 * S::LANES;
+  const bool by_lane = rows_run(kernels);  // a run is a lane, or a row
+  const int64_t runs = by_lane ? lanes.count : kernels.rows, step = by_lane ? kernels.lane_step : kernels.row_step;
+  const int64_t length = (by_lane ? kernels.rows : lanes.count) * kernels.taps, pitch = length + 2 * S::LANES;
+  const T *of_runs = by_lane ? factors.lanes : factors.rows, *within = by_lane ? factors.rows : factors.lanes;
   T* sums = buffer.get(runs * pitch);
   for (int64_t run = 0; run < runs; ++run) {
     const T* in = kernels.data + lanes.first * kernels.lane_step + run * step;
+    const T scale = (of_runs ? of_runs[run] : T(1)) * factors.tap;
     T* to = sums + run * pitch;
     int64_t e = 0;
     for (; e + S::LANES <= length; e += S::LANES) {
-      typename S::Vec sum = shares[0] * S::load(in + e);
+      typename S::Vec sum = S::load(in + e);
+      if (shares) sum *= shares[0];
       for (int64_t i = 1; i < kernels.n; ++i) sum += shares[i] * S::load(in + i * kernels.size + e);
-      S::store(to + e, sum);
+      if (within) sum *= S::load(within + e);
+      S::store(to + e, sum * scale);
     }
     for (; e < length; ++e) {
-      to[e] = shares[0] * in[e];
-      for (int64_t i = 1; i < kernels.n; ++i) to[e] += shares[i] * in[i * kernels.size + e];
+      T sum = shares ? shares[0] * in[e] : in[e];
+      for (int64_t i = 1; i < kernels.n; ++i) sum += shares[i] * in[i * kernels.size + e];
+      to[e] = sum * (within ? within[e] : T(1)) * scale;
     }
   }
-  (rows_run(kernels) ? out.lane_step : out.row_step) = pitch;
+  (by_lane ? out.lane_step : out.row_step) = pitch;
   out.data = sums - lanes.first * out.lane_step;
   return out;
 }

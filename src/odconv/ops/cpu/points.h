@@ -21,43 +21,6 @@ inline bool by_point(const at::Tensor& x, const Geometry& g) {
   return g.kernel == ones && g.stride == ones && g.padding == Axes() && 5 * ceil_div(positions, lanes) * lanes <= 6 * positions;
 }
 
-// One sample's kernel for some lanes and all rows, in the order of the weight; how far apart its rows and lanes are.
-template <class T>
-struct Mixed {
-  const T* data;
-  int64_t row_step, lane_step;
-};
-
-template <class T>
-Mixed<T> mix_whole(const Kernels<T>& kernels, const Span& lanes, const T* shares, T tap, const T* by_row, const T* by_lane, Buffer<T>& buffer) {
-  using S = Simd<T>;
-  constexpr int L = S::LANES;
-  const bool runs_of_rows = kernels.row_step == 1;  // else of lanes
-  const int64_t runs = runs_of_rows ? lanes.count : kernels.rows, length = runs_of_rows ? kernels.rows : lanes.count;
-  const int64_t step = runs_of_rows ? kernels.lane_step : kernels.row_step, pitch = ceil_div(length, L) * L;
-  const T *by_run = runs_of_rows ? by_lane : by_row, *within = runs_of_rows ? by_row : by_lane;
-  T* out = buffer.get(runs * pitch);
-  for (int64_t run = 0; run < runs; ++run) {
-    const T* in = kernels.data + lanes.first * kernels.lane_step + run * step;
-    const T scale = (by_run ? by_run[run] : T(1)) * tap;
-    T* to = out + run * pitch;
-    int64_t e = 0;
-    for (; e + L <= length; e += L) {
-      typename S::Vec sum = S::load(in + e);
-      if (shares) sum *= shares[0];
-      for (int64_t i = 1; i < kernels.n; ++i) sum += shares[i] * S::load(in + i * kernels.size + e);
-      if (within) sum *= S::load(within + e);
-      S::store(to + e, sum * scale);
-    }
-    for (; e < length; ++e) {
-      T sum = shares ? shares[0] * in[e] : in[e];
-      for (int64_t i = 1; i < kernels.n; ++i) sum += shares[i] * in[i * kernels.size + e];
-      to[e] = sum * (within ? within[e] : T(1)) * scale;
-    }
-  }
-  return {out, runs_of_rows ? 1 : pitch, runs_of_rows ? pitch : 1};
-}
-
 // Copy `count` numbers into some vectors, with zeros beyond them; what follows is read next.
 template <class T>
 void copy_run(const T* in, int64_t count, int64_t vectors, T* out) {
@@ -93,12 +56,13 @@ void convolve_points(const T* x, const Kernels<T>& kernels, int64_t groups, cons
       const int64_t group = task / (apart * batch), sample = task % batch;
       const Span& side = sides[task / batch % apart];
       const int64_t channel = (sample * groups + group) * rows, filter = (sample * groups + group) * kernels.lanes + side.first;
-      const Mixed<T> mixed = mix_whole<T>(kernels.of_sample(sample).of_group(group), side, gates.shares ? gates.shares + sample * kernels.n : nullptr,
-                                          gates.taps ? gates.taps[sample] : T(1), gates.rows ? gates.rows + channel : nullptr,
-                                          gates.lanes ? gates.lanes + filter : nullptr, scratch.mixed);
+      const Factors<T> factors = {gates.rows ? gates.rows + channel : nullptr, gates.lanes ? gates.lanes + filter : nullptr,
+                                  gates.taps ? gates.taps[sample] : T(1)};
+      const Kernels<T> mixed = blend<T>(kernels.of_sample(sample).of_group(group), side, gates.shares ? gates.shares + sample * kernels.n : nullptr,
+                                        scratch.blend, factors);
       const T* bias = epilogue.bias.data ? epilogue.bias.of_sample(sample) + group * kernels.lanes + side.first : nullptr;
       filters.resize(side.count);
-      for (int64_t l = 0; l < side.count; ++l) filters[l] = mixed.data + l * mixed.lane_step;
+      for (int64_t l = 0; l < side.count; ++l) filters[l] = mixed.data + (side.first + l) * mixed.lane_step;
       totals.assign(side.count, T(0));
       for (const Span& panel : panels) {
         const int64_t first = panel.first * L, width = panel.count * L, count = std::min(width, positions - first);
