@@ -411,6 +411,13 @@ def test_missing_files_suggest_similar_ones(tmp_path: Path) -> None:
         read_state_dict(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["net.onnx", "net.pt2"])
+def test_exported_networks_are_no_checkpoints(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name} is an exported network, .*; give its checkpoint"):
+        read_state_dict(tmp_path / name)
+
+
 def test_safetensors_round_trip(tmp_path: Path) -> None:
     model = network()
     path = tmp_path / "new folder" / "model.safetensors"

@@ -186,7 +186,7 @@ def test_wrong_usage(fails, tmp_path: Path) -> None:
     fails("unknown command 'trian'; did you mean train", "trian", status=2)
     fails(r"unknown option --epoch; did you mean --epochs\?\n$", *TRAIN, out, "--epoch", "3", status=2)
     fails(r"unknown option 'epoch'; did you mean epochs\?\n$", "train", "--config", str(recipe), status=2)
-    fails("missing: --out, --arch\n$", "train", "--data", "digits", status=2)
+    fails("missing: --out, --arch; a recipe may have them: --config NAME", "train", "--data", "digits", status=2)
     fails("missing: images, --weights\n$", "predict", status=2)
     fails("--resume needs a value\n$", *TRAIN, out, "--resume", status=2)
     fails("recipe 'od_resnet18_4'; did you mean od_resnet18_4x", "train", "--config", "od_resnet18_4")

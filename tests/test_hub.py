@@ -52,6 +52,15 @@ def test_a_network_comes_back_from_a_folder_as_it_was(tmp_path):
     torch.testing.assert_close(logits(third), logits(network), rtol=0, atol=0)
 
 
+def test_a_misspelt_name_is_refused_without_asking_the_hub(tmp_path, monkeypatch):
+    HubModel(NAME, **OPTIONS).save_pretrained(tmp_path / "released_4x")
+    monkeypatch.setenv("ODCONV_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", None)
+    assert HubModel.from_pretrained("released_4x").config["name"] == NAME
+    with pytest.raises(FileNotFoundError, match=r"neither a folder nor owner/name .*; did you mean released_4x\?"):
+        HubModel.from_pretrained("released_4")
+
+
 def test_a_warm_start_and_training_checkpoints_come_back_too(tmp_path):
     static = odconv.create_model(tiny.STATIC, num_classes=10)
     warm = odconv.convert(static, kernel_num=2)

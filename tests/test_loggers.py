@@ -64,6 +64,20 @@ def test_wandb_gives_each_training_a_run(folder: Path, tmp_path: Path, monkeypat
         assert len([*(tmp_path / name / "wandb").glob("offline-run-*/run-*.wandb")]) == 1
 
 
+def test_wandb_without_a_login_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # what it was told before
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    out = tmp_path / "run"
+    assert main(["train", "--arch=resnet18", "--data=digits", f"--out={out}", "--logger=wandb"]) == 1
+    assert "needs a login: call wandb login, set WANDB_API_KEY, or WANDB_MODE=offline" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_missing_package_is_named_before_anything_is_written(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

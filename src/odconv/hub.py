@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from odconv.checkpoints import RELEASED, load_checkpoint, save_safetensors
+from odconv.checkpoints import RELEASED, find_released, load_checkpoint, save_safetensors
+from odconv.checkpoints.finding import meant
 from odconv.models.build import check_described, create_model
 from odconv.profiling import profile
 from odconv.profiling.table import short
@@ -101,9 +102,29 @@ class HubModel(
         (save_directory / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "HubModel":
+        """Load a network and its weights; it is in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder of `save_pretrained` or `odconv release`, the name of released
+                weights (:func:`odconv.checkpoints.find_released`), or owner/name on the Hub.
+            **options: those of huggingface_hub's `from_pretrained`, `revision` and `token` for example.
+
+        Raises:
+            FileNotFoundError: a name without an owner that is neither a folder nor of released weights.
+            ValueError: its config.json names no network of odconv, or the weights do not fit.
+        """
+        place = find_released(pretrained_model_name_or_path)
+        if not place.is_dir() and len(place.parts) == 1:  # not asked of the Hub, where every repository has an owner
+            raise FileNotFoundError(f"{place} is neither a folder nor owner/name on the Hub{meant(place)}")
+        return super().from_pretrained(place if place.is_dir() else pretrained_model_name_or_path, **options)
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> "HubModel":
         # revision, token and so on: of the caller alone, and not whatever else config.json might say of a download
-        callers, known = (inspect.signature(f).parameters.keys() for f in (cls.from_pretrained, hf_hub_download))
+        callers, known = (
+            inspect.signature(f).parameters.keys() for f in (ModelHubMixin.from_pretrained, hf_hub_download)
+        )
         where = {key: options.pop(key) for key in [*options] if key in callers & known}
         folder = Path(model_id)
         file = folder / WEIGHTS if folder.is_dir() else hf_hub_download(model_id, WEIGHTS, **where)

@@ -165,7 +165,7 @@ def parse_options(name: str, function: Callable[..., Any], arguments: list[str])
     try:
         options = parser.parse_args(_arrange(arguments, switch_names, name in RECIPES)).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise UsageError(_clear(str(error), parser._actions)) from error
+        raise UsageError(_clear(str(error), parser._actions, name in RECIPES)) from error
     options.pop("config", None)
     return options
 
@@ -203,7 +203,7 @@ def _find_recipe(name: str, command: str) -> str:
     return str(recipes[name])
 
 
-def _clear(message: str, actions: Iterable[Any]) -> str:
+def _clear(message: str, actions: Iterable[Any], recipes: bool) -> str:
     """Put a message of jsonargparse, which has nothing but its text, in plain words."""
     known = {action.dest: action for action in actions}
     flags = {name: (action.option_strings or [name])[-1] for name, action in known.items()}
@@ -212,7 +212,8 @@ def _clear(message: str, actions: Iterable[Any]) -> str:
     if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
         return f"unknown option {found[1]}{suggest(found[1], flags.values())}"
     if found := re.search(r"arguments are required: (.+)", message):
-        return f"missing: {', '.join(flags[name] for name in found[1].split(', '))}"
+        hint = "; a recipe may have them: --config NAME (odconv recipes lists them)" if recipes else ""
+        return f"missing: {', '.join(flags[name] for name in found[1].split(', '))}{hint}"
     if found := re.search(r"argument (\S+): expected one argument", message):
         return f"{found[1]} needs a value"
     if found := re.search(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from odconv.checkpoints.finding import meant, released_file, resolve, similar_files
 from odconv.checkpoints.keys import FACTORS, NOTED_TEMPERATURE, attention_of, bare_names, is_temperature
+from odconv.system.files import is_exported
 from odconv.system.text import first_few, printable
 
 GAINS = "odconv.gains"
@@ -98,6 +99,8 @@ def read_checkpoint(weights: Weights) -> Checkpoint:
         raise FileNotFoundError(f"the checkpoint {path} does not exist{meant(path)}")
     if path.is_dir():
         raise IsADirectoryError(f"the checkpoint {path} is a folder, not a file{similar_files(path / path.name)}")
+    if is_exported(path):
+        raise ValueError(f"{path} is an exported network, which odconv predict alone takes; give its checkpoint")
     path.open("rb").close()  # whatever fails from here on is the fault of the content
     with malformed(path):
         return _read(path)

@@ -13,7 +13,6 @@ from torch import Tensor
 from odconv.export.network import SIZES
 from odconv.export.written import needed
 
-SUFFIXES = (".onnx", ".pt2")
 NOTES = "odconv.json"
 """The file inside a program of torch.export that says what the network is."""
 KEY = "odconv"

@@ -12,6 +12,14 @@ from typing import Any, BinaryIO
 
 import platformdirs
 
+EXPORTED = (".onnx", ".pt2")
+"""How the names of exported networks end."""
+
+
+def is_exported(path: str | Path) -> bool:
+    """Return whether a path is named like an exported network and is no folder."""
+    return Path(path).suffix in EXPORTED and not Path(path).is_dir()
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

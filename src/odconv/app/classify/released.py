@@ -9,7 +9,7 @@ from torch import nn
 from odconv.app.engine.config import check
 from odconv.checkpoints import SUFFIXES as CHECKPOINTS
 from odconv.checkpoints import malformed
-from odconv.export.opened import SUFFIXES as EXPORTED
+from odconv.system.files import EXPORTED
 
 NOTES = "classifier.json"
 """What a released classifier is given and answers: image_size, resize_size, classes (the names of their folders), and

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -15,7 +14,6 @@ from odconv.app.classify.released import Released, open_released
 from odconv.app.engine.config import check
 from odconv.checkpoints import Checkpoint, find_checkpoint, find_released, load_checkpoint, malformed
 from odconv.conversion.warehouse import NAME
-from odconv.export.opened import SUFFIXES as EXPORTED
 from odconv.layers import try_temperature
 from odconv.models.build import (
     METHODS,
@@ -105,8 +103,6 @@ def restore_described(weights: str, description: Description) -> Restored:
         if named := [name for name in ("arch", "kernel_num", "reduction", "stem") if name in given]:
             raise ValueError(f"config.json of {weights} says what network it is; leave out {', '.join(named)}")
         return _of_folder(open_released(folder), description)
-    if weights.endswith(EXPORTED) and Path(weights).is_file():
-        raise ValueError(f"{weights} is an exported network, which odconv predict alone takes; give its checkpoint")
     checkpoint = find_checkpoint(weights)
     with malformed(checkpoint.path):
         return _restore(checkpoint, given)

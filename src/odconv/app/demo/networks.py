@@ -1,7 +1,6 @@
 """What networks say of an image, and how soon."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 
 from odconv.app.data import normalise
 from odconv.app.predict import Classifier, load_classifier
-from odconv.export.opened import SUFFIXES as EXPORTED
 from odconv.layers import PerSampleConv
 from odconv.profiling.latency import latencies
+from odconv.system.files import is_exported
 from odconv.system.text import first_few
 
 TOP = 5
@@ -56,7 +55,7 @@ def load(weights: str, static: str | None, static_arch: str | None, **options: A
         OSError: a file cannot be read.
     """
     for given in (weights, static):
-        if given is not None and given.endswith(EXPORTED) and not Path(given).is_dir():  # not opened, then refused
+        if given is not None and is_exported(given):  # not opened, then refused
             raise ValueError(f"{given} is an exported network, which nobody can look into; give its checkpoint")
     classifiers = [load_classifier(weights, trust=False, **options)]
     if static is not None:

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from odconv.app.engine.config import logger_names
 from odconv.system.packages import needed_by
@@ -20,6 +21,7 @@ def make_loggers(names: str, out: Path) -> list[Logger]:
 
     Raises:
         ImportError: the package of one is missing.
+        ValueError: Weights & Biases is to be reached and knows no login.
     """
     return [LOGGERS[name](out) for name in logger_names(names)]
 
@@ -51,7 +53,10 @@ def _csv(out: Path) -> Logger:
 
 def _wandb(out: Path) -> Logger:
     with needed_by("logger wandb", "wandb"):
-        import_module("wandb")
+        wandb = import_module("wandb")
+    # asked before the run has a folder; the first process alone logs
+    if wandb.setup().settings.mode == "online" and rank_zero_only.rank == 0 and not wandb.login(prompt=False):
+        raise ValueError("logger wandb needs a login: call wandb login, set WANDB_API_KEY, or WANDB_MODE=offline")
     return Wandb(out)
 
 

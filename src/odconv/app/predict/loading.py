@@ -14,8 +14,8 @@ from odconv.app.predict.exported import exported_classifier
 from odconv.app.predict.names import class_names
 from odconv.checkpoints import SUFFIXES as CHECKPOINTS
 from odconv.checkpoints import resolve
-from odconv.export.opened import SUFFIXES as EXPORTED
 from odconv.system.devices import Device, find_device
+from odconv.system.files import is_exported
 
 
 def load_classifier(
@@ -63,7 +63,7 @@ def load_classifier(
     network: dict[str, Any] = {"arch": arch, "kernel_num": kernel_num, "reduction": reduction, "stem": stem}
     check({**network, "temperature": temperature, "image_size": image_size, "resize_size": resize_size})
     path, given = Path(weights), [name for name, value in network.items() if value is not None]
-    if path.suffix in EXPORTED and not path.is_dir():
+    if is_exported(path):
         given += ["temperature"] * (temperature is not None) + ["device"] * (device != "auto")
         if given:
             raise ValueError(f"{weights} is an exported network; leave out {', '.join(given)}")

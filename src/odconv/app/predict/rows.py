@@ -91,9 +91,13 @@ def _table(console: Console, predictions: Predictions) -> Write:
             print(f"{image}{' ' * (longest - cell_len(image))}  {percent}  {guess}")
 
     show = on_terminal if console.is_terminal else in_file
-    show([("image", "     %", "class")], "dim")
+    started = False
 
     def write(row: Prediction) -> None:
+        nonlocal started
+        if not started:
+            show([("image", "     %", "class")], "dim")
+            started = True
         images = [shown(row.image), *[""] * len(row.guesses)]
         show(
             [(image, f"{g.percent:6.2f}", shown(g.name)) for image, g in zip(images, row.guesses, strict=False)], "bold"
