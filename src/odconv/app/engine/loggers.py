@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -54,10 +55,15 @@ def _csv(out: Path) -> Logger:
 def _wandb(out: Path) -> Logger:
     with needed_by("logger wandb", "wandb"):
         wandb = import_module("wandb")
-    # asked before the run has a folder; the first process alone logs
-    if wandb.setup().settings.mode == "online" and rank_zero_only.rank == 0 and not wandb.login(prompt=False):
-        raise ValueError("logger wandb needs a login: call wandb login, set WANDB_API_KEY, or WANDB_MODE=offline")
+    _check_login(wandb)
     return Wandb(out)
+
+
+@rank_zero_only  # the process that logs
+def _check_login(wandb: ModuleType) -> None:
+    """Fail before the run has a folder, and not as it begins."""
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+        raise ValueError("logger wandb needs a login: call wandb login, set WANDB_API_KEY, or WANDB_MODE=offline")
 
 
 def _mlflow(out: Path) -> Logger:
