@@ -88,7 +88,7 @@ def cell_conv(
         return cpu.convolve_cells(x, cells, attentions.kernel, kernel_shape, geometry)
 
     if is_differentiated(x, cells, *attentions):
-        step = Step(run, geometry, math.prod(kernel_shape), False, mix, gradients=partial(gradients, kernel_shape[2:]))
+        step = Step(run, geometry, 0, False, mix, gradients=partial(gradients, kernel_shape[2:]))
         return add_bias(apply(step, x, cells, attentions), bias)
     return add_bias(run(x, cells, attentions, geometry), bias)
 
@@ -96,13 +96,8 @@ def cell_conv(
 def gradients(
     taps: Sequence[int], grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return the gradients of x, the cells and the shares, of which kernels are put together tile by tile again."""
+    """Return the gradients of x, the cells and the shares, tile by tile as well."""
     x, cells, shares, *_ = tensors
     to_x, to_cells, to_shares, *others = needs
-    x_grad, pieces = cpu.cells_backward(grad, x, cells, shares, taps, geometry, to_x, to_cells or to_shares)
-    found: list[Tensor | None] = [x_grad if to_x else None, None, None, *(None for _ in others)]
-    if to_cells:
-        found[1] = (shares.flatten(0, 1).t() @ pieces.flatten(2).flatten(0, 1)).view_as(cells)
-    if to_shares:
-        found[2] = pieces.flatten(2) @ cells.flatten(1).t()
-    return found
+    found = cpu.cells_backward(grad, x, cells, shares, taps, geometry, to_x, to_cells or to_shares)
+    return [*(one if need else None for one, need in zip(found, needs, strict=False)), *(None for _ in others)]

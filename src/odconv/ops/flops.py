@@ -70,9 +70,10 @@ def cells(x: Shape, cells: Shape, shares: Shape, *_: Any, out_shape: Shape, **__
 
 
 def cells_backward(grad: Shape, x: Shape, cells: Shape, shares: Shape, *rest: Any, **_: Any) -> int:
-    """Count the gradient of x, for which kernels are put together again, and that of their pieces."""
-    to_x, to_pieces = rest[4:]
-    passes = (to_x + to_pieces) * math.prod(grad[2:]) + to_x * cells[0]  # over all numbers of each sample's kernel
+    """Count the gradient of x, for which kernels are put together again, and those of cells and shares."""
+    to_x, to_kernels = rest[4:]
+    # over all numbers of each sample's kernel
+    passes = (to_x + to_kernels) * math.prod(grad[2:]) + (to_x + 2 * to_kernels) * cells[0]
     return 2 * grad[0] * passes * kernel_of(cells, shares)
 
 

@@ -43,8 +43,8 @@ OPERATORS.define(
 CELLS = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
 OPERATORS.define(f"conv_cells(Tensor x, Tensor cells, Tensor shares, int out_channels, {CELLS}) -> Tensor")
 OPERATORS.define(
-    f"conv_cells_backward(Tensor grad, Tensor x, Tensor cells, Tensor shares, {CELLS}, bool to_x, bool to_pieces) "
-    "-> (Tensor, Tensor)"
+    f"conv_cells_backward(Tensor grad, Tensor x, Tensor cells, Tensor shares, {CELLS}, bool to_x, bool to_kernels) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 OPERATORS.define("pack(Tensor weight, int groups) -> Tensor")
 OPERATORS.define("pool(Tensor x) -> Tensor")
@@ -193,11 +193,11 @@ def cells_backward(
     taps: Sequence[int],
     geometry: Geometry,
     to_x: bool,
-    to_pieces: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of each sample's pieces, (B, m, co, ci); what is not asked for is empty."""
-    found: tuple[Tensor, Tensor] = torch.ops.odconv.conv_cells_backward(
-        grad, x, cells.contiguous(), shares.contiguous(), taps, *geometry[:3], to_x, to_pieces
+    to_kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, and of cells and shares; what is not asked for is empty."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.odconv.conv_cells_backward(
+        grad, x, cells.contiguous(), shares.contiguous(), taps, *geometry[:3], to_x, to_kernels
     )
     return found
 
@@ -320,10 +320,10 @@ def _fake_cells(
     return x.new_empty((x.shape[0], filters, *size)).contiguous(memory_format=suggest_memory_format(x))
 
 
-def _fake_cells_backward(grad: Tensor, x: Tensor, cells: Tensor, shares: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, to_x, to_pieces = rest
-    pieces = (*shares.shape[:2], *cells.shape[1:3]) if to_pieces else (0,)
-    return torch.empty_like(x) if to_x else x.new_empty(0), x.new_empty(pieces)
+def _fake_cells_backward(grad: Tensor, x: Tensor, cells: Tensor, shares: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, to_x, to_kernels = rest
+    wanted = (to_x, x), (to_kernels, cells), (to_kernels, shares)
+    return tuple(torch.empty_like(like) if asked else x.new_empty(0) for asked, like in wanted)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:

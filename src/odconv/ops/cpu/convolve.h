@@ -31,7 +31,10 @@
 //       accumulate window^T x gradient of the output            -> mixed_grad[tap, row][lane]
 //       if the panel ends a sample: distribute mixed_grad over packed_grad and the sample's attentions
 //     unpack packed_grad into the kernels' gradient
-//   where each sample has a kernel of its own and no attention scales it, or it is put together of cells, mixed_grad is unpacked
+//   where each sample has a kernel of its own and no attention scales it, mixed_grad is unpacked
+//
+// cell_gradients, of cells and shares (cells.h): a tile is one of the cells', and mixed_grad of all pieces that it is part of is
+// multiplied with the shares, which gives packed_grad, and with the packed cells, which gives a part of the shares' gradient.
 //
 // The number of threads decides only which task computes what, never the order of a sum of outputs; to split differently,
 // change Plan. To change a block's size, change the constants below; to change an order in memory, pack and unpack.
@@ -387,8 +390,37 @@ const T* read_gradient(const Map<const T>& grad, int64_t channel, const Tile& ti
   return out;
 }
 
-// Gradients of the kernels and all attentions; each tile owns a piece of every sum, so the order of sums is fixed. With cells,
-// weight_grad gets those of each sample's pieces, (B, pieces, lanes of a cell, rows of a cell).
+// Accumulates the gradient of a tile's mixed kernel, [tap][row][lane]: a panel's window, transposed, times the gradient of its outputs.
+template <class T>
+class TileGradient {
+ public:
+  TileGradient(const Map<const T>& source, const Map<const T>& grad, const Phase& phase) : source_(source), grad_(grad), phase_(phase) {}
+
+  // Rows and lanes of a group's tile begin at these channels of the two maps; the first panel of a sample begins the sum.
+  void add(const Tile& tile, int64_t first_channel, int64_t first_filter, const Panel& panel, T* mixed_grad) {
+    Scratch<T>& scratch = Scratch<T>::mine();
+    const Window<T> window = window_of<T>(source_, first_channel, tile.rows, panel, scratch.window);
+    offsets_of(panel, phase_.jump, window.step, offsets_);
+    const int64_t positions = offsets_.size(), width = tile.vectors * Simd<T>::LANES;
+    const T* by_position = read_gradient<T>(grad_, first_filter, tile, panel, positions, grad_offsets_, scratch.grad);
+    steps_.clear();
+    for (int64_t p = 0; p < positions; ++p) steps_.push_back({offsets_[p], p * width});
+    taps_and_rows_.clear();
+    for (const Tap& tap : phase_.taps)
+      for (int64_t i = 0; i < tile.rows; ++i)
+        taps_and_rows_.push_back(window.data + tap_offset(phase_, tap, window.step) + i * window.channel_step);
+    multiply<T>(taps_and_rows_.data(), taps_and_rows_.size(), tile.vectors, by_position, steps_.data(), steps_.size(), mixed_grad, panel.first > 0);
+  }
+
+ private:
+  const Map<const T>&source_, &grad_;
+  const Phase& phase_;
+  std::vector<Step> steps_;
+  std::vector<int64_t> offsets_, grad_offsets_;
+  std::vector<const T*> taps_and_rows_;
+};
+
+// Gradients of the kernels and all attentions; each tile owns a piece of every sum, so the order of sums is fixed.
 template <class T>
 void gradients(const Map<const T>& source, const Map<const T>& grad, const Kernels<T>& kernels, int64_t groups,
                const Gates<T>& gates, int64_t batch, const Phase& phase, const std::vector<Span>& rows,
@@ -397,19 +429,19 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
   const std::vector<Panel> panels = panels_of(phases, batch, 1, PANEL_POSITIONS);
   const int64_t n = kernels.n, taps = kernels.taps, high = rows.size(), count = high * lanes.size();
   const int64_t channels = groups * kernels.rows, filters = groups * kernels.lanes;
-  const bool plain = kernels.cells || (kernels.per_sample() && !gates.taps && !gates.rows && !gates.lanes);
+  const bool plain = kernels.per_sample() && !gates.taps && !gates.rows && !gates.lanes;
   const Sums<T> all = plain ? Sums<T>{} : Sums<T>{partial.shares.template mutable_data_ptr<T>(), partial.taps.template mutable_data_ptr<T>(),
                        partial.rows.template mutable_data_ptr<T>(), partial.lanes.template mutable_data_ptr<T>()};
 
   at::parallel_for(0, groups * count, 1, [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
-    std::vector<Step> steps;
-    std::vector<int64_t> offsets, grad_offsets, order;
-    std::vector<const T*> taps_and_rows;
+    TileGradient<T> gradient(source, grad, phase);
+    std::vector<int64_t> order;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / count, block = task % count / high;
       const Tile tile = tile_of<T>(rows[task % high], lanes[block]);
-      const int64_t width = tile.vectors * Simd<T>::LANES, size = taps * tile.rows * width;
+      const int64_t first_channel = group * kernels.rows + tile.first_row, first_filter = group * kernels.lanes + tile.first_lane;
+      const int64_t size = taps * tile.rows * tile.vectors * Simd<T>::LANES;
       const Kernels<T> here = kernels.of_group(group);
       T* packed = plain ? nullptr : scratch.packed.get(size * n);
       T* packed_grad = plain ? nullptr : scratch.back.get(size * n);
@@ -428,29 +460,15 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
       for (const Panel& panel : panels) {
         const int64_t b = panel.sample;
         if (!plain && kernels.per_sample() && panel.first == 0) begin_kernels(b);
-        const Window<T> window = window_of<T>(source, group * kernels.rows + tile.first_row, tile.rows, panel, scratch.window);
-        offsets_of(panel, phase.jump, window.step, offsets);
-        const int64_t positions = offsets.size();
-        const T* by_position =
-            read_gradient<T>(grad, group * kernels.lanes + tile.first_lane, tile, panel, positions, grad_offsets, scratch.grad);
-        steps.clear();
-        for (int64_t p = 0; p < positions; ++p) steps.push_back({offsets[p], p * width});
-        taps_and_rows.clear();
-        for (const Tap& tap : phase.taps)
-          for (int64_t i = 0; i < tile.rows; ++i)
-            taps_and_rows.push_back(window.data + tap_offset(phase, tap, window.step) + i * window.channel_step);
-        const bool accumulate = panel.first > 0;
-        multiply<T>(taps_and_rows.data(), taps_and_rows.size(), tile.vectors, by_position, steps.data(), steps.size(), mixed_grad, accumulate);
+        gradient.add(tile, first_channel, first_filter, panel, mixed_grad);
         if (panel.last < phase.count[0]) continue;  // the sample goes on
-        if (kernels.cells)
-          unpack_pieces<T>(mixed_grad, kernels, tile, order, weight_grad + b * taps * kernels.cells->blocks * kernels.size);
-        else if (plain)
+        if (plain) {
           unpack<T>(mixed_grad, tile, kernels, order, weight_grad + (here.of_sample(b).data - kernels.data));
-        if (plain) continue;
-
+          continue;
+        }
         const Sums<T> sums = {all.shares + (task * batch + b) * n, all.taps + (task * batch + b) * taps,
-                              all.rows + (block * batch + b) * channels + group * kernels.rows + tile.first_row,
-                              all.lanes + (task % high * batch + b) * filters + group * kernels.lanes + tile.first_lane};
+                              all.rows + (block * batch + b) * channels + first_channel,
+                              all.lanes + (task % high * batch + b) * filters + first_filter};
         distribute<T>(mixed_grad, packed, tile, scales_of(gates, kernels, groups, group, b, tile), n, taps, packed_grad, sums);
         if (kernels.per_sample()) end_kernels(b);
       }

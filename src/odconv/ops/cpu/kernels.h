@@ -102,11 +102,11 @@ void pack(const Kernels<T>& kernels, const Tile& tile, const T* kernel, std::vec
 
 // The reverse for a gradient: out[lane][row][tap] = in[tap][row][lane], for kernels whose rows run.
 template <class T>
-void unpack(const T* in, const Tile& tile, const Kernels<T>& kernels, std::vector<int64_t>& order, T* out) {
+void unpack(const T* in, const Tile& tile, const Kernels<T>& kernels, std::vector<int64_t>& order, T* out, int64_t pitch = 0) {
   using S = Simd<T>;
   constexpr int L = S::LANES;
-  const int64_t width = tile.vectors * L, length = tile.rows * kernels.taps;
-  order_of(tile, tile.rows, kernels.taps, width, order);
+  const int64_t length = tile.rows * kernels.taps;
+  order_of(tile, tile.rows, kernels.taps, pitch == 0 ? tile.vectors * L : pitch, order);
   out += tile.first_row * kernels.row_step + tile.first_lane * kernels.lane_step;
   for (int64_t lane = 0; lane < tile.lanes; lane += L) {
     const int64_t valid = std::min<int64_t>(tile.lanes - lane, L);
@@ -222,15 +222,6 @@ void mix_cells(const T* packed, const Kernels<T>& kernels, const Tile& tile, int
   for (int64_t i = 0; i < n; ++i) steps.push_back({i, i * width});
   for (int64_t r = 0; r < tile.rows; ++r)
     multiply<T>(shares.data(), taps, tile.vectors, packed + r * n * width, steps.data(), n, out + r * taps * width, false);
-}
-
-// The reverse of packing for the gradient of a sample's pieces: out[piece][lane][row] = in[tap][row][lane].
-template <class T>
-void unpack_pieces(const T* in, const Kernels<T>& kernels, const Tile& tile, std::vector<int64_t>& order, T* out) {
-  const int64_t numbers = tile.rows * tile.vectors * Simd<T>::LANES;
-  const auto [cell, within] = cell_of(kernels, tile);
-  for (int64_t t = 0; t < kernels.taps; ++t)
-    unpack<T>(in + t * numbers, within, cell, order, out + kernels.cells->piece(tile, t) * kernels.size);
 }
 
 }  // namespace odconv

@@ -28,7 +28,7 @@
 #include <torch/library.h>
 
 #include "attend.h"
-#include "convolve.h"
+#include "cells.h"
 #include "depthwise.h"
 #include "half.h"
 #include "planes.h"
@@ -387,10 +387,10 @@ Tensor empty_gradient(const Tensor& x, const std::vector<Phase>& phases) {
   return met * x.size(0) * x.size(1) == x.numel() ? at::empty_like(x) : at::zeros_like(x);
 }
 
-// The gradients of x and of each sample's pieces, (B, pieces, co, ci); what is not asked for is empty.
-std::tuple<Tensor, Tensor> conv_cells_backward(const Tensor& grad, const Tensor& x, const Tensor& cells, const Tensor& shares,
-                                               at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                                               at::IntArrayRef dilation, bool to_x, bool to_pieces) {
+// The gradients of x, of the cells and of the shares; what is not asked for is empty.
+std::tuple<Tensor, Tensor, Tensor> conv_cells_backward(const Tensor& grad, const Tensor& x, const Tensor& cells, const Tensor& shares,
+                                                       at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                                                       at::IntArrayRef dilation, bool to_x, bool to_kernels) {
   TORCH_CHECK(grad.dim() == x.dim() && grad.dtype() == x.dtype() && grad.layout() == at::kStrided && grad.device() == x.device(),
               "odconv: grad must be numbers in the dtype of x and with its axes, got shape ", grad.sizes());
   const int64_t filters = grad.size(1), channels = x.size(1), batch = x.size(0);
@@ -398,7 +398,8 @@ std::tuple<Tensor, Tensor> conv_cells_backward(const Tensor& grad, const Tensor&
   TORCH_CHECK(grad.sizes() == size, "odconv: grad must have shape ", size, ", got ", grad.sizes());
   const Geometry g = geometry_of(kernel, stride, padding, dilation, 1);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
-  Tensor x_grad = at::empty({0}, x.options()), pieces_grad = at::empty({0}, x.options());
+  auto none = [&] { return at::empty({0}, x.options()); };
+  Tensor x_grad = none(), cells_grad = none(), shares_grad = none();
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto upstream = map_of<const T>(grad, grad.const_data_ptr<T>());
@@ -408,17 +409,18 @@ std::tuple<Tensor, Tensor> conv_cells_backward(const Tensor& grad, const Tensor&
       const Kernels<T> kernels = kernels_of_cells<T>(cells, shares, filters, channels, taps, false);
       convolve<T>(upstream, map_of<T>(x_grad, x_grad.mutable_data_ptr<T>()), kernels, 1, {}, {}, batch, phases);
     }
-    if (to_pieces) {
-      pieces_grad = at::empty({batch, shares.size(1), cells.size(1), cells.size(2)}, x.options());
+    if (to_kernels) {
       const Kernels<T> kernels = kernels_of_cells<T>(cells, shares, filters, channels, taps, true);
-      const std::vector<Span> lanes = lane_blocks(kernels), rows = row_blocks(kernels, 1);
-      Partial none;
-      gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, 1, {}, batch, forward_phase(g, upstream.size), rows,
-                   lanes, pieces_grad.mutable_data_ptr<T>(), none);
+      const std::vector<Tile> tiles = cell_tiles(kernels);
+      cells_grad = at::empty_like(cells);
+      Tensor parts = at::empty({int64_t(tiles.size()), batch, shares.size(1), shares.size(2)}, x.options());
+      cell_gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, batch, forward_phase(g, upstream.size), tiles,
+                        cells_grad.mutable_data_ptr<T>(), parts.mutable_data_ptr<T>());
+      shares_grad = parts.sum(0);
     }
   };
   x.scalar_type() == at::kDouble ? run(double()) : run(float());
-  return {x_grad, pieces_grad};
+  return {x_grad, cells_grad, shares_grad};
 }
 
 Gradients conv_backward(
