@@ -53,6 +53,8 @@ def test_what_cannot_be_kept_is_named():
             keep_filters(layer, kept)
     with pytest.raises(ValueError, match="a layer with groups 4 cannot be pruned"):
         keep_channels(odconv.ODConv2d(8, 12, 3, groups=4), [0])
+    with pytest.raises(ValueError, match=r"a layer of a fused network cannot be pruned; prune before odconv\.fuse"):
+        keep_filters(odconv.fuse(nn.Sequential(odconv.ODConv2d(8, 12, 3)).eval())[0], [0])
 
 
 def test_computed_weights_are_refused_before_anything_is_cut():

@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from odconv.conversion.convert import CONVOLUTIONS
 from odconv.layers import DynamicConv
+from odconv.layers.fused_attention import fuse_attentions
 from odconv.layers.warehouse_conv import KWConv, KWLinear
 from odconv.ops.epilogue import MODULES, Epilogue, finished
 from odconv.ops.packing import Packed
@@ -71,9 +72,11 @@ def fuse(model: nn.Module) -> nn.Module:
 
     The network then computes what it did in evaluation mode, up to rounding, for every input. A batch norm is folded
     where it alone takes what the convolution gives, and each of the two is called once; others stay. An identity takes
-    its place, or the activation that timm's batch norm holds, so that all other layers keep their names. Batch norm
-    within attentions stays: it is on vectors. So does what follows KernelWarehouse's layers, whose kernels are made of
-    cells that other layers use too.
+    its place, or the activation that timm's batch norm holds, so that all other layers keep their names. What follows
+    KernelWarehouse's layers stays, since their kernels are made of cells that other layers use too.
+
+    Within attentions, batch norm becomes part of the hidden layer, and the heads become one matrix, `heads_fc`; those
+    with hooks, and of other classes, stay as they are.
 
     ReLU, ReLU6, Hardswish and SiLU that alone follow a dynamic layer become part of it, too: on the CPU, without
     gradients, it activates what it writes, and leaves the means of its maps for the attention of the next dynamic
@@ -105,6 +108,7 @@ def fuse(model: nn.Module) -> nn.Module:
             _fold_activation(part, node, owners)
         for node in part.modules:
             _hand_on_means(part, node)
+    fuse_attentions(model)
     for layer in model.modules():
         if isinstance(layer, DynamicConv) and not layer.transposed:
             layer.packed = Packed()

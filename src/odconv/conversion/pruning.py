@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.layers import DynamicConv, PerSampleConv
+from odconv.layers.fused_attention import FusedAttention
 from odconv.system.packages import needed_by
 
 
@@ -98,6 +99,8 @@ def _index(name: str, kept: Sequence[int], channels: int, layer: DynamicConv) ->
             f"layer must have kernels of its own, got a {type(layer).__name__}, whose cells are other layers' too; "
             "prune the static network and convert it afterwards"
         )
+    if isinstance(layer.attention, FusedAttention):
+        raise ValueError("a layer of a fused network cannot be pruned; prune before odconv.fuse")
     if layer.groups != 1:
         raise ValueError(
             f"a layer with groups {layer.groups} cannot be pruned; prune the static network and convert it afterwards"

@@ -8,10 +8,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from odconv.layers import Attention
 from odconv.layers.attention import has_attentions, pooling
+from odconv.layers.fused_attention import fuse_attentions
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 TRACED = get_args(Precision)[:3]
@@ -100,7 +99,7 @@ def trace(
     dtype = getattr(torch, precision)
     copied = copy.deepcopy(model).eval().requires_grad_(False).to(device, torch.float32)
     refuse_batch_statistics(copied)
-    fold_attention_norms(copied)
+    fuse_attentions(copied)
     with torch.no_grad():
         for shape in trials(size, dynamic_batch, dynamic_size):
             with naming_layers(copied, f" for inputs of shape {shape}"):
@@ -133,19 +132,6 @@ def trials(input_size: Sequence[int], dynamic_batch: bool, dynamic_size: bool) -
 def device_of(model: nn.Module) -> torch.device:
     """Where a network is."""
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
-@torch.no_grad()
-def fold_attention_norms(model: nn.Module) -> None:
-    """Fold the batch norm of attentions into the layer before it, in place: fewer small operators."""
-    for attention in model.modules():
-        if isinstance(attention, Attention) and isinstance(attention.bn, _BatchNorm):
-            fc: Any = attention.fc
-            norm: Any = attention.bn
-            fc.weight, fc.bias = fuse_conv_bn_weights(
-                fc.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            attention.bn = None
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -184,6 +184,10 @@ class Attention(PoolingAttention):
             gates["spatial"] = gates["spatial"].reshape(-1, *self.heads["spatial"])
         return Attentions(**gates)
 
+    def has_softmax(self) -> bool:
+        """Return whether the kernels' shares are a softmax."""
+        return self.kernel_gate == "softmax" and "kernel" in self.heads
+
     def range_of(self, kind: str) -> tuple[float, float]:
         """Return between which values the attention of a kind lies."""
         return 0.0, self.kernel_gain if kind == "kernel" else self.gain
@@ -201,10 +205,17 @@ class Attention(PoolingAttention):
             z = pool(x, self.extent, dtype)
             if self.fc is not None:
                 z = self._normalise(self._project(self.fc, z)).relu()
-            return tuple(self._gate(name, z) for name in self.heads)
+            return tuple(map(self._gate, self.heads, self._logits(z)))
 
-    def _gate(self, name: str, z: Tensor) -> Tensor:
-        logits = self._project(getattr(self, f"{name}_fc"), z)
+    def _logits(self, z: Tensor) -> Sequence[Tensor]:
+        """Return the logits of each head, (B, size), of the hidden layer's output."""
+        return [self._project(layer, z) for layer in self.head_layers()]
+
+    def head_layers(self) -> list[Any]:
+        """Return the last layers, of each head."""
+        return [self._modules[f"{name}_fc"] for name in self.heads]
+
+    def _gate(self, name: str, logits: Tensor) -> Tensor:
         if self.temperature is not None:
             kept = logits.requires_grad and not is_traced()  # for the backward pass, before which another may be set
             logits = logits / (self.temperature.clone() if kept else self.temperature)
@@ -361,27 +372,20 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
     """Return what :meth:`Attention.forward` does without gradients on the CPU where the compiled kernel does it."""
     if not has_compiled_kernel(x):
         return None
-    operands = plain_operands(attention, x.dtype)
-    if operands is None:
+    layers = plain_layers(attention, x.dtype)
+    if layers is None:
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
     pooled = finished(x).means if attention.takes_means and attention.extent is None else None
     if pooled is None:
         pooled = cpu.pool(x) if attention.extent is None else pool(x, attention.extent, dtype)
-    softmax = attention.kernel_gate == "softmax"
-    gains = [float(not softmax) if name == "kernel" else attention.gain for name in attention.heads]
-    gates = cpu.attend(pooled, *operands, gains, attention.temperature)
-    if attention.factors is None:
-        return tuple(gates)
-    return tuple(
-        attention.kernel_gain * gate if name == "kernel" else gate
-        for name, gate in zip(attention.heads, gates, strict=True)
-    )
+    sizes = [math.prod(shape) for shape in attention.heads.values()]
+    gains = [attention.kernel_gain if name == "kernel" else attention.gain for name in attention.heads]
+    softmax = [*attention.heads].index("kernel") if attention.has_softmax() else -1
+    return tuple(cpu.attend(pooled, layers, sizes, gains, softmax, attention.temperature))
 
 
-def plain_operands(
-    attention: Attention, dtype: torch.dtype
-) -> tuple[Tensor | None, list[Tensor], float, list[Tensor], list[Tensor]] | None:
+def plain_layers(attention: Attention, dtype: torch.dtype) -> cpu.Layers | None:
     """Return the numbers of an attention's parts as the compiled kernel takes them; None where these want to be called.
 
     Args:
@@ -389,19 +393,27 @@ def plain_operands(
         dtype: what all of them must have.
     """
     parts: dict[str, Any] = attention._modules
-    norm, fc, layers = parts.get("bn"), parts.get("fc"), [parts[f"{name}_fc"] for name in attention.heads]
-    for part in (fc, norm, *layers):
+    norm, fc, heads = parts.get("bn"), parts.get("fc"), attention.head_layers()
+    for part in (fc, norm, *heads):
         if part is not None and not is_plain(part):
             return None
-    if norm is not None and (not isinstance(norm, BatchNorm) or norm.training or norm.running_mean is None):
+    after: list[Any] = [] if fc is None or fc.bias is None else [fc.bias]
+    if norm is not None and after:
         return None
-    statistics: list[Any] = [] if norm is None else [norm.running_mean, norm.running_var, norm.weight, norm.bias]
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    hidden: list[Any] = [] if fc is None else [fc.weight]
-    for tensor in (*hidden, *statistics, *weights, *biases):
+    if isinstance(norm, nn.GroupNorm):
+        after = [norm.weight, norm.bias]
+    elif norm is not None:
+        if norm.training or norm.running_mean is None:
+            return None
+        after = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    weights, biases = [layer.weight for layer in heads], [layer.bias for layer in heads]
+    for tensor in (*([] if fc is None else [fc.weight]), *after, *weights, *biases):
         if tensor is None or tensor.dtype != dtype or not tensor.is_contiguous():
             return None
-    return hidden[0] if hidden else None, statistics, 0.0 if norm is None else norm.eps, weights, biases
+    groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
+    return cpu.Layers(
+        None if fc is None else fc.weight, after, groups, 0.0 if norm is None else norm.eps, weights, biases
+    )
 
 
 def has_compiled_kernel(x: Tensor) -> bool:

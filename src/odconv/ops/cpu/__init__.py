@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ OPERATORS.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 OPERATORS.define(
-    "attend(Tensor pooled, Tensor? fc, Tensor[] norm, float eps, Tensor[] weights, Tensor[] biases, float[] gains, "
-    "Tensor? temperature) -> Tensor[]"
+    "attend(Tensor pooled, Tensor? fc, Tensor[] norm, int groups, float eps, Tensor[] weights, Tensor[] biases, "
+    "int[] sizes, float[] gains, int softmax, Tensor? temperature) -> Tensor[]"
 )
 
 
@@ -220,33 +220,45 @@ def pool(x: Tensor) -> Tensor:
     return pooled
 
 
+class Layers(NamedTuple):
+    """The numbers of an attention behind its pool.
+
+    Attributes:
+        fc: weight of the hidden layer, (h, C, ...), or None.
+        norm: what follows it, each (h): nothing; a bias; weight and bias of group norm; or running mean, running
+            variance, weight and bias of batch norm.
+        groups: of group norm.
+        eps: what a norm adds to the variance.
+        weights: a weight (size, h, ...) for each head, or one of all heads below each other, in the input's dtype.
+        biases: a bias (size) for each weight.
+    """
+
+    fc: Tensor | None
+    norm: list[Tensor]
+    groups: int
+    eps: float
+    weights: list[Tensor]
+    biases: list[Tensor]
+
+
 def attend(
-    pooled: Tensor,
-    fc: Tensor | None,
-    norm: list[Tensor],
-    eps: float,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    gains: list[float],
-    temperature: Tensor | None,
+    pooled: Tensor, layers: Layers, sizes: list[int], gains: list[float], softmax: int, temperature: Tensor | None
 ) -> list[Tensor]:
     """Compute an attention behind its pool, without gradients.
 
     Args:
         pooled: means of what the attention looks at, (B, C), in float32 or float64.
-        fc: weight of the hidden layer, (h, C, ...), or None.
-        norm: running mean, running variance, weight and bias of the hidden layer's batch norm, or nothing.
-        eps: what batch norm adds to the variance.
-        weights: a weight (size, h, ...) for each head, in the input's dtype.
-        biases: a bias (size) for each head.
-        gains: a factor of each head's sigmoid, or 0 for a softmax.
+        layers: the attention's numbers.
+        sizes: how many outputs each head has.
+        gains: what the gates of each head are multiplied by.
+        softmax: number of the head whose gates are a softmax, or -1; those of the others are sigmoids.
         temperature: divisor of all logits, or None.
 
     Returns:
         The gates of each head, (B, size), in float32 or float64.
     """
     flops.watch()
-    gates: list[Tensor] = torch.ops.odconv.attend(pooled, fc, norm, eps, weights, biases, gains, temperature)
+    gates: list[Tensor] = torch.ops.odconv.attend(pooled, *layers, sizes, gains, softmax, temperature)
     return gates
 
 
@@ -341,8 +353,9 @@ def _fake_pool(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _fake_attend(pooled: Tensor, fc: Tensor | None, norm: list, eps: float, weights: list, *rest: Any) -> list[Tensor]:
-    return [pooled.new_empty(pooled.shape[0], weight.shape[0]) for weight in weights]
+def _fake_attend(pooled: Tensor, *layers: Any) -> list[Tensor]:
+    sizes = layers[-4]
+    return [pooled.new_empty(pooled.shape[0], size) for size in sizes]
 
 
 torch.library.register_fake("odconv::conv", _fake)

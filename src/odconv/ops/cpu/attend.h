@@ -42,11 +42,11 @@ void sigmoid(T* x, int64_t count, T gain) {
 }
 
 template <class T>
-void softmax(T* x, int64_t count) {
+void softmax(T* x, int64_t count, T gain) {
   const T most = *std::max_element(x, x + count);
   T sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += x[i] = exponential(x[i] - most);
-  for (int64_t i = 0; i < count; ++i) x[i] /= sum;
+  for (int64_t i = 0; i < count; ++i) x[i] *= gain / sum;
 }
 
 // The mean of each channel, (B, C), of maps of any layout, in float32 or float64.
@@ -82,18 +82,53 @@ inline at::Tensor pool(const at::Tensor& x) {
   return out;
 }
 
-// fc -> batch norm by its running statistics -> ReLU -> heads -> gates, for pooled inputs (B, C). `norm` holds mean,
-// variance, weight and bias, or nothing. Parameters of 16 bits are computed with in float32, in which the inputs then are. A head is a weight (O, h), its bias, and its sigmoid's gain, or 0 for a softmax.
-inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optional<at::Tensor>& fc, const std::vector<at::Tensor>& norm, double eps,
-                           const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& biases,
-                           at::ArrayRef<double> gains, const std::optional<at::Tensor>& temperature) {
+// What follows the hidden layer's matrix: nothing, a bias, group norm's weight and bias, or batch norm's running mean, running
+// variance, weight and bias.
+struct Norm {
+  const std::vector<at::Tensor>& numbers;
+  int64_t groups;
+  double eps;
+
+  template <class M, class T>
+  void operator()(T* z, int64_t hidden) const {
+    auto of = [&](int i, int64_t h) { return T(numbers[i].template const_data_ptr<M>()[h]); };
+    if (numbers.size() == 1)
+      for (int64_t h = 0; h < hidden; ++h) z[h] += of(0, h);
+    if (numbers.size() == 4)
+      for (int64_t h = 0; h < hidden; ++h) z[h] = (z[h] - of(0, h)) * (of(2, h) / std::sqrt(of(1, h) + T(eps))) + of(3, h);
+    if (numbers.size() != 2) return;
+    const int64_t count = hidden / groups;
+    for (int64_t first = 0; first < hidden; first += count) {
+      T mean = 0, variance = 0;
+      for (int64_t h = first; h < first + count; ++h) mean += z[h] / T(count);
+      for (int64_t h = first; h < first + count; ++h) variance += (z[h] - mean) * (z[h] - mean) / T(count);
+      for (int64_t h = first; h < first + count; ++h) z[h] = (z[h] - mean) * (of(0, h) / std::sqrt(variance + T(eps))) + of(1, h);
+    }
+  }
+};
+
+// What makes gates of the logits of heads, which are the rows of one matrix or a matrix each: sigmoids, or a softmax for the head of
+// that number, times a gain.
+struct Heads {
+  const std::vector<at::Tensor>&weights, &biases;  // (outputs, h) and (outputs)
+  at::IntArrayRef sizes;
+  at::ArrayRef<double> gains;
+  int64_t softmax;
+};
+
+// fc -> norm -> ReLU -> heads -> gates, for pooled inputs (B, C). Parameters of 16 bits are computed with in float32, in which the
+// inputs then are.
+inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optional<at::Tensor>& fc, const Norm& norm, const Heads& heads,
+                                      const std::optional<at::Tensor>& temperature) {
   const int64_t batch = pooled.size(0), channels = pooled.size(1), hidden = fc ? fc->size(0) : channels;
   const double divisor = temperature ? *temperature->const_data_ptr<float>() : 1;
   int64_t outputs = 0;
-  for (const at::Tensor& weight : weights) outputs += weight.size(0);
-  const int64_t work = hidden * (outputs + (fc ? channels : 0));
   std::vector<at::Tensor> gates;
-  for (const at::Tensor& weight : weights) gates.push_back(at::empty({batch, weight.size(0)}, pooled.options()));
+  for (int64_t size : heads.sizes) {
+    outputs += size;
+    gates.push_back(at::empty({batch, size}, pooled.options()));
+  }
+  const int64_t work = hidden * (outputs + (fc ? channels : 0));
   auto run = [&](auto zero) {
     using M = decltype(zero);
     using T = typename Stored<M>::Sum;
@@ -104,26 +139,21 @@ inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optio
         const T* in = x + b * channels;
         if (fc) {
           apply<M>(fc->const_data_ptr<M>(), hidden, channels, in, nullptr, z.data());
-          for (int64_t h = 0; h < hidden; ++h) {
-            if (!norm.empty()) {
-              auto of = [&](int i) { return T(norm[i].const_data_ptr<M>()[h]); };
-              z[h] = (z[h] - of(0)) * (of(2) / std::sqrt(of(1) + T(eps))) + of(3);
-            }
-            z[h] = z[h] < 0 ? T(0) : z[h];  // as torch's ReLU, a NaN stays
-          }
+          norm.operator()<M>(z.data(), hidden);
+          for (T& one : z) one = one < 0 ? T(0) : one;  // as torch's ReLU, a NaN stays
           in = z.data();
         }
-        for (size_t i = 0; i < weights.size(); ++i) {
-          const int64_t size = weights[i].size(0);
-          T* row = gates[i].mutable_data_ptr<T>() + b * size;
-          apply<M>(weights[i].const_data_ptr<M>(), size, hidden, in, biases[i].const_data_ptr<M>(), row);
-          for (int64_t o = 0; o < size; ++o) row[o] /= T(divisor);
-          gains[i] == 0 ? softmax(row, size) : sigmoid(row, size, T(gains[i]));
+        for (size_t i = 0, row = 0; i < gates.size(); row += heads.sizes[i++]) {
+          const int64_t size = heads.sizes[i], own = heads.weights.size() > 1 ? i : 0, first = heads.weights.size() > 1 ? 0 : row;
+          T* gate = gates[i].mutable_data_ptr<T>() + b * size;
+          apply<M>(heads.weights[own].const_data_ptr<M>() + first * hidden, size, hidden, in, heads.biases[own].const_data_ptr<M>() + first, gate);
+          for (int64_t o = 0; o < size; ++o) gate[o] /= T(divisor);
+          int64_t(i) == heads.softmax ? softmax(gate, size, T(heads.gains[i])) : sigmoid(gate, size, T(heads.gains[i]));
         }
       }
     });
   };
-  switch (weights[0].scalar_type()) {
+  switch (heads.weights[0].scalar_type()) {
     case at::kHalf: run(at::Half()); break;
     case at::kBFloat16: run(at::BFloat16()); break;
     case at::kDouble: run(double()); break;

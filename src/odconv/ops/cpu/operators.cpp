@@ -125,32 +125,45 @@ std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional
   return check_geometry(x, weight.size(1), weight.sizes().slice(3), stride, padding, dilation);
 }
 
+// Of all heads together, or 0 where one has none or there are more than a matrix may have rows.
+int64_t outputs_of(at::IntArrayRef sizes) {
+  int64_t outputs = 0;
+  for (int64_t size : sizes) {
+    if (size < 1 || size > (int64_t(1) << 31)) return 0;
+    outputs += size;
+  }
+  return outputs;
+}
+
 Tensor pool_checked(const Tensor& x) {
   TORCH_CHECK((are_numbers(x) || is_half(x)) && x.layout() == at::kStrided && x.dim() > 2 && x.numel() > 0,
               "odconv: x must be a map of numbers of floating point, got shape ", x.sizes());
   return pool(x);
 }
 
-std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, const std::vector<Tensor>& norm, double eps,
-                                   const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                                   at::ArrayRef<double> gains, const Optional& temperature) {
+std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, const std::vector<Tensor>& norm, int64_t groups, double eps,
+                                   const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, at::IntArrayRef sizes,
+                                   at::ArrayRef<double> gains, int64_t softmax, const Optional& temperature) {
   TORCH_CHECK(are_numbers(pooled) && pooled.dim() == 2 && pooled.size(1) > 0 && pooled.is_contiguous(),
               "odconv: pooled must be contiguous numbers (B, C), got shape ", pooled.sizes());
   TORCH_CHECK(!weights.empty() && (weights[0].dtype() == pooled.dtype() || (is_half(weights[0]) && pooled.scalar_type() == at::kFloat)),
               "odconv: the layers of the attention must have the dtype of pooled, or 16 bits beside float32");
-  const int64_t hidden = fc && fc->dim() > 0 ? fc->size(0) : pooled.size(1);
+  const int64_t hidden = fc && fc->dim() > 0 ? fc->size(0) : pooled.size(1), outputs = outputs_of(sizes);
   auto fits = [&](const Tensor& tensor, int64_t rows, int64_t columns) {
     return tensor.dim() > 0 && tensor.size(0) == rows && rows > 0 && tensor.numel() == rows * columns && is_plain(tensor, weights[0]);
   };
-  bool all = (!fc || fits(*fc, hidden, pooled.size(1))) && (norm.empty() || norm.size() == 4) &&
-             biases.size() == weights.size() && gains.size() == weights.size();
+  bool all = (!fc || fits(*fc, hidden, pooled.size(1))) && norm.size() < 5 && norm.size() != 3 && groups > 0 && hidden % groups == 0 &&
+             (weights.size() == 1 || weights.size() == sizes.size()) && biases.size() == weights.size() && gains.size() == sizes.size() &&
+             outputs > 0 && softmax < int64_t(sizes.size());
   for (const Tensor& tensor : norm) all = all && fits(tensor, hidden, 1);
-  for (size_t i = 0; all && i < weights.size(); ++i)
-    all = weights[i].dim() > 0 && fits(weights[i], weights[i].size(0), hidden) && fits(biases[i], weights[i].size(0), 1);
+  for (size_t i = 0; all && i < weights.size(); ++i) {
+    const int64_t rows = weights.size() == 1 ? outputs : sizes[i];
+    all = fits(weights[i], rows, hidden) && fits(biases[i], rows, 1);
+  }
   TORCH_CHECK(all, "odconv: the layers of the attention do not fit pooled of shape ", pooled.sizes(), " and each other");
   TORCH_CHECK(!temperature || (temperature->scalar_type() == at::kFloat && temperature->numel() == 1 && temperature->is_cpu()),
               "odconv: temperature must be one number in float32");
-  return attend(pooled, fc, norm, eps, weights, biases, gains, temperature);
+  return attend(pooled, fc, {norm, groups, eps}, {weights, biases, sizes, gains, softmax}, temperature);
 }
 
 // What is done to the outputs, in the dtype of sums: the bias, the activation, and where the sums of lines go, or nowhere.
