@@ -2,8 +2,9 @@
 
 ``python benchmarks/networks.py --best`` measures every way for both sides, in turns. In inference a network as it is,
 with `odconv.fuse`, channels-last besides, all that under torch.compile, that without guards on modules, and its file in
-onnxruntime; in training steps as it is, channels-last, and that under torch.compile, of which those in 16 bits are under autocast. The ratio of a row
-is to the fastest of the static network's ways in the same dtype. Rows go to results/best.csv.
+onnxruntime; in training steps as it is, channels-last, and that under torch.compile, of which those in 16 bits are
+under autocast. The ratio of a row is to the fastest of the static network's ways in the same dtype. Rows go to
+results/best.csv.
 """
 
 import tempfile

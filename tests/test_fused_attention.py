@@ -43,9 +43,9 @@ def test_a_fused_attention_computes_the_same(name: str, differentiated: bool) ->
         fuse_attentions(layer)
         assert type(layer.attention) is FusedAttention
         torch.testing.assert_close(layer(x), wanted, rtol=1e-12, atol=1e-12)
-    left = [name for name, _ in layer.attention.named_modules() if name]
-    assert left == [part for part in ("fc", "bn", "heads_fc") if part in left]
-    assert ("bn" in left) == (name in ("group", "layer"))
+    assert not list(layer.attention.children())
+    names = {name.partition("_")[0] for name, _ in layer.attention.named_parameters()}
+    assert names == {"heads", *["hidden"] * (name != "CondConv"), *["norm"] * (name in ("group", "layer"))}
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the compiled kernel is not here")
@@ -82,9 +82,6 @@ def test_a_fused_attention_is_kept_copied_and_set() -> None:
     other, _ = drawn("batch")
     fuse_attentions(other)
     state = {name: tensor + 0.1 for name, tensor in layer.state_dict().items()}
-    assert {name for name in state if "heads_fc" in name} == {
-        f"attention.heads_fc.{part}" for part in ("weight", "bias")
-    }
     other.load_state_dict(state)
     layer.load_state_dict({name: tensor for name, tensor in state.items() if not name.endswith("temperature")})
     odconv.set_temperature(layer, 0.8)  # which the state has, and this layer kept its own

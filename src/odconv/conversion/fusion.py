@@ -75,7 +75,7 @@ def fuse(model: nn.Module) -> nn.Module:
     its place, or the activation that timm's batch norm holds, so that all other layers keep their names. What follows
     KernelWarehouse's layers stays, since their kernels are made of cells that other layers use too.
 
-    Within attentions, batch norm becomes part of the hidden layer, and the heads become one matrix, `heads_fc`; those
+    Within attentions, batch norm becomes part of the hidden layer, and the heads become one matrix; those
     with hooks, and of other classes, stay as they are.
 
     ReLU, ReLU6, Hardswish and SiLU that alone follow a dynamic layer become part of it, too: on the CPU, without

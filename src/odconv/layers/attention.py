@@ -203,12 +203,12 @@ class Attention(PoolingAttention):
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             dtype = torch.promote_types(x.dtype, torch.float32)
             z = pool(x, self.extent, dtype)
-            if self.fc is not None:
-                z = self._normalise(self._project(self.fc, z)).relu()
             return tuple(map(self._gate, self.heads, self._logits(z)))
 
     def _logits(self, z: Tensor) -> Sequence[Tensor]:
-        """Return the logits of each head, (B, size), of the hidden layer's output."""
+        """Return the logits of each head, (B, size), of what was pooled, (B, C)."""
+        if self.fc is not None:
+            z = self._normalise(self._project(self.fc, z)).relu()
         return [self._project(layer, z) for layer in self.head_layers()]
 
     def head_layers(self) -> list[Any]:
@@ -223,6 +223,33 @@ class Attention(PoolingAttention):
             shares = logits.softmax(1) if self.kernel_gate == "softmax" else logits.sigmoid()
             return shares if self.factors is None else self.kernel_gain * shares
         return logits.sigmoid() if self.factors is None else self.gain * logits.sigmoid()
+
+    def plain_layers(self, dtype: torch.dtype) -> cpu.Layers | None:
+        """Return the numbers of the parts as the compiled kernel takes them; None where these want to be called.
+
+        Args:
+            dtype: what all of them must have.
+        """
+        parts: dict[str, Any] = self._modules
+        norm, fc, heads = parts.get("bn"), parts.get("fc"), self.head_layers()
+        for part in (fc, norm, *heads):
+            if part is not None and not is_plain(part):
+                return None
+        after: list[Any] = [] if fc is None or fc.bias is None else [fc.bias]
+        if norm is not None and after:
+            return None
+        if isinstance(norm, nn.GroupNorm):
+            after = [norm.weight, norm.bias]
+        elif norm is not None:
+            if norm.training or norm.running_mean is None:
+                return None
+            after = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+        weights, biases = [layer.weight for layer in heads], [layer.bias for layer in heads]
+        for tensor in (*([] if fc is None else [fc.weight]), *after, *weights, *biases):
+            if tensor is None or tensor.dtype != dtype or not tensor.is_contiguous():
+                return None
+        groups, eps = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1, 0.0 if norm is None else norm.eps
+        return cpu.Layers(None if fc is None else fc.weight, after, groups, eps, weights, biases)
 
     def _project(self, layer: Any, z: Tensor) -> Tensor:
         """Return a 1x1 convolution of vectors, (B, C) -> (B, O), in z's dtype."""
@@ -372,7 +399,7 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
     """Return what :meth:`Attention.forward` does without gradients on the CPU where the compiled kernel does it."""
     if not has_compiled_kernel(x):
         return None
-    layers = plain_layers(attention, x.dtype)
+    layers = attention.plain_layers(x.dtype)
     if layers is None:
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -383,37 +410,6 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
     gains = [attention.kernel_gain if name == "kernel" else attention.gain for name in attention.heads]
     softmax = [*attention.heads].index("kernel") if attention.has_softmax() else -1
     return tuple(cpu.attend(pooled, layers, sizes, gains, softmax, attention.temperature))
-
-
-def plain_layers(attention: Attention, dtype: torch.dtype) -> cpu.Layers | None:
-    """Return the numbers of an attention's parts as the compiled kernel takes them; None where these want to be called.
-
-    Args:
-        attention: the attention.
-        dtype: what all of them must have.
-    """
-    parts: dict[str, Any] = attention._modules
-    norm, fc, heads = parts.get("bn"), parts.get("fc"), attention.head_layers()
-    for part in (fc, norm, *heads):
-        if part is not None and not is_plain(part):
-            return None
-    after: list[Any] = [] if fc is None or fc.bias is None else [fc.bias]
-    if norm is not None and after:
-        return None
-    if isinstance(norm, nn.GroupNorm):
-        after = [norm.weight, norm.bias]
-    elif norm is not None:
-        if norm.training or norm.running_mean is None:
-            return None
-        after = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
-    weights, biases = [layer.weight for layer in heads], [layer.bias for layer in heads]
-    for tensor in (*([] if fc is None else [fc.weight]), *after, *weights, *biases):
-        if tensor is None or tensor.dtype != dtype or not tensor.is_contiguous():
-            return None
-    groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
-    return cpu.Layers(
-        None if fc is None else fc.weight, after, groups, 0.0 if norm is None else norm.eps, weights, biases
-    )
 
 
 def has_compiled_kernel(x: Tensor) -> bool:

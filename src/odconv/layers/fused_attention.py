@@ -5,18 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from odconv.layers.attention import (
-    POINTWISE,
     Attention,
     BatchNorm,
-    Pointwise,
     PoolingAttention,
+    cast,
     fill_in_temperature,
     is_plain,
     take_factors,
 )
+from odconv.ops.cpu import Layers
 
 SETTINGS = ("dims", "heads", "norm", "kernel_gate", "init", "initial_temperature", "gain", "kernel_gain", "takes_means")
 
@@ -24,11 +25,24 @@ SETTINGS = ("dims", "heads", "norm", "kernel_gate", "init", "initial_temperature
 class FusedAttention(Attention):
     """An attention whose batch norm is part of its hidden layer, and whose heads are the rows of one matrix.
 
-    It computes what the attention did in evaluation mode, and can be trained no less, but has other keys.
+    It computes what the attention did in evaluation mode, and can be trained no less, but has other keys. It has no
+    parts, of which torch.compile would watch every one.
 
     Args:
-        attention: one for which :func:`can_be_fused` is true. What it has is copied, or taken over.
+        attention: one for which :func:`can_be_fused` is true.
+
+    Attributes:
+        hidden_weight, hidden_bias: of the hidden layer, (h, C) and (h), or None.
+        norm_weight, norm_bias: of its group norm, (h), or None.
+        heads_weight, heads_bias: of all heads below each other, (outputs, h) and (outputs).
     """
+
+    hidden_weight: nn.Parameter | None
+    hidden_bias: nn.Parameter | None
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+    heads_weight: nn.Parameter
+    heads_bias: nn.Parameter
 
     def __init__(self, attention: Attention) -> None:
         PoolingAttention.__init__(self)
@@ -38,22 +52,41 @@ class FusedAttention(Attention):
         self.register_load_state_dict_pre_hook(fill_in_temperature)
         self.register_buffer("factors", attention.factors)
         self.register_load_state_dict_pre_hook(take_factors)
-        self.fc, self.bn = attention.fc, attention.bn
-        if isinstance(attention.bn, BatchNorm) and attention.fc is not None:
-            self.fc, self.bn = folded(attention.fc, attention.bn), None
-        heads = attention.head_layers()
-        self.heads_fc = pointwise(
-            torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads]), heads[0]
-        )
-        self.train(attention.training)
+        fc, norm, heads = attention.fc, attention.bn, attention.head_layers()
+        weight, bias = (None, None) if fc is None else (fc.weight, fc.bias)
+        self.groups, self.eps = 1, 0.0
+        if isinstance(norm, BatchNorm):
+            weight, bias = folded(weight, norm)
+        elif isinstance(norm, nn.GroupNorm):
+            self.groups, self.eps = norm.num_groups, norm.eps
+        self._place("hidden", weight, bias)
+        self._place("norm", *((norm.weight, norm.bias) if isinstance(norm, nn.GroupNorm) else (None, None)))
+        self._place("heads", torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads]))
+        self.requires_grad_(heads[0].weight.requires_grad).train(attention.training)
 
-    def head_layers(self) -> list[Any]:
-        """Return the one last layer, of all heads."""
-        return [self.heads_fc]
+    def _place(self, name: str, weight: Tensor | None, bias: Tensor | None) -> None:
+        for kind, tensor in (("weight", weight), ("bias", bias)):
+            own = None
+            if tensor is not None:  # a 1x1 convolution becomes a matrix
+                own = nn.Parameter((tensor.flatten(1) if tensor.dim() > 1 else tensor).detach().clone())
+            self.register_parameter(f"{name}_{kind}", own)
 
     def _logits(self, z: Tensor) -> tuple[Tensor, ...]:
-        sizes = [math.prod(shape) for shape in self.heads.values()]
-        return self._project(self.heads_fc, z).split(sizes, 1)
+        if self.hidden_weight is not None:
+            z = F.linear(z, self.hidden_weight.to(z.dtype), cast(self.hidden_bias, z))
+            if self.norm_weight is not None:
+                z = F.group_norm(z, self.groups, cast(self.norm_weight, z), cast(self.norm_bias, z), self.eps)
+            z = z.relu()
+        logits = F.linear(z, self.heads_weight.to(z.dtype), cast(self.heads_bias, z))
+        return logits.split([math.prod(shape) for shape in self.heads.values()], 1)
+
+    def plain_layers(self, dtype: torch.dtype) -> Layers | None:
+        """Return the numbers as the compiled kernel takes them; None where they have another dtype."""
+        if self.heads_weight.dtype != dtype:
+            return None
+        after: list[Any] = [self.hidden_bias] if self.norm_weight is None else [self.norm_weight, self.norm_bias]
+        after = [tensor for tensor in after if tensor is not None]
+        return Layers(self.hidden_weight, after, self.groups, self.eps, [self.heads_weight], [self.heads_bias])
 
 
 def can_be_fused(attention: Any) -> bool:
@@ -74,20 +107,10 @@ def fuse_attentions(model: nn.Module) -> None:
             layer.attention = FusedAttention(attention)
 
 
-def folded(fc: Pointwise, norm: Any) -> Pointwise:
-    """Return a hidden layer that does what batch norm does after it, computed in at least float32."""
-    numbers: list[Any] = [fc.weight, fc.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias]
-    dtype = torch.promote_types(fc.weight.dtype, torch.float32)
-    numbers = [one.to(dtype) if isinstance(one, Tensor) else one for one in numbers]
-    weight, bias = fuse_conv_bn_weights(*numbers)
-    return pointwise(weight, bias, fc)
-
-
-def pointwise(weight: Tensor, bias: Tensor, like: Pointwise) -> Pointwise:
-    """Return a 1x1 convolution with a weight and a bias, in the dtype of another and trained where that is."""
-    outputs, inputs = weight.shape[:2]
-    layer = POINTWISE[weight.dim() - 2](inputs, outputs, 1, device=like.weight.device, dtype=like.weight.dtype)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)  # type: ignore[union-attr]
-    return layer.requires_grad_(like.weight.requires_grad)
+def folded(weight: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias of a hidden layer that does what batch norm does after it."""
+    numbers: list[Any] = [weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias]
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    numbers = [one.to(exact) if isinstance(one, Tensor) else one for one in numbers]
+    found = fuse_conv_bn_weights(*numbers)
+    return found[0].to(weight.dtype), found[1].to(weight.dtype)
