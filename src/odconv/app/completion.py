@@ -38,11 +38,7 @@ def completion(shell: Sequence[str]) -> str:
 
 
 def _whole(file: Any) -> argparse.ArgumentParser:
-    """Return one parser of all commands, of argparse alone, as shtab reads it.
-
-    Args:
-        file: what marks a value as the name of a file.
-    """
+    """Return one parser of all commands, of argparse alone, as shtab reads it; `file` marks names of files."""
     whole = argparse.ArgumentParser("odconv")
     for option, text in (("--version", "show the version"), ("--debug", "after an error, show where it arose")):
         whole.add_argument(option, action="store_true", help=text)

@@ -21,9 +21,6 @@ class AttentionStatistics(pl.Callback):
     random state changes. A resumed run goes on with the table. Static networks get none.
 
     A callback that evaluates other weights than those in training must come later in the Trainer's list.
-
-    Args:
-        out: folder of the run.
     """
 
     def __init__(self, out: Path) -> None:

@@ -24,9 +24,6 @@ class ClassifierEvaluation(pl.LightningModule):
     Afterwards, `seconds` is how long the evaluation took. It is a ValueError if no image could be read.
 
     All are exact over several processes: what pads a batch, or cannot be read, does not count.
-
-    Args:
-        model: from images (B, 3, H, W) to logits (B, classes).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,13 +62,7 @@ class ClassifierEvaluation(pl.LightningModule):
 
 
 class ClassifierTraining(TrainingModule, ClassifierEvaluation):
-    """Trains a classifier on the cross-entropy, with the schedules of :mod:`odconv.app.classify.schedule`.
-
-    Args:
-        model: from images (B, 3, H, W) to logits (B, classes).
-        config: the options of the run.
-        classes: names of the classes.
-    """
+    """Trains a classifier on the cross-entropy, with the schedules of :mod:`odconv.app.classify.schedule`."""
 
     config: TrainConfig
 

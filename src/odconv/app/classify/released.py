@@ -25,13 +25,7 @@ class Released(NamedTuple):
 
 
 def open_released(folder: Path) -> Released:
-    """Open a folder of weights.
-
-    Raises:
-        FileNotFoundError: it lacks a file.
-        ValueError: a file in it is malformed, or its weights do not fit.
-        ImportError: huggingface_hub is missing.
-    """
+    """Open a folder of weights; a FileNotFoundError or ValueError says what is missing, malformed or does not fit."""
     from odconv.hub import CONFIG, WEIGHTS, HubModel
 
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
@@ -45,11 +39,7 @@ def open_released(folder: Path) -> Released:
 
 
 def read_notes(path: Path, outputs: int) -> dict[str, Any]:
-    """Read NOTES of a network with so many outputs.
-
-    Raises:
-        ValueError: they are malformed.
-    """
+    """Read NOTES of a network with so many outputs; a ValueError says what is malformed."""
     with malformed(path):
         notes = json.loads(path.read_text(encoding="utf-8"))
         found = {name: notes[name] for name in ("image_size", "resize_size", "classes")}

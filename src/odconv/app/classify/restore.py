@@ -54,16 +54,10 @@ NAMES = tuple(field.name for field in fields(Description))
 
 
 class Restored(NamedTuple):
-    """A trained network.
+    """A trained network, in evaluation mode, and how to use it.
 
-    Attributes:
-        model: the network, in evaluation mode.
-        arch: its name.
-        classes: names of its outputs, those of the folders of its data; None where they are not known.
-        num_classes: number of its outputs.
-        image_size: side of the images to give it, in pixels.
-        resize_size: shorter side before the centre is cropped, in pixels.
-        names: what the classes are called; None where that is their names.
+    `classes` are the names of its outputs, those of the folders of its data, None where they are not known; `names` is
+    what the classes are called, None where that is their names. Sizes are in pixels.
     """
 
     model: nn.Module
@@ -175,12 +169,7 @@ def count_classes(state: dict[str, Tensor]) -> int | None:
 
 
 def find_budget(state: dict[str, Tensor], arch: str) -> float:
-    """Return the budget of a network of KernelWarehouse by its cells, which published files do not say; 1 if none fits.
-
-    Args:
-        state: the weights.
-        arch: name of the network.
-    """
+    """Return the budget of a network of KernelWarehouse by its cells, since published files lack it; 1 if none fits."""
 
     def cells(tensors: Mapping[str, Tensor]) -> list[torch.Size]:
         return [tensor.shape for key, tensor in tensors.items() if key.startswith(f"{NAME}.weights.")]

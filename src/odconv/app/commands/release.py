@@ -133,11 +133,7 @@ def _open(run: Run, names: str | None) -> tuple[HubModel, dict[str, Any]]:
 
 
 def _rounded(state: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
-    """Return weights with the kernels and matrices among them in another precision.
-
-    Raises:
-        ValueError: one is too large for it.
-    """
+    """Return weights, kernels and matrices in another precision; a ValueError if one is too large for it."""
     dtype = getattr(torch, precision)
     rounded = {
         name: tensor.to(dtype) if tensor.ndim > 1 and tensor.is_floating_point() else tensor

@@ -89,15 +89,9 @@ def _scan(place: tuple[Path, str]) -> Shard:
 
 
 def describe(path: Path, name: str) -> Shard:
-    """Find the images and labels of a shard, and compute all that an index holds.
+    """Find the images and labels of a shard, and compute all that an index, in which it has a name, holds of it.
 
-    Args:
-        path: the tar file.
-        name: its name in the index.
-
-    Raises:
-        ValueError: it is damaged or compressed, or an image has no label.
-        OSError: it cannot be read.
+    It is a ValueError if the file is damaged or compressed, or an image has no label.
     """
     if not SAFE_NAME.fullmatch(name):
         raise ValueError(f"the name of a shard may have letters, digits, spaces and .+=@,- only, got {name!r}")

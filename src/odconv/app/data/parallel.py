@@ -14,16 +14,9 @@ R = TypeVar("R")
 
 
 def each(function: Callable[[A], R], arguments: Sequence[A], workers: int | None = None) -> Iterator[R]:
-    """Call a function with each argument, and give the results as they come.
+    """Call a function that can be pickled with each argument, in processes, and give the results as they come.
 
-    Args:
-        function: one that can be pickled.
-        arguments: its arguments.
-        workers: number of processes; default one a core. One is this process itself.
-
-    Raises:
-        ValueError: `workers` is below 1.
-        OSError: a process was killed.
+    `workers` is how many, by default one a core; one is this process itself. It is an OSError if a process was killed.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")

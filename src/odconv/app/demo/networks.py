@@ -28,13 +28,7 @@ class Network(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a network says of an image.
-
-    Attributes:
-        network: the network.
-        top: the most probable classes and their probabilities, in %.
-        milliseconds: median time of the network alone, for this one image.
-    """
+    """What a network says of an image: the most probable classes, in %, and its median time for it alone."""
 
     network: Network
     top: list[tuple[str, float]]
@@ -42,17 +36,9 @@ class Answer(NamedTuple):
 
 
 def load(weights: str, static: str | None, static_arch: str | None, **options: Any) -> list[Network]:
-    """Load networks that know the same classes and see the same pixels.
+    """Load a network, and perhaps one to compare it with, which comes first: of the same classes and sizes of images.
 
-    Args:
-        weights: what :func:`odconv.app.predict.load_classifier` reads.
-        static: the same of a network to compare it with, which then comes first; None for none.
-        static_arch: name of that network, where its file does not say.
-        **options: what `weights` does not say; classes, stem, sizes and device hold for both.
-
-    Raises:
-        ValueError: options or weights that do not fit, an exported file, or networks that differ.
-        OSError: a file cannot be read.
+    Options are what `weights` does not say; classes, stem, sizes and device hold for both.
     """
     for given in (weights, static):
         if given is not None and is_exported(given):  # not opened, then refused

@@ -22,12 +22,9 @@ PARTS = ("images", "annotations", "categories")
 class Annotations:
     """What is on a set of images.
 
-    Attributes:
-        path: the file.
-        images: COCO's entries of the images: `id`, `file_name`, `width` and `height` in pixels.
-        objects: of each image its entries of objects, crowds included; each has a proper `bbox`, `area`, `iscrowd`.
-        categories: COCO's entries of the classes, by ascending `id`. The label of one is its place here + 1.
-        dropped: the ids of the annotations that were left out, by what is wrong with them.
+    `images` and `categories` are COCO's entries, the latter by ascending `id`: the label of one is its place + 1.
+    `objects` are those of each image, crowds included; each has a proper `bbox`, `area`, `iscrowd`. `dropped` has the
+    ids of the annotations that were left out, by what is wrong with them.
     """
 
     path: Path
@@ -64,18 +61,13 @@ class Annotations:
 
 
 def read_annotations(path: str | Path, classes: Sequence[str] | None = None, masks: bool = False) -> Annotations:
-    """Read an annotation file.
+    """Read an annotation file, such as annotations/instances_train2017.json.
 
     Objects that nothing can be learned from are left out and noted by their ids: of images or categories that are not
     listed, or of images too large to be read; without a box, with one that is not finite, of zero or negative size or
     outside of the image; and, if masks are asked for, without one, with one of another size than the image, or whose
     outline is longer than a million pixels. Images without any object are kept, and polygons of fewer than three points
-    are taken out of masks.
-
-    Args:
-        path: the file, such as annotations/instances_train2017.json.
-        classes: names of the classes to keep; default all.
-        masks: whether every object must have a mask.
+    are taken out of masks. Of the categories, those of certain names can be chosen.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -114,11 +106,7 @@ def read_annotations(path: str | Path, classes: Sequence[str] | None = None, mas
 
 
 def check_files(annotations: Annotations, folder: str | Path) -> None:
-    """See that the listed images are there.
-
-    Raises:
-        FileNotFoundError: the folder, or some images, are not.
-    """
+    """See that the folder and the listed images are there; else a FileNotFoundError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder of images {folder} does not exist")

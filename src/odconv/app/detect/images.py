@@ -31,12 +31,10 @@ logger = logging.getLogger(__name__)
 def augmentation(augment: Augment) -> Callable[[Any, Target], tuple[Any, Target]]:
     """Return a transform of an image and its target.
 
-    Args:
-        augment: "flip": left and right are swapped in every second image, as published. "strong": besides, colours are
-            distorted and parts are cut out (as for SSD), for few images. "crop": besides, parts of 384 to 600 pixels
-            of every second image are cut out (as for DETR). "none": nothing.
-
-    Boxes are cut off at the image's border; those less than a pixel wide or high are left out, with labels and masks.
+    "flip": left and right are swapped in every second image, as published. "strong": besides, colours are distorted and
+    parts are cut out (as for SSD), for few images. "crop": besides, parts of 384 to 600 pixels of every second image
+    are cut out (as for DETR). "none": nothing. Boxes are cut off at the image's border; those less than a pixel wide or
+    high are left out, with labels and masks.
     """
     parts: list[nn.Module] = []
     if augment == "strong":
@@ -51,11 +49,7 @@ def augmentation(augment: Augment) -> Callable[[Any, Target], tuple[Any, Target]
 
 
 class RandomPart(v2.Transform):
-    """Cuts out a part whose sides are drawn between two lengths, or are the image's where it is shorter.
-
-    Args:
-        least, most: lengths in pixels.
-    """
+    """Cuts out a part whose sides are drawn between two lengths in pixels, or are the image's where it is shorter."""
 
     def __init__(self, least: int, most: int) -> None:
         super().__init__()
@@ -74,18 +68,12 @@ class RandomPart(v2.Transform):
 
 
 class CocoImages(Dataset[tuple[Tensor, Target]]):
-    """Images as bytes (3, H, W), with their targets.
+    """Images as bytes (3, H, W), with their targets, which lack crowds; alone, for evaluation, without `augment`.
 
     An image that cannot be read, or has another size than its annotations say, is named in a warning and answered with
     a blank one whose `index` is UNREADABLE. The index ``len(images)`` is answered likewise, without the warning: it is
     the padding of an evaluation. An index may come with a seed, as from a training sampler: then the augmentation
     depends on the seed alone.
-
-    Args:
-        annotations: what is on the images; crowds are left out of the targets.
-        folder: folder of the images.
-        augment: see :func:`augmentation`; None for images alone, without anything on them, for evaluation.
-        masks: whether targets have masks.
     """
 
     def __init__(

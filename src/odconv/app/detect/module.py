@@ -27,9 +27,6 @@ class DetectorEvaluation(pl.LightningModule):
     format, and `seconds` how long it took. It is a ValueError if no image could be read.
 
     All are exact over several processes: every image is looked at once, and one process scores what all have found.
-
-    Args:
-        model: a detector.
     """
 
     annotations: Annotations
@@ -89,13 +86,7 @@ class DetectorEvaluation(pl.LightningModule):
 
 
 class DetectorTraining(TrainingModule, DetectorEvaluation):
-    """Trains a detector on the sum of its losses.
-
-    Args:
-        model: a detector of :func:`odconv.create_detector`.
-        config: the options of the run.
-        annotations: what is on the images for evaluation, and the classes.
-    """
+    """Trains a detector on the sum of its losses; the annotations are those for evaluation, and say the classes."""
 
     config: DetectConfig
 

@@ -87,16 +87,7 @@ def _areas(detections: dict[str, "Tensor"]) -> list[float]:
 
 
 def draw(image: "Tensor", detections: dict[str, "Tensor"], classes: list[str]) -> "Tensor":
-    """Draw what was found on an image, with labels and scores.
-
-    Args:
-        image: bytes (3, H, W).
-        detections: `boxes` (N, 4), `labels` (N), `scores` (N) and perhaps `masks` (N, 1, H, W) of probabilities.
-        classes: names of the classes, that of label 1 first.
-
-    Returns:
-        Bytes (3, H, W).
-    """
+    """Draw what was found on an image, bytes (3, H, W), with labels and scores; the first class has the label 1."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     labels = detections["labels"].tolist()

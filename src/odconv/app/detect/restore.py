@@ -66,14 +66,10 @@ PASSED = tuple(name for name in NAMES if name not in ("detector", "arch", "class
 
 
 class RestoredDetector(NamedTuple):
-    """A trained detector.
+    """A trained detector, in evaluation mode.
 
-    Attributes:
-        model: the detector, in evaluation mode.
-        name: what it is.
-        classes: names of its classes, that of label 1 first.
-        categories: the id of each class in COCO's format.
-        chosen: the classes that the training took of those in its annotations; None for all.
+    `classes` are their names, that of label 1 first, `categories` their ids in COCO's format, `chosen` those that the
+    training took of the classes in its annotations, None for all.
     """
 
     model: nn.Module
@@ -84,13 +80,7 @@ class RestoredDetector(NamedTuple):
 
 
 def build(config: DetectConfig, classes: int, weights: Checkpoint | None = None) -> nn.Module:
-    """Build the detector of a run, with the weights to start from.
-
-    Args:
-        config: the options of the run.
-        classes: how many classes there are, without the background.
-        weights: what was read of `config.weights`, if anything.
-    """
+    """Build the detector of a run for so many classes, with the weights to start from."""
     return create_detector(
         config.detector,
         config.arch,

@@ -117,12 +117,7 @@ def _conventions(config: DetectConfig, resumed: Resumed, weights: Checkpoint | N
 
 
 def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:
-    """Read what is on the images to train and to evaluate on, and see that they are there.
-
-    Raises:
-        FileNotFoundError: annotations, or images that they list, are missing.
-        ValueError: annotations that nothing can be learned from, or of other classes for evaluation.
-    """
+    """Read what is on the images to train and to evaluate on, and see that they fit each other and are there."""
     root, masks = Path(config.data), config.detector == "mask_rcnn"
     training = read_annotations(root / config.train_annotations, config.classes, masks)
     evaluation = read_annotations(root / config.val_annotations, config.classes, masks)

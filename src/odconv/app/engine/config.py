@@ -44,14 +44,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Refuse numbers that are out of range; other options are left alone.
-
-    Args:
-        options: values by name; None and "auto" are always allowed.
-
-    Raises:
-        ValueError: names the option, what it must be, and its value.
-    """
+    """Refuse numbers that are out of range, by a ValueError; None, "auto" and other options are left alone."""
     for allowed, holds, names in RULES:
         for name in names.split():
             value = options.get(name)
@@ -149,11 +142,7 @@ def defaults(config: type[RunConfig]) -> dict[str, Any]:
 
 
 def logger_names(option: str) -> list[str]:
-    """Return the loggers that the option `logger` names.
-
-    Raises:
-        ValueError: there is no such logger.
-    """
+    """Return the loggers that the option `logger` names; a ValueError where there is no such."""
     names = [] if option == "none" else option.split(",")
     for name in names:
         if name not in LOGGERS:

@@ -15,13 +15,8 @@ LOST = ("gloo", "NCCL", "Connection reset", "Connection closed", "Broken pipe")
 def explained(processes: int) -> Iterator[None]:
     """Turn the errors of PyTorch and Lightning that have a cause outside of them into errors that name it.
 
-    Args:
-        processes: how many train together.
-
-    Raises:
-        OSError: other processes cannot be reached, or were lost, or one that reads images was killed.
-        SystemExit: SIGTERM, of which Lightning would report success.
-        KeyboardInterrupt: Ctrl-C, which Lightning turns into an exit.
+    An OSError: other processes cannot be reached or were lost, or one that reads images was killed. A SystemExit after
+    SIGTERM, of which Lightning would report success. A KeyboardInterrupt, which Lightning turns into an exit.
     """
     try:
         yield

@@ -15,13 +15,7 @@ Row = dict[str, float]
 
 
 class History(pl.Callback):
-    """Print one line per epoch and keep metrics.csv, which has one row per epoch; a resumed run goes on with both.
-
-    Subclasses say what is measured in an epoch.
-
-    Args:
-        out: folder of the run.
-    """
+    """Print one line per epoch and keep metrics.csv, which has one row per epoch; a resumed run goes on with both."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / "metrics.csv"

@@ -22,11 +22,7 @@ def resolve_layers(arch: str, kernel_num: int | None, reduction: float | None) -
 def check_fall(arch: str, warm_start: bool, option: str, epochs: int) -> None:
     """Raise a ValueError where KernelWarehouse's blend would leave the static network of a warm start at once.
 
-    Args:
-        arch: the network.
-        warm_start: whether it starts from its static one.
-        option: name of the option that says how long the blend falls.
-        epochs: its value.
+    `option` is the name of the one that says in how many epochs the blend falls.
     """
     if warm_start and split_name(arch)[0] == WAREHOUSE and epochs == 0:
         raise ValueError(

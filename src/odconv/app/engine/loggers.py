@@ -13,25 +13,15 @@ from odconv.system.packages import needed_by
 
 
 def make_loggers(names: str, out: Path) -> list[Logger]:
-    """Return the loggers of a run, which write nothing before it begins.
+    """Return the loggers that the option `logger` names, which write nothing before the run begins.
 
-    Args:
-        names: the option `logger` of the run.
-        out: folder of the run.
-
-    Raises:
-        ImportError: the package of one is missing.
-        ValueError: Weights & Biases is to be reached and knows no login.
+    An ImportError names a package that is missing; without a login, Weights & Biases is a ValueError.
     """
     return [LOGGERS[name](out) for name in logger_names(names)]
 
 
 class Wandb(WandbLogger):
-    """Weights & Biases' logger, whose run ends with the training: the next training of the process has one of its own.
-
-    Args:
-        out: folder of the run.
-    """
+    """Weights & Biases' logger, whose run ends with the training: the process's next training has its own."""
 
     def __init__(self, out: Path) -> None:
         super().__init__(out.resolve().name, out, project=os.environ.get("WANDB_PROJECT", "odconv"))

@@ -27,9 +27,8 @@ CONFIG, DEFAULTS, RESULT = "config.yaml", "defaults.yaml", "result.json"
 def lock_folder(out: Path, resume: str | None) -> Iterator[None]:
     """Make the folder of the run and keep others out of it; see that it holds nothing that would be lost.
 
-    Raises:
-        FileExistsError: it holds something that the run does not go on with.
-        OSError: another run is writing to it, or it cannot be written.
+    It is an OSError if another run is writing to it, or it cannot be written, or it holds what the run does not go on
+    with.
     """
     check_writable(out)
     _check_content(out, resume)

@@ -9,11 +9,7 @@ from torch.profiler import ProfilerActivity
 
 
 class Trace(pl.Callback):
-    """Writes a trace of the fifth to the ninth step to a folder, for chrome://tracing, Perfetto or TensorBoard.
-
-    Args:
-        folder: where to write it.
-    """
+    """Writes a trace of the fifth to the ninth step to a folder, for chrome://tracing, Perfetto or TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -45,15 +45,8 @@ def make_trainer(
 ) -> pl.Trainer:
     """Set up a Trainer for the GPUs or CPU processes that are asked for, or that torchrun has started.
 
-    Args:
-        devices: number of processes on this machine; torchrun overrides it.
-        amp: mixed precision.
-        callbacks: callbacks; a progress bar is added on a terminal.
-        timeout: how long processes wait for each other before they give up, in seconds.
-        options: further arguments of the Trainer.
-
-    Raises:
-        ValueError: the machine has no such devices, or cannot do such precision.
+    A progress bar is added on a terminal; `timeout` is how long processes wait for each other, in seconds; `options`
+    are further arguments of the Trainer. A ValueError if the machine has no such devices, or cannot do such precision.
     """
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
@@ -87,17 +80,9 @@ def make_trainer(
 
 
 def make_training(config: RunConfig, monitor: str, callbacks: Sequence[Callback], **options: Any) -> pl.Trainer:
-    """Set up the Trainer of a training run, with the callbacks that write its checkpoints.
+    """Set up the Trainer of a training run, with the callbacks that write its checkpoints, the best by `monitor`.
 
-    Args:
-        config: the options of the run.
-        monitor: the metric by which the best checkpoint is chosen.
-        callbacks: further callbacks, which act before the checkpoints are written.
-        options: further arguments of the Trainer.
-
-    Raises:
-        ValueError: the machine has no such devices or precision, or the batch cannot be shared out.
-        ImportError: the package of a logger is missing.
+    `callbacks` act before the checkpoints are written. A ValueError if the batch cannot be shared out among processes.
     """
     out = Path(config.out)
     trainer = make_trainer(

@@ -16,11 +16,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @contextmanager
 def trial(config: Config) -> Iterator[Config]:
-    """Give the options of the run: if it is a trial, with a folder that is deleted afterwards for `out`.
-
-    Raises:
-        ValueError: a trial was to go on from a checkpoint.
-    """
+    """Give the options of the run: if it is a trial, with a folder that is deleted afterwards for `out`."""
     if config.fast_dev_run is None:
         yield config
         return

@@ -21,9 +21,7 @@ def exported_classifier(
 ) -> Classifier:
     """Open a file; what it does not say is assumed, and named in a warning.
 
-    Raises:
-        ValueError: it is no classifier of images, or takes images of another size alone.
-        ValueError, OSError, ImportError: as :func:`odconv.export.opened.open_exported`.
+    It is a ValueError if it is no classifier of images, or takes images of another size alone.
     """
     file = open_exported(path, trust)
     if file.takes_sizes:

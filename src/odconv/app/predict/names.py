@@ -7,17 +7,10 @@ from odconv.app.data import imagenet_names
 
 
 def class_names(file: str | None, known: Sequence[str] | None, outputs: int) -> list[str]:
-    """Name the outputs of a network.
+    """Name the outputs of a network: by a text file with a name a line, or by names that the weights come with.
 
-    Args:
-        file: a text file with the name of a class in each line; None to go by what is known.
-        known: names that the weights come with. ImageNet's folders, which are called by WordNet ids, get their readable
-            names, and so do 1,000 outputs without any names.
-        outputs: how many there are; those without a name are numbered.
-
-    Raises:
-        ValueError: the file has another number of lines, or is no text.
-        OSError: it cannot be read.
+    ImageNet's folders, which are called by WordNet ids, get their readable names, and so do 1,000 outputs without any
+    names. Those without a name are numbered. It is a ValueError if the file has another number of lines, or is no text.
     """
     if file is not None:
         try:

@@ -10,13 +10,9 @@ R = TypeVar("R")
 
 
 def ahead(function: Callable[[A], R], arguments: Iterable[A], threads: int, count: int) -> Iterator[R]:
-    """Call a function with each argument in turn, and give the results in that order.
+    """Call a function with each argument in turn, in threads, and give the results in that order.
 
-    Args:
-        function: one that may run in several threads at once.
-        arguments: its arguments.
-        threads: how many threads call it; with 0 it is called when its result is asked for.
-        count: how many results there may be that were not asked for yet.
+    With 0 threads it is called when its result is asked for; else up to `count` results wait for that.
     """
     if threads == 0:
         yield from map(function, arguments)

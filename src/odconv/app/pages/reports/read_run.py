@@ -21,19 +21,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What the folder of a run holds.
+    """What the folder of a run holds; what is missing is empty.
 
-    Attributes:
-        folder: where it is.
-        config: the options, of config.yaml.
-        defaults: the default values of the options, of defaults.yaml.
-        epochs: the rows of metrics.csv, numbers by the name of their column; nan where a cell holds none.
-        attentions: the rows of attentions.csv, likewise, but for the words `layer` and `attention`.
-        result: of result.json, which a run writes when it ends.
-        machine: of machine.json.
-        problems: which files cannot be read, and why.
-
-    What is missing is empty.
+    `epochs` are the rows of metrics.csv, numbers by the name of their column, nan where a cell holds none; `attentions`
+    those of attentions.csv, likewise, but for the words `layer` and `attention`. `problems` says which files cannot be
+    read, and why.
     """
 
     folder: Path
@@ -114,14 +106,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read the folder of a run.
-
-    Args:
-        folder: what `odconv train` got as `out`.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it holds neither config.yaml nor metrics.csv.
-    """
+    """Read the folder of a run, which `odconv train` got as `out`; a FileNotFoundError if it is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")

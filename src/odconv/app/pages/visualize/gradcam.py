@@ -16,16 +16,7 @@ LEAST_SIDE = 3
 def choose_layer(model: nn.Module, images: Tensor, wanted: str | None = None) -> str | None:
     """Choose the layer whose map is weighted: by default the last stage whose map has at least 3 x 3 positions.
 
-    Args:
-        model: a network, in evaluation mode.
-        images: its input, (B, 3, H, W).
-        wanted: the name of another layer.
-
-    Returns:
-        Its name; None where there is no such stage.
-
-    Raises:
-        ValueError: there is no layer of the wanted name that gives a map.
+    Returns its name, None where there is no such stage; a ValueError if the wanted layer gives no map.
     """
     sides: dict[str, int] = {}  # in the order in which layers are done
 
@@ -53,16 +44,9 @@ def choose_layer(model: nn.Module, images: Tensor, wanted: str | None = None) ->
 
 
 def grad_cam(model: nn.Module, layer: str, images: Tensor, targets: Tensor) -> Tensor:
-    """Return what speaks for a class, position by position.
+    """Return what speaks for the targets, a class of each image (B), position by position on the map of a layer.
 
-    Args:
-        model: a classifier, in evaluation mode.
-        layer: name of the layer whose map is weighted.
-        images: its input, (B, 3, H, W).
-        targets: the class of each image to speak for, (B).
-
-    Returns:
-        From 0 to 1 where that is most, (B, h, w) as that map is, on the CPU.
+    It is 1 where that is most and 0 where nothing does, (B, h, w) as the map is, on the CPU.
     """
     from captum.attr import LayerGradCam
 
