@@ -2,30 +2,26 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from odconv.app.engine.config import check
 from odconv.checkpoints import SUFFIXES as CHECKPOINTS
 from odconv.checkpoints import malformed
 from odconv.system.files import EXPORTED
 
+if TYPE_CHECKING:
+    from odconv.hub import HubModel
+
 NOTES = "classifier.json"
 """What a released classifier is given and answers: image_size, resize_size, classes (the names of their folders), and
 names (what they are called) if these say it better. Folders of HubModel lack it."""
 
 
-class Released(NamedTuple):
-    """A network, in evaluation mode, what builds it (arguments of `create_model`), and what is in NOTES."""
+def open_released(folder: Path) -> "tuple[HubModel, dict[str, Any]]":
+    """Open a folder of weights: the network, which knows what builds it, and what is in NOTES.
 
-    model: nn.Module
-    config: dict[str, Any]
-    notes: dict[str, Any]
-
-
-def open_released(folder: Path) -> Released:
-    """Open a folder of weights; a FileNotFoundError or ValueError says what is missing, malformed or does not fit."""
+    A FileNotFoundError or ValueError says what is missing, malformed or does not fit.
+    """
     from odconv.hub import CONFIG, WEIGHTS, HubModel
 
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
@@ -35,7 +31,7 @@ def open_released(folder: Path) -> Released:
     with malformed(folder / CONFIG):
         model = HubModel.from_pretrained(folder)
     notes = read_notes(folder / NOTES, model.config["num_classes"]) if (folder / NOTES).is_file() else {}
-    return Released(model.model, model.config, notes)
+    return model, notes
 
 
 def read_notes(path: Path, outputs: int) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def export(*, weights: str, **options: Any) -> Written:
 
     config = Export(**options)
     place = find_device(config.device)
-    restored = classify.restore_described(weights, config)
+    restored = classify.restore(weights, **{name: getattr(config, name) for name in classify.NAMES})
     notes = {
         "arch": restored.arch,
         "classes": restored.names or restored.classes,
@@ -124,7 +124,7 @@ def export_backbone(*, weights: str, **options: Any) -> Written:
 
     config = BackboneExport(**options)
     place = find_device(config.device)
-    restored = detect.restore_described(weights, config)
+    restored = detect.restore(weights, **{name: getattr(config, name) for name in detect.NAMES})
     backbone: Any = restored.model.backbone.to(place)
     notes = {"detector": restored.name, "classes": restored.classes, "mean": MEAN, "std": STD}
     masked = bool(restored.model.masked_pool) and has_attentions(backbone)

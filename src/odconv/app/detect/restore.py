@@ -98,25 +98,11 @@ def build(config: DetectConfig, classes: int, weights: Checkpoint | None = None)
 
 
 def restore(weights: str, **description: Any) -> RestoredDetector:
-    """Build the detector of a checkpoint and load it.
+    """Build the detector of a checkpoint and load it; the fields of :class:`Description` say what the file does not.
 
-    Args:
-        weights: A checkpoint of odconv detect train, which says all of the rest, or another file of a detector.
-        **description: the fields of :class:`Description`.
-
-    Returns:
-        The detector and what its classes are.
-
-    Raises:
-        ValueError: `detector` or `arch` is needed, or a number is out of range, or the weights do not fit.
-        OSError: the file cannot be read.
+    It is a ValueError if `detector` or `arch` is needed, or a number is out of range, or the weights do not fit.
     """
-    return restore_described(weights, Description(**description))
-
-
-def restore_described(weights: str, description: Description) -> RestoredDetector:
-    """Build the detector of a checkpoint and load it; see :func:`restore`."""
-    given = {name: value for name in NAMES if (value := getattr(description, name)) is not None}
+    given = {name: value for name, value in vars(Description(**description)).items() if value is not None}
     check(given)
     checkpoint = find_checkpoint(weights)
     with malformed(checkpoint.path):
