@@ -1,11 +1,12 @@
-"""A function over many arguments, in several processes, and how many processes or threads may read images."""
+"""A function over many arguments, in several processes or threads, and how many of these may read images."""
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -34,6 +35,27 @@ def each(function: Callable[[A], R], arguments: Sequence[A], workers: int | None
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ahead(function: Callable[[A], R], arguments: Iterable[A], threads: int, count: int) -> Iterator[R]:
+    """Call a function with each argument in turn, in threads, and give the results in that order.
+
+    With 0 threads it is called when its result is asked for; else up to `count` results wait for that.
+    """
+    if threads == 0:
+        yield from map(function, arguments)
+        return
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[R]] = deque()
+    try:
+        for argument in arguments:
+            waiting.append(pool.submit(function, argument))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def count_cores() -> int:
