@@ -1,6 +1,7 @@
 """A network in evaluation and in training, as Lightning's Trainer wants it."""
 
 import time
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
 import torch
@@ -12,6 +13,7 @@ from torchvision.transforms import v2
 from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.schedule import blend, learning_rate, temperature, warmup
 from odconv.app.data import IGNORE, normalise
+from odconv.app.engine.history import History, Row
 from odconv.app.engine.training_module import Pace, TrainingModule
 
 Batch = tuple[Tensor, Tensor]
@@ -117,6 +119,22 @@ class ClassifierTraining(TrainingModule, ClassifierEvaluation):
             label_smoothing=self.config.label_smoothing,
         )
         return self.weigh(total / count.clamp(min=1), count, batch_idx)
+
+
+class AccuracyHistory(History):
+    """Keep the history of a classifier: top1 and top5 are in %."""
+
+    def scores(self, metrics: Mapping[str, float]) -> Row:
+        """Return an epoch's scores, by column, from what was logged."""
+        return {
+            "val_loss": metrics["val_loss"],
+            "top1": round(metrics["val_top1"], 4),
+            "top5": round(metrics["val_top5"], 4),
+        }
+
+    def describe(self, row: Row) -> str:
+        """Return the scores of a row in words."""
+        return f"val loss {row['val_loss']:.4f}   top-1 {row['top1']:6.2f} %   top-5 {row['top5']:6.2f} %"
 
 
 def mixup_or_cutmix(config: TrainConfig, classes: int) -> v2.Transform | None:

@@ -13,8 +13,7 @@ from torch import nn
 from odconv.app.classify.attention_log import AttentionStatistics
 from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.drop_path import drop_paths
-from odconv.app.classify.history import AccuracyHistory
-from odconv.app.classify.module import ClassifierTraining
+from odconv.app.classify.module import AccuracyHistory, ClassifierTraining
 from odconv.app.classify.schedule import blend, temperature
 from odconv.app.data import open_data
 from odconv.app.data.transforms import evaluation_sizes
