@@ -103,7 +103,9 @@ def describe(path: Path, name: str) -> Shard:
         for member in images.values():
             image = _read(file, member)
             crc32.append(zlib.crc32(image))
-            if not _is_readable(image):
+            try:
+                read_image(image)
+            except OSError:
                 unreadable.append(member.name)
         file.seek(0)
         digest = hashlib.sha256()
@@ -148,7 +150,9 @@ def _pair(
             continue
         key, extension = match[1], match[2].lower()
         if extension == "cls":
-            labels[key] = _label(path, member, _read(file, member, 16))
+            if not re.fullmatch(rb"\s*[0-9]{1,6}\s*", text := _read(file, member, 16)):
+                raise ValueError(f"{member.name} in {path} must hold a class number, got {text!r}")
+            labels[key] = int(text)
         elif f".{extension}" in IMG_EXTENSIONS:
             if key in images:
                 raise ValueError(f"the shard {path} has two images of the sample {key!r}")
@@ -160,23 +164,9 @@ def _pair(
     return images, labels
 
 
-def _label(path: Path, member: tarfile.TarInfo, text: bytes) -> int:
-    if not re.fullmatch(rb"\s*[0-9]{1,6}\s*", text):
-        raise ValueError(f"{member.name} in {path} must hold a class number, got {text!r}")
-    return int(text)
-
-
 def _read(file: BinaryIO, member: tarfile.TarInfo, limit: int | None = None) -> bytes:
     file.seek(member.offset_data)
     return file.read(member.size if limit is None else min(member.size, limit))
-
-
-def _is_readable(image: bytes) -> bool:
-    try:
-        read_image(image)
-    except OSError:
-        return False
-    return True
 
 
 def report(name: str, shards: Sequence[Shard], images: int, seconds: float) -> None:

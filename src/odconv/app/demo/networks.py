@@ -51,13 +51,9 @@ def load(weights: str, static: str | None, static_arch: str | None, **options: A
     for what in ("classes", "image_size", "resize_size"):
         values = [getattr(classifier, what) for classifier in classifiers]
         if any(value != values[0] for value in values):
-            shown = " and ".join(map(_shown, values))
-            raise ValueError(f"{what} of both networks must be the same, got {shown}")
+            shown = (str(value) if isinstance(value, int) else f"{len(value)} ({first_few(value)})" for value in values)
+            raise ValueError(f"{what} of both networks must be the same, got {' and '.join(shown)}")
     return [open_network(classifier) for classifier in classifiers]
-
-
-def _shown(value: int | Sequence[str]) -> str:
-    return str(value) if isinstance(value, int) else f"{len(value)} ({first_few(value)})"
 
 
 def open_network(classifier: Classifier) -> Network:

@@ -43,7 +43,7 @@ def augmentation(augment: Augment) -> Callable[[Any, Target], tuple[Any, Target]
         parts = [v2.RandomApply([v2.RandomShortestSize([400, 500, 600]), RandomPart(384, 600)])]
     flip = [v2.RandomHorizontalFlip()] if augment != "none" else []
     transform: Callable[[Any, Target], tuple[Any, Target]] = v2.Compose(
-        [*parts, *flip, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_per_object)]
+        [*parts, *flip, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
     )
     return transform
 
@@ -141,8 +141,3 @@ def collate(items: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[
     """Put images of any sizes into a batch."""
     images, targets = zip(*items, strict=True)
     return list(images), list(targets)
-
-
-def _per_object(inputs: tuple[Any, Target]) -> tuple[Tensor, ...]:
-    _, target = inputs
-    return (target["labels"],)

@@ -37,6 +37,7 @@ def predict(
         OSError: the weights cannot be read, or `out` cannot be written.
     """
     import torch
+    from torchvision.io import encode_png
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     from odconv.app.data import readable_images
@@ -66,7 +67,8 @@ def predict(
         entry = {"id": number, "file_name": str(path), "width": image.width, "height": image.height}
         found["images"].append(entry | {"picture": picture.name})
         found["annotations"] += [item | {"area": area} for item, area in zip(objects, _areas(detections), strict=True)]
-        _save(draw(pixels, detections, restored.classes), picture)
+        with replacing(picture) as partial:
+            partial.write_bytes(encode_png(draw(pixels, detections, restored.classes)).numpy().tobytes())
         lines = (f"{100 * item['score']:6.1f} %  {printable(names[item['category_id']])}" for item in objects)
         print(printable(path), *lines, sep="\n  ")
     if not found["images"]:
@@ -102,10 +104,3 @@ def draw(image: "Tensor", detections: dict[str, "Tensor"], classes: list[str]) -
     return draw_bounding_boxes(
         image, detections["boxes"], texts, colours, width=width, label_colors="white", fill_labels=True
     )
-
-
-def _save(pixels: "Tensor", path: Path) -> None:
-    from torchvision.io import encode_png
-
-    with replacing(path) as partial:
-        partial.write_bytes(encode_png(pixels).numpy().tobytes())

@@ -33,14 +33,6 @@ class Wandb(WandbLogger):
             self._experiment.finish(exit_code=int(status != "success"))
 
 
-def _tensorboard(out: Path) -> Logger:
-    return TensorBoardLogger(out / "tensorboard", name="", version="", default_hp_metric=False)
-
-
-def _csv(out: Path) -> Logger:
-    return CSVLogger(out / "csv", name="")
-
-
 def _wandb(out: Path) -> Logger:
     with needed_by("logger wandb", "wandb"):
         wandb = import_module("wandb")
@@ -58,8 +50,8 @@ def _mlflow(out: Path) -> Logger:
 
 
 LOGGERS: dict[str, Callable[[Path], Logger]] = {
-    "tensorboard": _tensorboard,
-    "csv": _csv,
+    "tensorboard": lambda out: TensorBoardLogger(out / "tensorboard", name="", version="", default_hp_metric=False),
+    "csv": lambda out: CSVLogger(out / "csv", name=""),
     "wandb": _wandb,
     "mlflow": _mlflow,
 }

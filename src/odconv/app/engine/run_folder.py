@@ -32,18 +32,15 @@ def lock_folder(out: Path, resume: str | None) -> Iterator[None]:
     """
     check_writable(out)
     _check_content(out, resume)
-    lock = FileLock(out / LOCK, timeout=LOCK_WAIT)
     try:
-        lock.acquire()
+        locked = FileLock(out / LOCK).acquire(timeout=LOCK_WAIT)
     except Timeout as error:
         raise OSError(f"another run is writing to {out}") from error
-    try:
+    with locked:
         _check_content(out, resume)  # another run may have been quicker
         for partial in out.glob(".*.partial"):  # of a run that was killed
             partial.unlink()
         yield
-    finally:
-        lock.release()
 
 
 def _check_content(out: Path, resume: str | None) -> None:

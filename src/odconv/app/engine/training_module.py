@@ -26,13 +26,7 @@ ADVICE = "the checkpoints are from before. A lower lr or clip may help; of dynam
 
 
 class Pace(NamedTuple):
-    """What a step of training sets.
-
-    Attributes:
-        lr: learning rate.
-        temperature: of the attentions that have one.
-        blend: of KernelWarehouse's attentions.
-    """
+    """What a step of training sets: the learning rate, and the temperature and blend of attentions that have one."""
 
     lr: float
     temperature: float

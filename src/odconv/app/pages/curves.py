@@ -31,7 +31,11 @@ def plot_history(runs: Mapping[str, str | Path]) -> "Figure":
     """
     if not runs:
         raise ValueError("runs must name at least one run, got none")
-    return draw_history({name: read_metrics(Path(folder) / "metrics.csv") for name, folder in runs.items()})
+    rows: dict[str, list[dict[str, float]]] = {}
+    for name, folder in runs.items():
+        with Path(folder, "metrics.csv").open(newline="") as file:
+            rows[name] = [{column: float(cell) for column, cell in row.items()} for row in csv.DictReader(file)]
+    return draw_history(rows)
 
 
 def draw_history(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
@@ -75,9 +79,3 @@ def prepare_epochs(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=FAINT)
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a run's metrics.csv, one an epoch."""
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

@@ -1,5 +1,6 @@
 """Where a network looks: Grad-CAM, by captum."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,11 @@ def choose_layer(model: nn.Module, images: Tensor, wanted: str | None = None) ->
             sides.pop(name, None)
             sides[name] = min(output.shape[2:])
 
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
-        with torch.no_grad():
-            model(images[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(lambda _, __, output, name=name: note(name, output)))
+        model(images[:1])
     stages = [name for name, side in sides.items() if name.count(".") <= 1 and side >= LEAST_SIDE]
     if wanted is not None and wanted not in sides:
         such = (stages or [*sides])[-1]
