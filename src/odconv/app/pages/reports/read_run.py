@@ -146,25 +146,17 @@ def _number(cell: str | None) -> float:
         return nan
 
 
-def _read_options(text: str) -> dict[str, Any]:
-    return _as_options(yaml.safe_load(text))
-
-
-def _read_json(text: str) -> dict[str, Any]:
-    return _as_options(json.loads(text))
-
-
-def _as_options(content: Any) -> dict[str, Any]:
-    if not isinstance(content, dict):
+def _read_values(text: str, load: Callable[[str], Any]) -> dict[str, Any]:
+    if not isinstance(content := load(text), dict):
         raise ValueError("it holds no names with values")
     return {str(name): value for name, value in content.items()}
 
 
 FILES: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "config": ("config.yaml", _read_options),
-    "defaults": ("defaults.yaml", _read_options),
+    "config": ("config.yaml", partial(_read_values, load=yaml.safe_load)),
+    "defaults": ("defaults.yaml", partial(_read_values, load=yaml.safe_load)),
     "epochs": ("metrics.csv", _read_table),
     "attentions": ("attentions.csv", partial(_read_table, needed=("epoch", *COLUMNS), words=COLUMNS[:2])),
-    "result": ("result.json", _read_json),
-    "machine": ("machine.json", _read_json),
+    "result": ("result.json", partial(_read_values, load=json.loads)),
+    "machine": ("machine.json", partial(_read_values, load=json.loads)),
 }

@@ -56,11 +56,8 @@ def overlay(pixels: np.ndarray, heat: Tensor) -> np.ndarray:
     """Return an image (H, W, 3) of bytes in grey, coloured where `heat` (h, w) says, as far as it does."""
     from matplotlib import colormaps
 
-    heat = (
-        F.interpolate(heat[None, None], pixels.shape[:2], mode="bicubic", align_corners=False)[0, 0]
-        .clamp(0, 1)
-        .nan_to_num()
-    )
+    heat = F.interpolate(heat[None, None], pixels.shape[:2], mode="bicubic", align_corners=False)[0, 0]
+    heat = heat.clamp(0, 1).nan_to_num()
     strength = 0.75 * heat.numpy()[..., None] ** 0.7
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     colours = 255 * colormaps["inferno"](0.25 + 0.65 * heat.numpy())[..., :3]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odconv.app.data import evaluation_transform, find_images, read_image
+from odconv.app.data import evaluation_transform, find_existing, read_image
 
 
 class Pictures(NamedTuple):
@@ -27,11 +27,9 @@ def find(images: Iterable[str], known: Sequence[str]) -> tuple[list[Path], list[
     """
     found: dict[Path, str | None] = {}
     for given in images:
-        try:
-            paths = find_images([given])
-        except OSError as error:
-            print(error, file=sys.stderr)
-            continue
+        paths, missing = find_existing([given])
+        for reason in missing.values():
+            print(reason, file=sys.stderr)
         for path in paths:
             inside = path.relative_to(given).parts[:-1] if Path(given).is_dir() else ()
             parent = path.absolute().parent.name
@@ -39,13 +37,9 @@ def find(images: Iterable[str], known: Sequence[str]) -> tuple[list[Path], list[
     named = {path: name for path, name in found.items() if name is not None}
     if len(named) < len(found) or len({*named.values()}) < 2:
         return list(found), None
-    paths = sorted(named, key=lambda path: (place(named[path], known), path))
+    order = {name: place for place, name in enumerate(known)}  # the other classes follow by their names
+    paths = sorted(named, key=lambda path: (order.get(named[path], len(known)), named[path], path))
     return paths, [named[path] for path in paths]
-
-
-def place(name: str, known: Sequence[str]) -> tuple[int, str]:
-    """Where a class stands: in the order of the known ones, and after them by its name."""
-    return (known.index(name) if name in known else len(known)), name
 
 
 def choose(classes: Sequence[str], most: int) -> list[int]:
