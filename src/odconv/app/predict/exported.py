@@ -9,8 +9,7 @@ import torch
 
 from odconv.app.data.transforms import MEAN, STD, evaluation_sizes
 from odconv.app.engine.config import LARGEST_SIDE
-from odconv.app.predict.classifier import Classifier
-from odconv.app.predict.names import class_names
+from odconv.app.predict.classifier import Classifier, class_names
 from odconv.export.opened import open_exported
 
 logger = logging.getLogger(__name__)
