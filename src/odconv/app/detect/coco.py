@@ -4,7 +4,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,7 @@ class Annotations:
         kept = [i for i, objects in enumerate(self.objects) if any(not item["iscrowd"] for item in objects)]
         if not kept:
             raise ValueError(f"{self.path} has no image with an object to find; {self.describe_dropped()}".rstrip("; "))
-        return Annotations(
-            self.path, [self.images[i] for i in kept], [self.objects[i] for i in kept], self.categories, self.dropped
-        )
+        return replace(self, images=[self.images[i] for i in kept], objects=[self.objects[i] for i in kept])
 
 
 def read_annotations(path: str | Path, classes: Sequence[str] | None = None, masks: bool = False) -> Annotations:
@@ -69,11 +67,7 @@ def read_annotations(path: str | Path, classes: Sequence[str] | None = None, mas
     outline is longer than a million pixels. Images without any object are kept, and polygons of fewer than three points
     are taken out of masks. Of the categories, those of certain names can be chosen.
 
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it is no annotation file, or lacks `images`, `annotations` or `categories`, or an entry lacks what
-            nothing can be done without, or has no mask at all where masks are asked for, or no such class.
-        OSError: it cannot be read.
+    It is a ValueError if the file is none, or an entry lacks what nothing can be done without, or all lack masks.
     """
     path = Path(path)
     images, annotations, all_categories = _parts(path)

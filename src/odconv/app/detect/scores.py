@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from odconv.app.detect.coco import Annotations
 from odconv.app.detect.masks import encode_masks
@@ -28,14 +29,11 @@ def describe_detections(
     # a RetinaNet may answer with label 0, which stands for nothing
     wanted = [label > 0 and categories[label - 1] is not None for label in detections["labels"].tolist()]
     detections = {name: values[wanted] for name, values in detections.items()}
-    boxes = detections["boxes"].float()
-    corners = boxes[:, :2].tolist()
-    sides = (boxes[:, 2:] - boxes[:, :2]).tolist()
+    boxes = box_convert(detections["boxes"].float(), "xyxy", "xywh")
+    columns = (values.tolist() for values in (boxes, detections["labels"], detections["scores"]))
     results: list[Result] = [
-        {"image_id": image_id, "category_id": categories[label - 1], "bbox": [*corner, *side], "score": score}
-        for corner, side, label, score in zip(
-            corners, sides, detections["labels"].tolist(), detections["scores"].tolist(), strict=True
-        )
+        {"image_id": image_id, "category_id": categories[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(*columns, strict=True)
     ]
     if "masks" in detections:
         for result, rle in zip(results, encode_masks(detections["masks"][:, 0] >= 0.5), strict=True):
