@@ -83,7 +83,7 @@ class ClassifierTraining(TrainingModule, ClassifierEvaluation):
         """Return the pace of the step that comes next."""
         config, step, steps = self.config, self.global_step + 1, self.steps_per_epoch()
         rate = learning_rate(config, self.current_epoch) * warmup(config, step, steps)
-        return Pace(rate, temperature(config, step, steps), blend(config, step, steps))
+        return rate, temperature(config, step, steps), blend(config, step, steps)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Leave unreadable images out of training, so that their blanks do not count in batch norm either."""

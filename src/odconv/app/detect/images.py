@@ -132,10 +132,6 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
                 blank["masks"] = torch.zeros(0, BLANK, BLANK, dtype=torch.uint8)
         return torch.zeros(3, BLANK, BLANK, dtype=torch.uint8), blank
 
-    def shapes(self) -> list[int]:
-        """Return 1 for every image that is wider than high, 0 for the others."""
-        return [int(image["width"] > image["height"]) for image in self.annotations.images]
-
 
 def collate(items: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
     """Put images of any sizes into a batch."""

@@ -103,7 +103,7 @@ class DetectorTraining(TrainingModule, DetectorEvaluation):
         """Return the pace of the step that comes next."""
         config, step = self.config, self.global_step
         rate = learning_rate(config, self.current_epoch, step)
-        return Pace(rate, config.temperature, blend(config, step + 1, self.steps_per_epoch()))
+        return rate, config.temperature, blend(config, step + 1, self.steps_per_epoch())
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Leave unreadable images out of training; if there is none left, one stays that will not count."""

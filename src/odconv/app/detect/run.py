@@ -14,13 +14,11 @@ from odconv.app.detect.images import CocoImages, collate
 from odconv.app.detect.module import DetectionHistory, DetectorTraining
 from odconv.app.detect.restore import build
 from odconv.app.detect.sampler import GroupedSampler
-from odconv.app.engine.errors import explained
 from odconv.app.engine.layer_options import check_fall, resolve_layers
 from odconv.app.engine.loaders import Loader, TrainingLoader, evaluation_loader, reading
 from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
-from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
-from odconv.app.engine.trainer import make_training
-from odconv.app.engine.trial import conclusion, place
+from odconv.app.engine.run_folder import conclusion, lock_folder, place, write_beginning, write_result
+from odconv.app.engine.trainer import explained, make_training
 from odconv.app.pages.reports import refresh_report
 from odconv.checkpoints import Checkpoint, find_checkpoint
 from odconv.models.detectors.builder import find_conventions
@@ -137,7 +135,7 @@ def make_loaders(
     root, masks = Path(config.data), config.detector == "mask_rcnn"
     images = CocoImages(training, root / config.train_images, config.augment, masks)
     share = config.batch_size // world_size  # of a step
-    groups = images.shapes() if config.group else [0] * len(images)
+    groups = [int(image["width"] > image["height"] and config.group) for image in training.images]
     sampler = GroupedSampler(groups, share, config.seed, rank, world_size)
     how = reading(config.workers, world_size)
     train_loader = TrainingLoader(images, share // config.accumulate, sampler=sampler, collate_fn=collate, **how)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -25,12 +25,8 @@ SUMS = ("train_loss", "train_images", "train_corrupt")
 ADVICE = "the checkpoints are from before. A lower lr or clip may help; of dynamic layers, a higher temperature, too"
 
 
-class Pace(NamedTuple):
-    """What a step of training sets: the learning rate, and the temperature and blend of attentions that have one."""
-
-    lr: float
-    temperature: float
-    blend: float
+Pace = tuple[float, float, float]
+"""What a step of training sets: the learning rate, and the temperature and blend of attentions that have one."""
 
 
 class TrainingModule(pl.LightningModule):
