@@ -19,13 +19,6 @@ def completion(shell: Sequence[str]) -> str:
 
     Args:
         shell: bash, zsh or fish.
-
-    Returns:
-        The script.
-
-    Raises:
-        ValueError: it is another shell, or several.
-        ImportError: shtab, which writes the script, is missing.
     """
     if len(shell) != 1 or shell[0] not in SHELLS:
         words = " ".join(shell)

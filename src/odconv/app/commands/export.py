@@ -80,14 +80,9 @@ def export(*, weights: str, **options: Any) -> Written:
             or another file of weights.
         **options: the fields of :class:`Export`.
 
-    Returns:
-        What was written.
-
     Raises:
         ValueError: an option or weights that do not fit, a layer that cannot be exported, or a file that does not
             compute what the network does.
-        OSError: the weights cannot be read, or `out` cannot be written.
-        ImportError: a package is missing.
     """
     from odconv.app.data.transforms import MEAN, STD
 
@@ -113,12 +108,6 @@ def export_backbone(*, weights: str, **options: Any) -> Written:
     Args:
         weights: A checkpoint of odconv detect train, which says what detector it is, or another file of a detector.
         **options: the fields of :class:`BackboneExport`.
-
-    Returns:
-        What was written.
-
-    Raises:
-        ValueError, OSError, ImportError: as :func:`export`.
     """
     from odconv.app.data.transforms import MEAN, STD
 

@@ -45,9 +45,7 @@ def index_shards(
         workers: number of processes; default one a core.
 
     Raises:
-        FileNotFoundError: there is no such folder or file, or no shards.
         ValueError: a shard is damaged, compressed or lacks a label; a label has no name; or there is an index already.
-        OSError: a shard cannot be read, or the index not be written.
     """
     root = Path(data)
     if not root.is_dir():
@@ -63,10 +61,8 @@ def index_shards(
     sets = {}
     for name, paths in found.items():
         began = time.perf_counter()
-        shards = sorted(
-            each(_scan, [(path, path.relative_to(root).as_posix()) for path in paths], workers),
-            key=lambda shard: shard.file,
-        )
+        places = [(path, path.relative_to(root).as_posix()) for path in paths]
+        shards = sorted(each(_scan, places, workers), key=lambda shard: shard.file)
         if shards:
             report(name, shards, sum(len(shard.labels) for shard in shards), time.perf_counter() - began)
             sets[name] = shards

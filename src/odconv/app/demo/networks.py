@@ -53,15 +53,13 @@ def load(weights: str, static: str | None, static_arch: str | None, **options: A
         if any(value != values[0] for value in values):
             shown = (str(value) if isinstance(value, int) else f"{len(value)} ({first_few(value)})" for value in values)
             raise ValueError(f"{what} of both networks must be the same, got {' and '.join(shown)}")
-    return [open_network(classifier) for classifier in classifiers]
-
-
-def open_network(classifier: Classifier) -> Network:
-    """Find the layers of a classifier that has a network."""
-    model = classifier.model
-    assert model is not None  # exported files have none
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PerSampleConv)}
-    return Network(classifier, model, layers)
+    networks = []
+    for classifier in classifiers:
+        model = classifier.model
+        assert model is not None  # exported files have none
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, PerSampleConv)}
+        networks.append(Network(classifier, model, layers))
+    return networks
 
 
 def ask(networks: Sequence[Network], image: Image.Image) -> list[Answer]:

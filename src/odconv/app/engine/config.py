@@ -17,13 +17,12 @@ LARGEST_SIDE = 8192
 
 # what a value must be, and the fields this holds for
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("at least 1", lambda value: 1 <= value < inf, "kernel_num num_classes epochs batch_size"),
     (
         "at least 1",
         lambda value: 1 <= value < inf,
-        "test_batch step temp_init devices top accumulate nan_steps fast_dev_run",
+        "kernel_num num_classes epochs batch_size test_batch step temp_init devices top accumulate nan_steps "
+        "fast_dev_run save_every detections_per_image",
     ),
-    ("at least 1", lambda value: 1 <= value < inf, "save_every detections_per_image"),
     (
         f"at least 1 and at most {LARGEST_SIDE:,}",
         lambda value: 1 <= value <= LARGEST_SIDE,

@@ -20,10 +20,7 @@ def resolve_layers(arch: str, kernel_num: int | None, reduction: float | None) -
 
 
 def check_fall(arch: str, warm_start: bool, option: str, epochs: int) -> None:
-    """Raise a ValueError where KernelWarehouse's blend would leave the static network of a warm start at once.
-
-    `option` is the name of the one that says in how many epochs the blend falls.
-    """
+    """Raise a ValueError where KernelWarehouse's blend would leave the static network of a warm start at once."""
     if warm_start and split_name(arch)[0] == WAREHOUSE and epochs == 0:
         raise ValueError(
             f"{option} must be at least 1 for warm_start of {arch}, got 0: epochs in which the blend falls from 1, the "
