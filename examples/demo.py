@@ -16,7 +16,9 @@ from odconv.app.classify.restore import Restored, restore
 from odconv.app.cli import main as command
 from odconv.app.commands.listing import find_recipes
 from odconv.app.data import normalise, open_data
-from odconv.app.pages import plot_attentions, plot_history
+from odconv.app.pages import plot_attentions
+from odconv.app.pages.curves import draw_history
+from odconv.app.pages.reports import read_run
 from odconv.attentions import record_attentions
 from odconv.profiling.table import Table, short, show
 from odconv.system.text import count
@@ -130,7 +132,7 @@ def draw(runs: dict[str, Path], out: Path) -> list[Path]:
     pairs = zip(SHOWN, guesses, strict=True)
     titles = [f"{digit}" if digit == guess else f"{digit}, taken for {guess}" for digit, guess in pairs]
     figures = {
-        out / "curves.png": plot_history(runs),
+        out / "curves.png": draw_history({name: read_run(run).epochs for name, run in runs.items()}),
         out / "attentions.png": plot_attentions(record_attentions(network.model, images), images, titles),
     }
     for path, figure in figures.items():

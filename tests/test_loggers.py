@@ -10,13 +10,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from odconv.app.classify import TrainConfig, train
 from odconv.app.cli import main
-from odconv.app.pages.reports import write_report
+from odconv.app.pages.reports import read_run, write_report
 
 
 def run(folder: Path, out: Path, logger: str) -> dict[str, float]:
     """Train for two epochs; return the row of the last."""
     train(**OPTIONS | {"epochs": 2}, data=str(folder), out=str(out), logger=logger)
-    write_report(out)
+    write_report(read_run(out))
     assert (out / "tensorboard").exists() == ("tensorboard" in logger)
     return rows(out)[-1]
 

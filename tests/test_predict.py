@@ -32,8 +32,8 @@ import odconv
 from odconv.app.classify import evaluate, train
 from odconv.app.cli import main
 from odconv.app.data import evaluation_transform, normalise, read_image, read_pixels
+from odconv.app.data.parallel import ahead
 from odconv.app.predict import Classifier, Prediction, Predictions, Unreadable, load_classifier, predict
-from odconv.app.predict.prefetch import ahead
 from odconv.app.predict.rows import shown, writing_rows
 from odconv.checkpoints import save_safetensors
 from odconv.export import export_onnx, export_torch

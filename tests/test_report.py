@@ -281,7 +281,7 @@ def test_the_options_that_were_changed_stand_first(runs: dict[str, Path]) -> Non
     assert texts[texts.index("lr") : texts.index("lr") + 3] == ["lr", "0.003", "0.1"]
     assert texts.index("kernel_num") < texts.index("lr") < rest < texts.index("momentum") < texts.index("seed")
     (runs["static"] / "defaults.yaml").unlink()  # a run of an older version
-    write_report(runs["static"])
+    write_report(read_run(runs["static"]))
     assert not read_page(runs["static"]).shows("Options at their defaults")
 
 
@@ -304,13 +304,13 @@ def test_a_static_network_has_no_attentions(runs: dict[str, Path]) -> None:
 )
 def test_files_that_are_missing_or_damaged(runs: dict[str, Path], name: str, said: str, tmp_path: Path) -> None:
     folder = copy(runs["dynamic"], tmp_path / "missing", without=name)
-    write_report(folder)
+    write_report(read_run(folder))
     assert read_page(folder).shows(said)
     for damage in ("{", "a: [", "epoch,layer\n1", "epoch\nx", "[1]", "\0"):
         (folder / name).write_text(damage)
         assert len(read_run(folder).problems) <= 1
     (folder / name).write_bytes(b"\xff\xfe")
-    write_report(folder)
+    write_report(read_run(folder))
     assert read_page(folder).shows(f"{name} cannot be read: 'utf-8' codec")
 
 
@@ -318,7 +318,7 @@ def test_an_unfinished_run_of_old(runs: dict[str, Path], tmp_path: Path) -> None
     folder = copy(runs["dynamic"], tmp_path / "old", without="result.json")
     with (folder / "metrics.csv").open("w") as file:
         file.write("epoch,train_loss,val_loss,top1\n1,2.5,nan,\n2,,inf,40\n")
-    write_report(folder)
+    write_report(read_run(folder))
     page = read_page(folder)
     assert page.shows("Unfinished: 40.00 % top-1 accuracy in validation after epoch 2 of 2")
     assert page.shows("Images a second and the time spent waiting for images were not recorded.")
@@ -338,7 +338,7 @@ def test_everything_is_escaped(runs: dict[str, Path], tmp_path: Path) -> None:
         table = (folder / name).read_text()
         assert before in table
         (folder / name).write_text(table.replace(before, HOSTILE))
-    write_report(folder)
+    write_report(read_run(folder))
     page = read_page(folder)  # which refuses scripts
     assert page.labels.count(HOSTILE) == 5  # channel, spatial, kernel, distance and entropy
     assert page.texts.count(HOSTILE) > 5 + 6

@@ -13,8 +13,7 @@ from benchmarks.accuracy.networks import ABLATIONS, METHODS, build, described
 from benchmarks.common import origin, subset
 
 from odconv.app.classify.config import TrainConfig
-from odconv.app.classify.history import AccuracyHistory
-from odconv.app.classify.module import ClassifierTraining
+from odconv.app.classify.module import AccuracyHistory, ClassifierTraining
 from odconv.app.data import Images, open_data
 from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.app.engine.resume import find_resumed

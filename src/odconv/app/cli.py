@@ -67,10 +67,7 @@ class UsageError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        arguments: the command and its options; default those of the process.
+    """Run a command, by default that of the process.
 
     Returns:
         Exit status: 0, 1 after an error, 2 for a command line that cannot be understood, 130 after Ctrl-C, 141

@@ -19,13 +19,6 @@ def completion(shell: Sequence[str]) -> str:
 
     Args:
         shell: bash, zsh or fish.
-
-    Returns:
-        The script.
-
-    Raises:
-        ValueError: it is another shell, or several.
-        ImportError: shtab, which writes the script, is missing.
     """
     if len(shell) != 1 or shell[0] not in SHELLS:
         words = " ".join(shell)
@@ -38,11 +31,7 @@ def completion(shell: Sequence[str]) -> str:
 
 
 def _whole(file: Any) -> argparse.ArgumentParser:
-    """Return one parser of all commands, of argparse alone, as shtab reads it.
-
-    Args:
-        file: what marks a value as the name of a file.
-    """
+    """Return one parser of all commands, of argparse alone, as shtab reads it; `file` marks names of files."""
     whole = argparse.ArgumentParser("odconv")
     for option, text in (("--version", "show the version"), ("--debug", "after an error, show where it arose")):
         whole.add_argument(option, action="store_true", help=text)

@@ -28,7 +28,7 @@ def train(**options: Any) -> dict[str, Any]:
     """
     config = TrainConfig(**options)
     from odconv.app.classify.run import run
-    from odconv.app.engine.trial import trial
+    from odconv.app.engine.run_folder import trial
 
     with trial(config) as resolved:
         return run(resolved)

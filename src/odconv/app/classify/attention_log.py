@@ -21,9 +21,6 @@ class AttentionStatistics(pl.Callback):
     random state changes. A resumed run goes on with the table. Static networks get none.
 
     A callback that evaluates other weights than those in training must come later in the Trainer's list.
-
-    Args:
-        out: folder of the run.
     """
 
     def __init__(self, out: Path) -> None:
@@ -41,13 +38,7 @@ class AttentionStatistics(pl.Callback):
         self.rows = state_dict["rows"]
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep some images of the first evaluation."""
         if self.images is None and trainer.is_global_zero:
@@ -58,14 +49,13 @@ class AttentionStatistics(pl.Callback):
             images = images[labels >= 0]  # the others are blanks
             self.kept += images[:: max(1, len(images) // max(1, due))][:due].clone()
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Add the epoch's rows, of the weights that are being evaluated."""
         if self.images is None and self.kept:  # those of the first evaluation are those of all
             self.images = torch.stack(self.kept)
         if self.images is None:
             return
-        model: Any = pl_module.model
-        statistics = attention_statistics(model, self.images)
+        statistics = attention_statistics(pl_module.model, self.images)
         self.rows += [{"epoch": trainer.current_epoch + 1, **row} for row in statistics]
         if self.rows:
             write_table(self.path, ["epoch", *COLUMNS], self.rows)

@@ -13,12 +13,8 @@ from odconv.models.convnext import ConvNeXt
 def drop_paths(model: nn.Module, share: float) -> None:
     """Leave each residual branch of a network out of a share of the images while it trains; its keys stay.
 
-    Args:
-        model: a ResNet, in whose blocks the share is the same, or a ConvNeXt, in which it grows with the depth from 0.
-        share: of the images, above 0 and below 1.
-
-    Raises:
-        ValueError: it has no residual blocks that are known.
+    The share is the same in all blocks of a ResNet, and grows with the depth from 0 in a ConvNeXt. It is a ValueError
+    if the network has no residual blocks that are known.
     """
     if isinstance(model, ConvNeXt):
         inner = [part for part in model.modules() if isinstance(part, StochasticDepth)]

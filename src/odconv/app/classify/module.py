@@ -1,6 +1,7 @@
 """A network in evaluation and in training, as Lightning's Trainer wants it."""
 
 import time
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
 import torch
@@ -12,6 +13,7 @@ from torchvision.transforms import v2
 from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.schedule import blend, learning_rate, temperature, warmup
 from odconv.app.data import IGNORE, normalise
+from odconv.app.engine.history import History, Row
 from odconv.app.engine.training_module import Pace, TrainingModule
 
 Batch = tuple[Tensor, Tensor]
@@ -24,9 +26,6 @@ class ClassifierEvaluation(pl.LightningModule):
     Afterwards, `seconds` is how long the evaluation took. It is a ValueError if no image could be read.
 
     All are exact over several processes: what pads a batch, or cannot be read, does not count.
-
-    Args:
-        model: from images (B, 3, H, W) to logits (B, classes).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,13 +64,7 @@ class ClassifierEvaluation(pl.LightningModule):
 
 
 class ClassifierTraining(TrainingModule, ClassifierEvaluation):
-    """Trains a classifier on the cross-entropy, with the schedules of :mod:`odconv.app.classify.schedule`.
-
-    Args:
-        model: from images (B, 3, H, W) to logits (B, classes).
-        config: the options of the run.
-        classes: names of the classes.
-    """
+    """Trains a classifier on the cross-entropy, with the schedules of :mod:`odconv.app.classify.schedule`."""
 
     config: TrainConfig
 
@@ -90,7 +83,7 @@ class ClassifierTraining(TrainingModule, ClassifierEvaluation):
         """Return the pace of the step that comes next."""
         config, step, steps = self.config, self.global_step + 1, self.steps_per_epoch()
         rate = learning_rate(config, self.current_epoch) * warmup(config, step, steps)
-        return Pace(rate, temperature(config, step, steps), blend(config, step, steps))
+        return rate, temperature(config, step, steps), blend(config, step, steps)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Leave unreadable images out of training, so that their blanks do not count in batch norm either."""
@@ -126,6 +119,22 @@ class ClassifierTraining(TrainingModule, ClassifierEvaluation):
             label_smoothing=self.config.label_smoothing,
         )
         return self.weigh(total / count.clamp(min=1), count, batch_idx)
+
+
+class AccuracyHistory(History):
+    """Keep the history of a classifier: top1 and top5 are in %."""
+
+    def scores(self, metrics: Mapping[str, float]) -> Row:
+        """Return an epoch's scores, by column, from what was logged."""
+        return {
+            "val_loss": metrics["val_loss"],
+            "top1": round(metrics["val_top1"], 4),
+            "top5": round(metrics["val_top5"], 4),
+        }
+
+    def describe(self, row: Row) -> str:
+        """Return the scores of a row in words."""
+        return f"val loss {row['val_loss']:.4f}   top-1 {row['top1']:6.2f} %   top-5 {row['top5']:6.2f} %"
 
 
 def mixup_or_cutmix(config: TrainConfig, classes: int) -> v2.Transform | None:

@@ -2,35 +2,25 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from odconv.app.engine.config import check
 from odconv.checkpoints import SUFFIXES as CHECKPOINTS
 from odconv.checkpoints import malformed
 from odconv.system.files import EXPORTED
 
+if TYPE_CHECKING:
+    from odconv.hub import HubModel
+
 NOTES = "classifier.json"
 """What a released classifier is given and answers: image_size, resize_size, classes (the names of their folders), and
 names (what they are called) if these say it better. Folders of HubModel lack it."""
 
 
-class Released(NamedTuple):
-    """A network, in evaluation mode, what builds it (arguments of `create_model`), and what is in NOTES."""
+def open_released(folder: Path) -> "tuple[HubModel, dict[str, Any]]":
+    """Open a folder of weights: the network, which knows what builds it, and what is in NOTES.
 
-    model: nn.Module
-    config: dict[str, Any]
-    notes: dict[str, Any]
-
-
-def open_released(folder: Path) -> Released:
-    """Open a folder of weights.
-
-    Raises:
-        FileNotFoundError: it lacks a file.
-        ValueError: a file in it is malformed, or its weights do not fit.
-        ImportError: huggingface_hub is missing.
+    A FileNotFoundError or ValueError says what is missing, malformed or does not fit.
     """
     from odconv.hub import CONFIG, WEIGHTS, HubModel
 
@@ -41,15 +31,11 @@ def open_released(folder: Path) -> Released:
     with malformed(folder / CONFIG):
         model = HubModel.from_pretrained(folder)
     notes = read_notes(folder / NOTES, model.config["num_classes"]) if (folder / NOTES).is_file() else {}
-    return Released(model.model, model.config, notes)
+    return model, notes
 
 
 def read_notes(path: Path, outputs: int) -> dict[str, Any]:
-    """Read NOTES of a network with so many outputs.
-
-    Raises:
-        ValueError: they are malformed.
-    """
+    """Read NOTES of a network with so many outputs; a ValueError says what is malformed."""
     with malformed(path):
         notes = json.loads(path.read_text(encoding="utf-8"))
         found = {name: notes[name] for name in ("image_size", "resize_size", "classes")}

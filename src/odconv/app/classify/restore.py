@@ -4,25 +4,19 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from odconv.app.classify.config import Stem
-from odconv.app.classify.released import Released, open_released
+from odconv.app.classify.released import open_released
 from odconv.app.engine.config import check
 from odconv.checkpoints import Checkpoint, find_checkpoint, find_released, load_checkpoint, malformed
 from odconv.conversion.warehouse import NAME
 from odconv.layers import try_temperature
-from odconv.models.build import (
-    METHODS,
-    check_described,
-    check_layer_options,
-    create_model,
-    shapes_alone,
-    split_name,
-)
+from odconv.models.build import METHODS, check_described, check_layer_options, create_model, shapes_alone, split_name
 from odconv.models.zoo import BACKBONES, WAREHOUSE
 
 BUDGETS = (1.0, 0.5, 4.0, 2.0, 0.25)
@@ -54,16 +48,10 @@ NAMES = tuple(field.name for field in fields(Description))
 
 
 class Restored(NamedTuple):
-    """A trained network.
+    """A trained network, in evaluation mode, and how to use it.
 
-    Attributes:
-        model: the network, in evaluation mode.
-        arch: its name.
-        classes: names of its outputs, those of the folders of its data; None where they are not known.
-        num_classes: number of its outputs.
-        image_size: side of the images to give it, in pixels.
-        resize_size: shorter side before the centre is cropped, in pixels.
-        names: what the classes are called; None where that is their names.
+    `classes` are the names of its outputs, those of the folders of its data, None where they are not known; `names` is
+    what the classes are called, None where that is their names. Sizes are in pixels.
     """
 
     model: nn.Module
@@ -76,33 +64,18 @@ class Restored(NamedTuple):
 
 
 def restore(weights: str, **description: Any) -> Restored:
-    """Build the network of a checkpoint and load it.
+    """Build the network of a checkpoint, or of a folder of odconv release or its name, and load it.
 
-    Args:
-        weights: A checkpoint of odconv train, or a folder of odconv release or its name, which say all of the rest, or
-            another file of weights.
-        **description: the fields of :class:`Description`.
-
-    Returns:
-        The network and how to use it.
-
-    Raises:
-        ValueError: `arch` is needed, or a number is out of range, or the weights do not fit the network, or it has no
-            temperature to set, or what the file says is malformed. The message says which network of the zoo the
-            weights fit, if any.
-        OSError: the file cannot be read.
+    The fields of :class:`Description` say what the file does not. It is a ValueError if `arch` is needed, or a number
+    is out of range, or the weights do not fit the network, or it has no temperature to set, or what the file says is
+    malformed. The message says which network of the zoo the weights fit, if any.
     """
-    return restore_described(weights, Description(**description))
-
-
-def restore_described(weights: str, description: Description) -> Restored:
-    """Build the network of a checkpoint and load it; see :func:`restore`."""
-    given = {name: value for name in NAMES if (value := getattr(description, name)) is not None}
+    given = {name: value for name, value in vars(Description(**description)).items() if value is not None}
     check(given)
     if (folder := find_released(weights)).is_dir():
         if named := [name for name in ("arch", "kernel_num", "reduction", "stem") if name in given]:
             raise ValueError(f"config.json of {weights} says what network it is; leave out {', '.join(named)}")
-        return _of_folder(open_released(folder), description)
+        return _of_folder(folder, given)
     checkpoint = find_checkpoint(weights)
     with malformed(checkpoint.path):
         return _restore(checkpoint, given)
@@ -143,22 +116,17 @@ def _restore(checkpoint: Checkpoint, given: dict[str, Any]) -> Restored:
     except ValueError as error:
         raise ValueError(f"{error}{'' if recorded else _hint(state)}") from error
     _set_temperature(model, options["arch"], given.get("temperature"))
-    return Restored(
-        model.eval(),
-        options["arch"],
-        checkpoint.notes.get("classes"),
-        num_classes,
-        *sizes,
-    )
+    return Restored(model.eval(), options["arch"], checkpoint.notes.get("classes"), num_classes, *sizes)
 
 
-def _of_folder(released: Released, given: Description) -> Restored:
+def _of_folder(folder: Path, given: dict[str, Any]) -> Restored:
     from odconv.app.data.transforms import evaluation_sizes
 
-    model, config, notes = released
-    _set_temperature(model, config["name"], given.temperature)
-    sizes = evaluation_sizes(given.image_size, given.resize_size, notes)
-    return Restored(model, config["name"], notes.get("classes"), config["num_classes"], *sizes, notes.get("names"))
+    network, notes = open_released(folder)
+    name, outputs = network.config["name"], network.config["num_classes"]
+    _set_temperature(network.model, name, given.get("temperature"))
+    sizes = evaluation_sizes(given.get("image_size"), given.get("resize_size"), notes)
+    return Restored(network.model, name, notes.get("classes"), outputs, *sizes, notes.get("names"))
 
 
 def _set_temperature(model: nn.Module, arch: str, temperature: float | None) -> None:
@@ -175,12 +143,7 @@ def count_classes(state: dict[str, Tensor]) -> int | None:
 
 
 def find_budget(state: dict[str, Tensor], arch: str) -> float:
-    """Return the budget of a network of KernelWarehouse by its cells, which published files do not say; 1 if none fits.
-
-    Args:
-        state: the weights.
-        arch: name of the network.
-    """
+    """Return the budget of a network of KernelWarehouse by its cells, since published files lack it; 1 if none fits."""
 
     def cells(tensors: Mapping[str, Tensor]) -> list[torch.Size]:
         return [tensor.shape for key, tensor in tensors.items() if key.startswith(f"{NAME}.weights.")]

@@ -13,19 +13,16 @@ from torch import nn
 from odconv.app.classify.attention_log import AttentionStatistics
 from odconv.app.classify.config import TrainConfig
 from odconv.app.classify.drop_path import drop_paths
-from odconv.app.classify.history import AccuracyHistory
-from odconv.app.classify.module import ClassifierTraining
+from odconv.app.classify.module import AccuracyHistory, ClassifierTraining
 from odconv.app.classify.schedule import blend, temperature
 from odconv.app.data import open_data
 from odconv.app.data.transforms import evaluation_sizes
-from odconv.app.engine.errors import explained
 from odconv.app.engine.history import Row
 from odconv.app.engine.layer_options import check_fall, layer_options, resolve_layers
 from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.app.engine.resume import describe_resumption, find_resumed
-from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
-from odconv.app.engine.trainer import make_training
-from odconv.app.engine.trial import conclusion, place
+from odconv.app.engine.run_folder import conclusion, lock_folder, place, write_beginning, write_result
+from odconv.app.engine.trainer import explained, make_training
 from odconv.app.pages.reports import refresh_report
 from odconv.models.build import create_model, split_name
 from odconv.models.zoo import WAREHOUSE

@@ -21,20 +21,13 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
 def temperature(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Return the temperature of the dynamic layers: it falls in a straight line and is 1 after `temp_epoch` epochs.
 
-    ODConv: Li, Zhou, Yao, ICLR 2022, section 3.3.
-
-    Args:
-        config: the options of the run.
-        step: training step, counted from 1 over the whole run; evaluation after a step keeps its temperature.
-        steps_per_epoch: training steps in an epoch.
+    Steps are counted from 1 over the whole run; evaluation after a step keeps its temperature. ODConv: Li, Zhou, Yao,
+    ICLR 2022, section 3.3.
     """
     return 1 + (config.temp_init - 1) * blend(config, step, steps_per_epoch)
 
 
 def blend(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Return the blend of KernelWarehouse's layers: it falls in a straight line and is 0 after `temp_epoch` epochs.
-
-    Arguments are those of :func:`temperature`. Li, Yao, ICML 2024, section 3.3.
-    """
+    """Return the blend of KernelWarehouse's layers, which falls likewise, to 0: Li, Yao, ICML 2024, section 3.3."""
     total = config.temp_epoch * steps_per_epoch
     return max(0, total - step) / max(1, total)

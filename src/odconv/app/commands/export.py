@@ -80,20 +80,15 @@ def export(*, weights: str, **options: Any) -> Written:
             or another file of weights.
         **options: the fields of :class:`Export`.
 
-    Returns:
-        What was written.
-
     Raises:
         ValueError: an option or weights that do not fit, a layer that cannot be exported, or a file that does not
             compute what the network does.
-        OSError: the weights cannot be read, or `out` cannot be written.
-        ImportError: a package is missing.
     """
     from odconv.app.data.transforms import MEAN, STD
 
     config = Export(**options)
     place = find_device(config.device)
-    restored = classify.restore_described(weights, config)
+    restored = classify.restore(weights, **{name: getattr(config, name) for name in classify.NAMES})
     notes = {
         "arch": restored.arch,
         "classes": restored.names or restored.classes,
@@ -113,18 +108,12 @@ def export_backbone(*, weights: str, **options: Any) -> Written:
     Args:
         weights: A checkpoint of odconv detect train, which says what detector it is, or another file of a detector.
         **options: the fields of :class:`BackboneExport`.
-
-    Returns:
-        What was written.
-
-    Raises:
-        ValueError, OSError, ImportError: as :func:`export`.
     """
     from odconv.app.data.transforms import MEAN, STD
 
     config = BackboneExport(**options)
     place = find_device(config.device)
-    restored = detect.restore_described(weights, config)
+    restored = detect.restore(weights, **{name: getattr(config, name) for name in detect.NAMES})
     backbone: Any = restored.model.backbone.to(place)
     notes = {"detector": restored.name, "classes": restored.classes, "mean": MEAN, "std": STD}
     masked = bool(restored.model.masked_pool) and has_attentions(backbone)

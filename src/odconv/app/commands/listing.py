@@ -22,12 +22,6 @@ def models(patterns: Sequence[str] = ("*",)) -> list[str]:
 
     Args:
         patterns: Names, or patterns such as 'od_*'.
-
-    Returns:
-        The names.
-
-    Raises:
-        ValueError: a pattern that matches none.
     """
     names = _matching(patterns, NAMES, "network", "models")
     print(*names, sep="\n")
@@ -39,12 +33,6 @@ def recipes(patterns: Sequence[str] = ("*",)) -> list[str]:
 
     Args:
         patterns: Names, or patterns such as '*resnet18*'.
-
-    Returns:
-        The names.
-
-    Raises:
-        ValueError: a pattern that matches none.
     """
     found = {command: find_recipes(command) for command in RECIPES}
     chosen = _matching(patterns, [name for known in found.values() for name in known], "recipe", "recipes")

@@ -41,9 +41,6 @@ def profile_networks(
         runs: Timed runs, of which the median counts.
         device: Where latency is measured: cpu, gpu, or auto for a GPU if there is one.
         table: Print the published table of ODConv beside what is counted here.
-
-    Raises:
-        ValueError: an unknown network or an option out of range.
     """
     if not names and not table:
         raise ValueError("name a network, such as od_resnet18, or give --table for the published ones")

@@ -16,7 +16,7 @@ from odconv.app.data.transforms import MEAN, STD
 from odconv.app.engine.checkpoint_io import BEST
 from odconv.app.pages.reports import read_run
 from odconv.app.pages.reports.read_run import Run
-from odconv.app.predict.names import class_names
+from odconv.app.predict.classifier import class_names
 from odconv.checkpoints import find_checkpoint, save_safetensors
 from odconv.hub import CONFIG, WEIGHTS, HubModel
 from odconv.profiling import profile
@@ -93,9 +93,7 @@ def release(
         What was measured: top1 and top5 (in %), loss, images, corrupt, seconds.
 
     Raises:
-        ValueError: the run is none of a classifier, or a weight is too large for float16, or `classes` has another
-            number of lines.
-        OSError: the run, `classes` or its data cannot be read, or `out` cannot be written.
+        ValueError: the run is none of a classifier, a weight is too large for float16, or names are not as many.
     """
     folder, told = Path(out), read_run(run)
     if "detector" in told.config or "arch" not in told.config:
@@ -133,11 +131,7 @@ def _open(run: Run, names: str | None) -> tuple[HubModel, dict[str, Any]]:
 
 
 def _rounded(state: Mapping[str, Tensor], precision: Precision) -> dict[str, Tensor]:
-    """Return weights with the kernels and matrices among them in another precision.
-
-    Raises:
-        ValueError: one is too large for it.
-    """
+    """Return weights, kernels and matrices in another precision; a ValueError if one is too large for it."""
     dtype = getattr(torch, precision)
     rounded = {
         name: tensor.to(dtype) if tensor.ndim > 1 and tensor.is_floating_point() else tensor

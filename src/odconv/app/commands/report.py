@@ -8,17 +8,10 @@ def report(runs: list[str]) -> list[Path]:
 
     Args:
         runs: Folders of runs.
-
-    Returns:
-        The reports.
-
-    Raises:
-        FileNotFoundError: a folder that is missing or holds no run.
-        OSError: a report cannot be written.
     """
-    from odconv.app.pages.reports import read_run, write_page
+    from odconv.app.pages.reports import read_run, write_report
 
     found = [read_run(folder) for folder in runs]  # all, before one is written
-    reports = [write_page(run) for run in found]
+    reports = [write_report(run) for run in found]
     print(*reports, sep="\n", flush=True)
     return reports

@@ -14,7 +14,7 @@ from odconv.app.pages.visualize.images import choose, read
 from odconv.app.pages.visualize.overview import class_share
 from odconv.app.pages.visualize.page import write_page
 from odconv.app.pages.visualize.subject import Subject, as_labels
-from odconv.app.predict.names import class_names
+from odconv.app.predict.classifier import class_names
 from odconv.attentions.measurement import CLASS_COLUMNS, WHOLE, Layer, answer, measure
 from odconv.attentions.statistics import COLUMNS
 from odconv.attentions.verdicts import KINDS, VERDICTS, deviation, verdict
@@ -52,12 +52,8 @@ def visualize(
         device: Where to compute: cpu, gpu, or auto for a GPU if there is one.
         **network: What the checkpoint does not say; see :func:`odconv.app.classify.restore.restore`.
 
-    Returns:
-        The page.
-
     Raises:
         ValueError: an option or weights that do not fit, no dynamic layers, or fewer than two readable images.
-        OSError: the weights cannot be read, or `out` cannot be written.
     """
     for name, value, least in (("max_images", max_images, 2), ("shown", shown, 1)):
         if value < least:

@@ -3,15 +3,13 @@
 from odconv.app.data.images import IGNORE, Images, find_existing, find_images, read_image, read_pixels, readable_images
 from odconv.app.data.sampler import EvaluationSampler, TrainingSampler
 from odconv.app.data.sort_validation import sort_validation
-from odconv.app.data.splits import Splits, imagenet_names, open_data
-from odconv.app.data.transforms import Augment, evaluation_transform, normalise, training_transform
+from odconv.app.data.splits import imagenet_names, open_data
+from odconv.app.data.transforms import evaluation_transform, normalise, training_transform
 
 __all__ = [
     "IGNORE",
-    "Augment",
     "EvaluationSampler",
     "Images",
-    "Splits",
     "TrainingSampler",
     "evaluation_transform",
     "find_existing",

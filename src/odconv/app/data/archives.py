@@ -19,20 +19,11 @@ def find_archive(folder: Path, name: str) -> Path | None:
 
 
 def unpack(archive: Path, cache: str | Path | None = None) -> Path:
-    """Unpack an archive into a folder of the cache, unless that was done before.
+    """Unpack an archive, tar or zip, into a folder of the cache, unless that was done before; return the folder.
 
-    The folder appears under its name only when it is complete, and an archive that was changed gets another folder.
-
-    Args:
-        archive: a tar file, compressed or not, or a zip file.
-        cache: see :func:`cache_folder`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: the archive is damaged, or holds a file that would land outside the folder.
-        OSError: the cache cannot be written.
+    The folder appears under its name only when it is complete, and an archive that was changed gets another folder. It
+    is a ValueError if the archive is damaged or holds a file that would land outside, an OSError if the cache cannot be
+    written.
     """
     root, archive = cache_folder(cache), archive.resolve()
     stat = archive.stat()

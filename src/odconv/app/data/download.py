@@ -43,12 +43,7 @@ class DownloadError(Exception):
 
 
 def check_url(url: str) -> None:
-    """See that a URL is one that data may come from.
-
-    Raises:
-        ValueError: another scheme, no host, or more than a host and a path.
-        ImportError: a store needs a package that is not installed.
-    """
+    """See that a URL is one that data may come from; an ImportError names a package that its store needs."""
     parts = urlsplit(url)
     scheme = parts.scheme.lower()
     if scheme not in (*WEB, *STORES) or not parts.netloc:
@@ -64,11 +59,7 @@ def check_url(url: str) -> None:
 
 
 def read_url(url: str) -> bytes:
-    """Return what is at a URL, an index of shards.
-
-    Raises:
-        OSError: it cannot be had, or is too large to be one.
-    """
+    """Return what is at a URL, an index of shards; an OSError if it cannot be had, or is too large to be one."""
 
     def attempt() -> bytes:
         content = bytearray()
@@ -84,18 +75,11 @@ def read_url(url: str) -> bytes:
 def open_url(
     url: str, size: int, sha256: str, *, cache: str | Path | None = None, limit: int | None = None
 ) -> BinaryIO:
-    """Open a file from the cache, after downloading it unless that was done before.
+    """Open a file of known size and checksum from the cache, after downloading it unless that was done before.
 
-    Args:
-        url: where the file is.
-        size: its size in bytes.
-        sha256: its checksum, in hexadecimal digits.
-        cache: see :func:`odconv.system.files.cache_folder`; the file lies in its folder "shards".
-        limit: bytes that this folder may hold; the files opened least recently are removed first. Processes that
-            download at the same moment may each exceed it by one file.
-
-    Raises:
-        OSError: the file cannot be had, is another one, or cannot be written.
+    It lies in the folder "shards" of the cache. The files opened least recently are removed first, for the folder to
+    hold at most `limit` bytes; processes that download at the same moment may each exceed it by one file. It is an
+    OSError if the file cannot be had, or is another one.
     """
     folder = cache_folder(cache) / "shards"
     key = hashlib.sha256(f"{url}\0{size}\0{sha256}".encode()).hexdigest()[:16]

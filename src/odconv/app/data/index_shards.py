@@ -45,9 +45,7 @@ def index_shards(
         workers: number of processes; default one a core.
 
     Raises:
-        FileNotFoundError: there is no such folder or file, or no shards.
         ValueError: a shard is damaged, compressed or lacks a label; a label has no name; or there is an index already.
-        OSError: a shard cannot be read, or the index not be written.
     """
     root = Path(data)
     if not root.is_dir():
@@ -63,10 +61,8 @@ def index_shards(
     sets = {}
     for name, paths in found.items():
         began = time.perf_counter()
-        shards = sorted(
-            each(_scan, [(path, path.relative_to(root).as_posix()) for path in paths], workers),
-            key=lambda shard: shard.file,
-        )
+        places = [(path, path.relative_to(root).as_posix()) for path in paths]
+        shards = sorted(each(_scan, places, workers), key=lambda shard: shard.file)
         if shards:
             report(name, shards, sum(len(shard.labels) for shard in shards), time.perf_counter() - began)
             sets[name] = shards
@@ -89,15 +85,9 @@ def _scan(place: tuple[Path, str]) -> Shard:
 
 
 def describe(path: Path, name: str) -> Shard:
-    """Find the images and labels of a shard, and compute all that an index holds.
+    """Find the images and labels of a shard, and compute all that an index, in which it has a name, holds of it.
 
-    Args:
-        path: the tar file.
-        name: its name in the index.
-
-    Raises:
-        ValueError: it is damaged or compressed, or an image has no label.
-        OSError: it cannot be read.
+    It is a ValueError if the file is damaged or compressed, or an image has no label.
     """
     if not SAFE_NAME.fullmatch(name):
         raise ValueError(f"the name of a shard may have letters, digits, spaces and .+=@,- only, got {name!r}")
@@ -109,7 +99,9 @@ def describe(path: Path, name: str) -> Shard:
         for member in images.values():
             image = _read(file, member)
             crc32.append(zlib.crc32(image))
-            if not _is_readable(image):
+            try:
+                read_image(image)
+            except OSError:
                 unreadable.append(member.name)
         file.seek(0)
         digest = hashlib.sha256()
@@ -154,7 +146,9 @@ def _pair(
             continue
         key, extension = match[1], match[2].lower()
         if extension == "cls":
-            labels[key] = _label(path, member, _read(file, member, 16))
+            if not re.fullmatch(rb"\s*[0-9]{1,6}\s*", text := _read(file, member, 16)):
+                raise ValueError(f"{member.name} in {path} must hold a class number, got {text!r}")
+            labels[key] = int(text)
         elif f".{extension}" in IMG_EXTENSIONS:
             if key in images:
                 raise ValueError(f"the shard {path} has two images of the sample {key!r}")
@@ -166,23 +160,9 @@ def _pair(
     return images, labels
 
 
-def _label(path: Path, member: tarfile.TarInfo, text: bytes) -> int:
-    if not re.fullmatch(rb"\s*[0-9]{1,6}\s*", text):
-        raise ValueError(f"{member.name} in {path} must hold a class number, got {text!r}")
-    return int(text)
-
-
 def _read(file: BinaryIO, member: tarfile.TarInfo, limit: int | None = None) -> bytes:
     file.seek(member.offset_data)
     return file.read(member.size if limit is None else min(member.size, limit))
-
-
-def _is_readable(image: bytes) -> bool:
-    try:
-        read_image(image)
-    except OSError:
-        return False
-    return True
 
 
 def report(name: str, shards: Sequence[Shard], images: int, seconds: float) -> None:

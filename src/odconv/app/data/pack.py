@@ -58,9 +58,7 @@ def pack(*, data: str, out: str, shard_mb: float = 128.0, seed: int = 0, workers
         workers: number of processes; default one a core.
 
     Raises:
-        FileNotFoundError: a folder or the images of a class are missing.
         ValueError: `data` holds no image files, `out` holds other shards, or an option is out of range.
-        OSError: an image cannot be read from the disk, or a shard cannot be written.
     """
     if not 0 < shard_mb < math.inf:
         raise ValueError(f"shard_mb must be above 0, got {shard_mb}")

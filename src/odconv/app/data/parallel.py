@@ -1,11 +1,12 @@
-"""A function over many arguments, in several processes, and how many processes or threads may read images."""
+"""A function over many arguments, in several processes or threads, and how many of these may read images."""
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -14,16 +15,9 @@ R = TypeVar("R")
 
 
 def each(function: Callable[[A], R], arguments: Sequence[A], workers: int | None = None) -> Iterator[R]:
-    """Call a function with each argument, and give the results as they come.
+    """Call a function that can be pickled with each argument, in processes, and give the results as they come.
 
-    Args:
-        function: one that can be pickled.
-        arguments: its arguments.
-        workers: number of processes; default one a core. One is this process itself.
-
-    Raises:
-        ValueError: `workers` is below 1.
-        OSError: a process was killed.
+    `workers` is how many, by default one a core; one is this process itself. It is an OSError if a process was killed.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -41,6 +35,27 @@ def each(function: Callable[[A], R], arguments: Sequence[A], workers: int | None
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ahead(function: Callable[[A], R], arguments: Iterable[A], threads: int, count: int) -> Iterator[R]:
+    """Call a function with each argument in turn, in threads, and give the results in that order.
+
+    With 0 threads it is called when its result is asked for; else up to `count` results wait for that.
+    """
+    if threads == 0:
+        yield from map(function, arguments)
+        return
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[R]] = deque()
+    try:
+        for argument in arguments:
+            waiting.append(pool.submit(function, argument))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def count_cores() -> int:

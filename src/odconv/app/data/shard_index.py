@@ -21,15 +21,9 @@ SAFE_NAME = re.compile(r"(?!\.)[\w .+=@,-]+(/(?!\.)[\w .+=@,-]+)*")
 class Shard:
     """A tar file of images.
 
-    Attributes:
-        file: its name, relative to the index, with "/" between folders.
-        size: in bytes.
-        sha256: of the file, in hexadecimal digits.
-        labels: class index of each image (N,).
-        offsets: where each image begins in the file, in bytes (N,).
-        lengths: of each image, in bytes (N,).
-        crc32: of each image (N,).
-        unreadable: names of the members that are no image, or a damaged one.
+    `file` is relative to the index, with "/" between folders; sizes and places are in bytes. Of each image there are
+    class index, where it begins, length and checksum (N,). `unreadable` names the members that are no image, or a
+    damaged one.
     """
 
     file: str
@@ -49,11 +43,7 @@ class Shard:
 
     @classmethod
     def from_json(cls, values: Any) -> "Shard":
-        """Check plain values.
-
-        Raises:
-            ValueError: they do not describe a shard.
-        """
+        """Check plain values; a ValueError says why they do not describe a shard."""
         if not isinstance(values, dict) or not isinstance(file := values.get("file"), str):
             raise ValueError("a shard has no file name")
         if not SAFE_NAME.fullmatch(file):
@@ -71,12 +61,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """A set of shards.
+    """A set of shards, in order, and the names of the classes; a label is an index into these.
 
-    Attributes:
-        classes: name of each class; a label is an index into it.
-        shards: the tar files, in order.
-        fingerprint: of the images and options that the set was packed from; empty where it was not packed here.
+    `fingerprint` is of the images and options that the set was packed from; empty where it was not packed here.
     """
 
     classes: list[str]
@@ -84,11 +71,7 @@ class Index:
     fingerprint: str = ""
 
     def write(self, path: Path) -> None:
-        """Write a JSON file, whole or not at all.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write a JSON file, whole or not at all."""
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -101,15 +84,7 @@ class Index:
 
     @classmethod
     def parse(cls, text: bytes, place: str | Path) -> "Index":
-        """Read an index.
-
-        Args:
-            text: JSON.
-            place: where it is from, for messages.
-
-        Raises:
-            ValueError: it is no index, of another version, or contradicts itself.
-        """
+        """Read an index; a ValueError, which names its place, if it is none of this version, or contradicts itself."""
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:

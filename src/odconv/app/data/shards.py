@@ -138,20 +138,9 @@ class Shards(Sequence[bytes]):
 def open_shards(
     data: str | Path, need_train: bool = True, cache: str | Path | None = None
 ) -> tuple[Shards | None, Shards, list[str]]:
-    """Open a set of shards.
+    """Open the shards of a folder, or its URL: images to train on, if they are needed, and to evaluate on, class names.
 
-    Args:
-        data: a folder with val.json (and train.json), or its URL.
-        need_train: False to open the validation images alone.
-        cache: see :class:`Shards`.
-
-    Returns:
-        Training images (None where they were not asked for), validation images, and the names of the classes.
-
-    Raises:
-        FileNotFoundError: there is no index.
-        OSError: an index cannot be read.
-        ValueError: a URL that is not allowed, a damaged index, or train and val have different classes.
+    It is a ValueError if the URL is not allowed, an index is damaged, or the two have different classes.
     """
     if is_url(data):
         check_url(str(data))

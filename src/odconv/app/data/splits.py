@@ -17,13 +17,7 @@ from odconv.system.text import first_few
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set, opened.
-
-    Attributes:
-        train: images to train on, augmented; None where they were not asked for.
-        val: images to evaluate on.
-        classes: name of each class; a label is an index into it.
-    """
+    """A data set, opened: images to train on, if they were asked for, and to evaluate on, and names of the classes."""
 
     train: Images | None
     val: Images
@@ -32,6 +26,8 @@ class Splits:
 
 Labelled = tuple[Sources, Sequence[int] | np.ndarray]
 """Images and their labels."""
+Opened = tuple[Labelled | None, Labelled, list[str]]
+"""Images to train on, if they were asked for, and to evaluate on, and the names of the classes."""
 
 
 def open_data(
@@ -89,7 +85,7 @@ def imagenet_names() -> list[str]:
     return list(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
 
 
-def _open(data: str | Path, need_train: bool, cache: str | Path | None) -> tuple[Labelled | None, Labelled, list[str]]:
+def _open(data: str | Path, need_train: bool, cache: str | Path | None) -> Opened:
     if str(data) == "digits":
         return _open_digits()
     if is_sharded(data):
@@ -107,7 +103,7 @@ def _open(data: str | Path, need_train: bool, cache: str | Path | None) -> tuple
     return _open_folders(folder, need_train, cache)
 
 
-def _open_digits() -> tuple[Labelled, Labelled, list[str]]:
+def _open_digits() -> Opened:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -119,7 +115,7 @@ def _open_digits() -> tuple[Labelled, Labelled, list[str]]:
     return (train, train_labels), (val, val_labels), [str(name) for name in digits.target_names]
 
 
-def _open_cifar10(root: Path, need_train: bool) -> tuple[Labelled | None, Labelled, list[str]]:
+def _open_cifar10(root: Path, need_train: bool) -> Opened:
     try:
         # torchvision compares checksums before it unpickles anything
         train, val = CIFAR10(root, train=True) if need_train else None, CIFAR10(root, train=False)
@@ -128,9 +124,7 @@ def _open_cifar10(root: Path, need_train: bool) -> tuple[Labelled | None, Labell
     return (train.data, train.targets) if train else None, (val.data, val.targets), val.classes
 
 
-def _open_folders(
-    root: Path, need_train: bool, cache: str | Path | None
-) -> tuple[Labelled | None, Labelled, list[str]]:
+def _open_folders(root: Path, need_train: bool, cache: str | Path | None) -> Opened:
     train_place, val_place = _find(root, "train"), _find(root, "val") or _find(root, "test")
     if not val_place or (need_train and not train_place):
         raise FileNotFoundError(_what_is_missing(root, need_train and not train_place, not val_place))

@@ -17,16 +17,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def evaluation_sizes(
     image_size: int | None = None, resize_size: int | None = None, recorded: Mapping[str, Any] | None = None
 ) -> tuple[int, int]:
-    """Both sizes of the evaluation: as given, else as a file says, in proportion where its image_size is another.
+    """Return the sizes of the evaluation in pixels: the side of the square that is cropped, the shorter side before.
 
-    Args:
-        image_size: side of the square that is cropped, in pixels; default: what the file says, else 224.
-        resize_size: length that the shorter side is resized to first, in pixels; default: what the file says, else 8/7
-            of the side, which is 256 for 224.
-        recorded: what a file records of the two by these names, if anything.
-
-    Returns:
-        `image_size` and `resize_size`.
+    They are as given, else as recorded in a file by their names, else 224 and 8/7 of the side, which is 256 for 224.
+    Where the side is another than the file says, the shorter one is in proportion.
     """
     side, resized = 224, 256
     if recorded and recorded.get("image_size"):

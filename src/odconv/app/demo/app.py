@@ -25,15 +25,9 @@ BESIDE = 5
 
 
 def build(networks: Sequence[Network], examples: Examples, place: Path) -> gr.Blocks:
-    """Put the page together, and let the networks run once.
+    """Put the page together, and let the networks run once; the last one with dynamic layers shows its attentions.
 
-    Args:
-        networks: the networks, of which the last one with dynamic layers shows its attentions.
-        examples: images to begin with.
-        place: the folder in which gradio keeps what is dropped; other files are not looked at.
-
-    Returns:
-        The page, to be launched.
+    Gradio keeps what is dropped in the folder `place`; other files are not looked at.
     """
     others = [read_upload(path) for path in examples.files[:BESIDE]]
     titles = ["yours", *(path.stem[:10].replace("$", r"\$") for path in examples.files[:BESIDE])]  # no formulas

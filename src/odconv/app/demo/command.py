@@ -74,12 +74,7 @@ def demo(
 
 
 def check_free(host: str, port: int) -> None:
-    """See that a port can be opened.
-
-    Raises:
-        ValueError: it is no port.
-        OSError: it cannot.
-    """
+    """See that a port can be opened; a ValueError if it is no port, an OSError if it cannot."""
     if not 1 <= port <= 65535:
         raise ValueError(f"port must be from 1 to 65535, got {port}")
     try:

@@ -22,16 +22,10 @@ class Examples(NamedTuple):
 
 
 def make_examples(folder: str | None, classes: Sequence[str], place: Path) -> Examples:
-    """Copy the examples to a place from where they may be shown.
+    """Copy images to an empty folder from where they may be shown.
 
-    Args:
-        folder: the user's own, of which the first twelve that can be read serve. Default: for networks that know
-            digits, a handwritten one of each kind; else two photos.
-        classes: names of the networks' classes.
-        place: an empty folder.
-
-    Raises:
-        FileNotFoundError: the folder is missing or holds no image that can be read.
+    They are the first twelve of the user's folder that can be read. Without one: for networks that know digits, a
+    handwritten one of each kind; else two photos.
     """
     if folder is not None:
         return Examples(copy_readable(find_images([folder]), place), "your own")

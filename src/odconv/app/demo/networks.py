@@ -28,13 +28,7 @@ class Network(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a network says of an image.
-
-    Attributes:
-        network: the network.
-        top: the most probable classes and their probabilities, in %.
-        milliseconds: median time of the network alone, for this one image.
-    """
+    """What a network says of an image: the most probable classes, in %, and its median time for it alone."""
 
     network: Network
     top: list[tuple[str, float]]
@@ -42,17 +36,9 @@ class Answer(NamedTuple):
 
 
 def load(weights: str, static: str | None, static_arch: str | None, **options: Any) -> list[Network]:
-    """Load networks that know the same classes and see the same pixels.
+    """Load a network, and perhaps one to compare it with, which comes first: of the same classes and sizes of images.
 
-    Args:
-        weights: what :func:`odconv.app.predict.load_classifier` reads.
-        static: the same of a network to compare it with, which then comes first; None for none.
-        static_arch: name of that network, where its file does not say.
-        **options: what `weights` does not say; classes, stem, sizes and device hold for both.
-
-    Raises:
-        ValueError: options or weights that do not fit, an exported file, or networks that differ.
-        OSError: a file cannot be read.
+    Options are what `weights` does not say; classes, stem, sizes and device hold for both.
     """
     for given in (weights, static):
         if given is not None and is_exported(given):  # not opened, then refused
@@ -65,21 +51,15 @@ def load(weights: str, static: str | None, static_arch: str | None, **options: A
     for what in ("classes", "image_size", "resize_size"):
         values = [getattr(classifier, what) for classifier in classifiers]
         if any(value != values[0] for value in values):
-            shown = " and ".join(map(_shown, values))
-            raise ValueError(f"{what} of both networks must be the same, got {shown}")
-    return [open_network(classifier) for classifier in classifiers]
-
-
-def _shown(value: int | Sequence[str]) -> str:
-    return str(value) if isinstance(value, int) else f"{len(value)} ({first_few(value)})"
-
-
-def open_network(classifier: Classifier) -> Network:
-    """Find the layers of a classifier that has a network."""
-    model = classifier.model
-    assert model is not None  # exported files have none
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PerSampleConv)}
-    return Network(classifier, model, layers)
+            shown = (str(value) if isinstance(value, int) else f"{len(value)} ({first_few(value)})" for value in values)
+            raise ValueError(f"{what} of both networks must be the same, got {' and '.join(shown)}")
+    networks = []
+    for classifier in classifiers:
+        model = classifier.model
+        assert model is not None  # exported files have none
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, PerSampleConv)}
+        networks.append(Network(classifier, model, layers))
+    return networks
 
 
 def ask(networks: Sequence[Network], image: Image.Image) -> list[Answer]:

@@ -17,14 +17,9 @@ MEGAPIXELS = 50
 
 
 def dropped(upload: Any, place: Path) -> Path:
-    """Return the file that a page says was dropped on it.
+    """Return the file that a page says was dropped on it; a ValueError if it is none in the folder for that.
 
-    Args:
-        upload: what the page says; anybody may say anything.
-        place: the folder for what is dropped, and for the examples.
-
-    Raises:
-        ValueError: it is no file in that folder.
+    The page may say anything, for anybody may.
     """
     path = Path(str(upload.get("path"))) if isinstance(upload, dict) else Path()
     if not path.resolve().is_relative_to(place.resolve()) or not path.is_file():
@@ -33,17 +28,9 @@ def dropped(upload: Any, place: Path) -> Path:
 
 
 def read_upload(path: Path) -> Image.Image:
-    """Read an image as browsers show it: turned as its EXIF data say, over white where it is transparent.
+    """Read an image as browsers show it, in RGB: turned as its EXIF data say, over white where it is transparent.
 
-    Args:
-        path: the file; its name stands in errors.
-
-    Returns:
-        The image, in mode RGB.
-
-    Raises:
-        ValueError: the file is missing, no image of FORMATS, or damaged, or has too many pixels, or
-            takes too long to decode.
+    A ValueError, in words for the page, if it is no image of FORMATS, damaged, too large, or takes too long to decode.
     """
     try:
         with open_regular(path, LARGEST) as file, Image.open(file, formats=FORMATS) as image:

@@ -29,7 +29,7 @@ def train(**options: Any) -> dict[str, Any]:
     """
     config = DetectConfig(**options)
     from odconv.app.detect.run import run
-    from odconv.app.engine.trial import trial
+    from odconv.app.engine.run_folder import trial
 
     with trial(config) as resolved:
         return run(resolved)

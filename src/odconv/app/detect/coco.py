@@ -4,7 +4,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,9 @@ PARTS = ("images", "annotations", "categories")
 class Annotations:
     """What is on a set of images.
 
-    Attributes:
-        path: the file.
-        images: COCO's entries of the images: `id`, `file_name`, `width` and `height` in pixels.
-        objects: of each image its entries of objects, crowds included; each has a proper `bbox`, `area`, `iscrowd`.
-        categories: COCO's entries of the classes, by ascending `id`. The label of one is its place here + 1.
-        dropped: the ids of the annotations that were left out, by what is wrong with them.
+    `images` and `categories` are COCO's entries, the latter by ascending `id`: the label of one is its place + 1.
+    `objects` are those of each image, crowds included; each has a proper `bbox`, `area`, `iscrowd`. `dropped` has the
+    ids of the annotations that were left out, by what is wrong with them.
     """
 
     path: Path
@@ -58,30 +55,19 @@ class Annotations:
         kept = [i for i, objects in enumerate(self.objects) if any(not item["iscrowd"] for item in objects)]
         if not kept:
             raise ValueError(f"{self.path} has no image with an object to find; {self.describe_dropped()}".rstrip("; "))
-        return Annotations(
-            self.path, [self.images[i] for i in kept], [self.objects[i] for i in kept], self.categories, self.dropped
-        )
+        return replace(self, images=[self.images[i] for i in kept], objects=[self.objects[i] for i in kept])
 
 
 def read_annotations(path: str | Path, classes: Sequence[str] | None = None, masks: bool = False) -> Annotations:
-    """Read an annotation file.
+    """Read an annotation file, such as annotations/instances_train2017.json.
 
     Objects that nothing can be learned from are left out and noted by their ids: of images or categories that are not
     listed, or of images too large to be read; without a box, with one that is not finite, of zero or negative size or
     outside of the image; and, if masks are asked for, without one, with one of another size than the image, or whose
     outline is longer than a million pixels. Images without any object are kept, and polygons of fewer than three points
-    are taken out of masks.
+    are taken out of masks. Of the categories, those of certain names can be chosen.
 
-    Args:
-        path: the file, such as annotations/instances_train2017.json.
-        classes: names of the classes to keep; default all.
-        masks: whether every object must have a mask.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it is no annotation file, or lacks `images`, `annotations` or `categories`, or an entry lacks what
-            nothing can be done without, or has no mask at all where masks are asked for, or no such class.
-        OSError: it cannot be read.
+    It is a ValueError if the file is none, or an entry lacks what nothing can be done without, or all lack masks.
     """
     path = Path(path)
     images, annotations, all_categories = _parts(path)
@@ -114,11 +100,7 @@ def read_annotations(path: str | Path, classes: Sequence[str] | None = None, mas
 
 
 def check_files(annotations: Annotations, folder: str | Path) -> None:
-    """See that the listed images are there.
-
-    Raises:
-        FileNotFoundError: the folder, or some images, are not.
-    """
+    """See that the folder and the listed images are there; else a FileNotFoundError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder of images {folder} does not exist")

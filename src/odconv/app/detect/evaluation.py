@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from odconv.app.engine.config import Amp, check
 from odconv.system.files import check_writable, write_json
-from odconv.system.text import first_few, printable
+from odconv.system.text import first_few, number, printable
 
 
 def evaluate(
@@ -97,17 +97,13 @@ def _table(name: str, result: dict[str, Any]) -> str:
     ]
     for prefix, title in (("", "boxes"), ("mask_", "masks")):
         if prefix + "ap" in result:
-            lines.append(f"{title:24}" + "".join(f"{_number(result[prefix + metric]):>8}" for metric in METRICS))
+            lines.append(f"{title:24}" + "".join(f"{number(result[prefix + metric]):>8}" for metric in METRICS))
     titles = ["boxes", "masks"] if "mask_ap" in result else ["boxes"]
     lines.append(f"{'AP by class':24}" + "  ".join(f"{title:>6}" for title in titles))
     for title, scores in result["classes"].items():
         if scores["ap"] is not None:
-            lines.append(f"  {printable(title):22}" + "  ".join(f"{_number(value):>6}" for value in scores.values()))
+            lines.append(f"  {printable(title):22}" + "  ".join(f"{number(value):>6}" for value in scores.values()))
     return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _write(out: Path, result: dict[str, Any], found: list[dict[str, Any]]) -> None:

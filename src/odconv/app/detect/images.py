@@ -31,12 +31,10 @@ logger = logging.getLogger(__name__)
 def augmentation(augment: Augment) -> Callable[[Any, Target], tuple[Any, Target]]:
     """Return a transform of an image and its target.
 
-    Args:
-        augment: "flip": left and right are swapped in every second image, as published. "strong": besides, colours are
-            distorted and parts are cut out (as for SSD), for few images. "crop": besides, parts of 384 to 600 pixels
-            of every second image are cut out (as for DETR). "none": nothing.
-
-    Boxes are cut off at the image's border; those less than a pixel wide or high are left out, with labels and masks.
+    "flip": left and right are swapped in every second image, as published. "strong": besides, colours are distorted and
+    parts are cut out (as for SSD), for few images. "crop": besides, parts of 384 to 600 pixels of every second image
+    are cut out (as for DETR). "none": nothing. Boxes are cut off at the image's border; those less than a pixel wide or
+    high are left out, with labels and masks.
     """
     parts: list[nn.Module] = []
     if augment == "strong":
@@ -45,17 +43,13 @@ def augmentation(augment: Augment) -> Callable[[Any, Target], tuple[Any, Target]
         parts = [v2.RandomApply([v2.RandomShortestSize([400, 500, 600]), RandomPart(384, 600)])]
     flip = [v2.RandomHorizontalFlip()] if augment != "none" else []
     transform: Callable[[Any, Target], tuple[Any, Target]] = v2.Compose(
-        [*parts, *flip, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_per_object)]
+        [*parts, *flip, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
     )
     return transform
 
 
 class RandomPart(v2.Transform):
-    """Cuts out a part whose sides are drawn between two lengths, or are the image's where it is shorter.
-
-    Args:
-        least, most: lengths in pixels.
-    """
+    """Cuts out a part whose sides are drawn between two lengths in pixels, or are the image's where it is shorter."""
 
     def __init__(self, least: int, most: int) -> None:
         super().__init__()
@@ -74,18 +68,12 @@ class RandomPart(v2.Transform):
 
 
 class CocoImages(Dataset[tuple[Tensor, Target]]):
-    """Images as bytes (3, H, W), with their targets.
+    """Images as bytes (3, H, W), with their targets, which lack crowds; alone, for evaluation, without `augment`.
 
     An image that cannot be read, or has another size than its annotations say, is named in a warning and answered with
     a blank one whose `index` is UNREADABLE. The index ``len(images)`` is answered likewise, without the warning: it is
     the padding of an evaluation. An index may come with a seed, as from a training sampler: then the augmentation
     depends on the seed alone.
-
-    Args:
-        annotations: what is on the images; crowds are left out of the targets.
-        folder: folder of the images.
-        augment: see :func:`augmentation`; None for images alone, without anything on them, for evaluation.
-        masks: whether targets have masks.
     """
 
     def __init__(
@@ -144,17 +132,8 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
                 blank["masks"] = torch.zeros(0, BLANK, BLANK, dtype=torch.uint8)
         return torch.zeros(3, BLANK, BLANK, dtype=torch.uint8), blank
 
-    def shapes(self) -> list[int]:
-        """Return 1 for every image that is wider than high, 0 for the others."""
-        return [int(image["width"] > image["height"]) for image in self.annotations.images]
-
 
 def collate(items: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
     """Put images of any sizes into a batch."""
     images, targets = zip(*items, strict=True)
     return list(images), list(targets)
-
-
-def _per_object(inputs: tuple[Any, Target]) -> tuple[Tensor, ...]:
-    _, target = inputs
-    return (target["labels"],)

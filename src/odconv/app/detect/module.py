@@ -1,7 +1,7 @@
 """A detector in evaluation and in training, as Lightning's Trainer wants it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +13,8 @@ from odconv.app.detect.coco import Annotations
 from odconv.app.detect.config import DetectConfig
 from odconv.app.detect.images import UNREADABLE, Target
 from odconv.app.detect.schedule import blend, learning_rate
-from odconv.app.detect.scores import Result, describe_detections, score
+from odconv.app.detect.scores import METRICS, Result, describe_detections, score
+from odconv.app.engine.history import History, Row
 from odconv.app.engine.training_module import Pace, TrainingModule
 
 Batch = tuple[Sequence[Tensor], Sequence[Target]]
@@ -27,9 +28,6 @@ class DetectorEvaluation(pl.LightningModule):
     format, and `seconds` how long it took. It is a ValueError if no image could be read.
 
     All are exact over several processes: every image is looked at once, and one process scores what all have found.
-
-    Args:
-        model: a detector.
     """
 
     annotations: Annotations
@@ -89,13 +87,7 @@ class DetectorEvaluation(pl.LightningModule):
 
 
 class DetectorTraining(TrainingModule, DetectorEvaluation):
-    """Trains a detector on the sum of its losses.
-
-    Args:
-        model: a detector of :func:`odconv.create_detector`.
-        config: the options of the run.
-        annotations: what is on the images for evaluation, and the classes.
-    """
+    """Trains a detector on the sum of its losses; the annotations are those for evaluation, and say the classes."""
 
     config: DetectConfig
 
@@ -111,7 +103,7 @@ class DetectorTraining(TrainingModule, DetectorEvaluation):
         """Return the pace of the step that comes next."""
         config, step = self.config, self.global_step
         rate = learning_rate(config, self.current_epoch, step)
-        return Pace(rate, config.temperature, blend(config, step + 1, self.steps_per_epoch()))
+        return rate, config.temperature, blend(config, step + 1, self.steps_per_epoch())
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Leave unreadable images out of training; if there is none left, one stays that will not count."""
@@ -131,3 +123,17 @@ class DetectorTraining(TrainingModule, DetectorEvaluation):
         self.log_dict(losses)
         total: Tensor = sum(losses.values())
         return self.weigh(total * counts, counts * len(images), batch_idx)
+
+
+class DetectionHistory(History):
+    """Keep the history of a detector: all scores are in %, nan where nothing of a size is there to be found."""
+
+    def scores(self, metrics: Mapping[str, float]) -> Row:
+        """Return an epoch's scores, by column, from what was logged."""
+        columns = [*METRICS, *(f"mask_{name}" for name in METRICS if "val_mask_ap" in metrics)]
+        return {name: round(metrics.get(f"val_{name}", float("nan")), 4) for name in columns}
+
+    def describe(self, row: Row) -> str:
+        """Return the scores of a row in words."""
+        mask = f"   mask AP {row['mask_ap']:5.2f}" if "mask_ap" in row else ""
+        return f"AP {row['ap']:5.2f}   AP50 {row['ap50']:5.2f}{mask}"

@@ -1,15 +1,15 @@
 """Finding objects on images: pictures with boxes, labels and masks, and a file of all that was found."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from odconv.app.engine.config import check
 from odconv.system.devices import Device, find_device
 from odconv.system.files import check_writable, replacing, write_json
 from odconv.system.text import printable
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 COLOURS = ("#e41a1c", "#377eb8", "#2f9e44", "#984ea3", "#e8590c", "#0b7285", "#a65628", "#d6336c", "#5c7cfa", "#868e96")
 """Of boxes and masks, by class; the label is white on them."""
@@ -36,7 +36,8 @@ def predict(
         ValueError: an option or weights that do not fit, or no image at all can be read.
         OSError: the weights cannot be read, or `out` cannot be written.
     """
-    import torch
+    from torchvision.io import encode_png
+    from torchvision.ops import box_area
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     from odconv.app.data import readable_images
@@ -65,8 +66,11 @@ def predict(
         picture = Path(out) / f"{number:04}_{path.stem}.png"
         entry = {"id": number, "file_name": str(path), "width": image.width, "height": image.height}
         found["images"].append(entry | {"picture": picture.name})
-        found["annotations"] += [item | {"area": area} for item, area in zip(objects, _areas(detections), strict=True)]
-        _save(draw(pixels, detections, restored.classes), picture)
+        masks = detections.get("masks")
+        areas = box_area(detections["boxes"]) if masks is None else (masks >= 0.5).sum((1, 2, 3))
+        found["annotations"] += [item | {"area": area} for item, area in zip(objects, areas.tolist(), strict=True)]
+        with replacing(picture) as partial:
+            partial.write_bytes(encode_png(draw(pixels, detections, restored.classes)).numpy().tobytes())
         lines = (f"{100 * item['score']:6.1f} %  {printable(names[item['category_id']])}" for item in objects)
         print(printable(path), *lines, sep="\n  ")
     if not found["images"]:
@@ -78,25 +82,8 @@ def predict(
     return found
 
 
-def _areas(detections: dict[str, "Tensor"]) -> list[float]:
-    """Return the area of each object in pixels, of its mask if it has one, else of its box."""
-    if "masks" in detections:
-        return (detections["masks"] >= 0.5).sum((1, 2, 3)).tolist()
-    x1, y1, x2, y2 = detections["boxes"].unbind(1)
-    return ((x2 - x1) * (y2 - y1)).tolist()
-
-
-def draw(image: "Tensor", detections: dict[str, "Tensor"], classes: list[str]) -> "Tensor":
-    """Draw what was found on an image, with labels and scores.
-
-    Args:
-        image: bytes (3, H, W).
-        detections: `boxes` (N, 4), `labels` (N), `scores` (N) and perhaps `masks` (N, 1, H, W) of probabilities.
-        classes: names of the classes, that of label 1 first.
-
-    Returns:
-        Bytes (3, H, W).
-    """
+def draw(image: Tensor, detections: dict[str, Tensor], classes: list[str]) -> Tensor:
+    """Draw what was found on an image, bytes (3, H, W), with labels and scores; the first class has the label 1."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     labels = detections["labels"].tolist()
@@ -111,10 +98,3 @@ def draw(image: "Tensor", detections: dict[str, "Tensor"], classes: list[str]) -
     return draw_bounding_boxes(
         image, detections["boxes"], texts, colours, width=width, label_colors="white", fill_labels=True
     )
-
-
-def _save(pixels: "Tensor", path: Path) -> None:
-    from torchvision.io import encode_png
-
-    with replacing(path) as partial:
-        partial.write_bytes(encode_png(pixels).numpy().tobytes())

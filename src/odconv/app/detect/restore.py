@@ -66,14 +66,10 @@ PASSED = tuple(name for name in NAMES if name not in ("detector", "arch", "class
 
 
 class RestoredDetector(NamedTuple):
-    """A trained detector.
+    """A trained detector, in evaluation mode.
 
-    Attributes:
-        model: the detector, in evaluation mode.
-        name: what it is.
-        classes: names of its classes, that of label 1 first.
-        categories: the id of each class in COCO's format.
-        chosen: the classes that the training took of those in its annotations; None for all.
+    `classes` are their names, that of label 1 first, `categories` their ids in COCO's format, `chosen` those that the
+    training took of the classes in its annotations, None for all.
     """
 
     model: nn.Module
@@ -84,13 +80,7 @@ class RestoredDetector(NamedTuple):
 
 
 def build(config: DetectConfig, classes: int, weights: Checkpoint | None = None) -> nn.Module:
-    """Build the detector of a run, with the weights to start from.
-
-    Args:
-        config: the options of the run.
-        classes: how many classes there are, without the background.
-        weights: what was read of `config.weights`, if anything.
-    """
+    """Build the detector of a run for so many classes, with the weights to start from."""
     return create_detector(
         config.detector,
         config.arch,
@@ -108,25 +98,11 @@ def build(config: DetectConfig, classes: int, weights: Checkpoint | None = None)
 
 
 def restore(weights: str, **description: Any) -> RestoredDetector:
-    """Build the detector of a checkpoint and load it.
+    """Build the detector of a checkpoint and load it; the fields of :class:`Description` say what the file does not.
 
-    Args:
-        weights: A checkpoint of odconv detect train, which says all of the rest, or another file of a detector.
-        **description: the fields of :class:`Description`.
-
-    Returns:
-        The detector and what its classes are.
-
-    Raises:
-        ValueError: `detector` or `arch` is needed, or a number is out of range, or the weights do not fit.
-        OSError: the file cannot be read.
+    It is a ValueError if `detector` or `arch` is needed, or a number is out of range, or the weights do not fit.
     """
-    return restore_described(weights, Description(**description))
-
-
-def restore_described(weights: str, description: Description) -> RestoredDetector:
-    """Build the detector of a checkpoint and load it; see :func:`restore`."""
-    given = {name: value for name in NAMES if (value := getattr(description, name)) is not None}
+    given = {name: value for name, value in vars(Description(**description)).items() if value is not None}
     check(given)
     checkpoint = find_checkpoint(weights)
     with malformed(checkpoint.path):

@@ -10,16 +10,15 @@ import lightning.pytorch as pl
 
 from odconv.app.detect.coco import Annotations, check_files, read_annotations
 from odconv.app.detect.config import DetectConfig
-from odconv.app.detect.history import DetectionHistory
-from odconv.app.detect.loaders import make_loaders
-from odconv.app.detect.module import DetectorTraining
+from odconv.app.detect.images import CocoImages, collate
+from odconv.app.detect.module import DetectionHistory, DetectorTraining
 from odconv.app.detect.restore import build
-from odconv.app.engine.errors import explained
+from odconv.app.detect.sampler import GroupedSampler
 from odconv.app.engine.layer_options import check_fall, resolve_layers
+from odconv.app.engine.loaders import Loader, TrainingLoader, evaluation_loader, reading
 from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
-from odconv.app.engine.run_folder import lock_folder, write_beginning, write_result
-from odconv.app.engine.trainer import make_training
-from odconv.app.engine.trial import conclusion, place
+from odconv.app.engine.run_folder import conclusion, lock_folder, place, write_beginning, write_result
+from odconv.app.engine.trainer import explained, make_training
 from odconv.app.pages.reports import refresh_report
 from odconv.checkpoints import Checkpoint, find_checkpoint
 from odconv.models.detectors.builder import find_conventions
@@ -27,15 +26,8 @@ from odconv.profiling.count import count_parameters
 from odconv.system.text import first_few
 
 FIXED = (
-    "detector",
-    "frozen_stages",
-    "norm_eval",
-    "temperature",
-    "blend_epochs",
-    "masked_pool",
-    "anchor_sizes",
-    "group",
-    "negatives",
+    *("detector", "frozen_stages", "norm_eval", "temperature", "blend_epochs"),
+    *("masked_pool", "anchor_sizes", "group", "negatives"),
 )
 """Options of detectors that a resumed run must share with its checkpoint: the network, the order of the images."""
 
@@ -117,12 +109,7 @@ def _conventions(config: DetectConfig, resumed: Resumed, weights: Checkpoint | N
 
 
 def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:
-    """Read what is on the images to train and to evaluate on, and see that they are there.
-
-    Raises:
-        FileNotFoundError: annotations, or images that they list, are missing.
-        ValueError: annotations that nothing can be learned from, or of other classes for evaluation.
-    """
+    """Read what is on the images to train and to evaluate on, and see that they fit each other and are there."""
     root, masks = Path(config.data), config.detector == "mask_rcnn"
     training = read_annotations(root / config.train_annotations, config.classes, masks)
     evaluation = read_annotations(root / config.val_annotations, config.classes, masks)
@@ -139,3 +126,19 @@ def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:
     if config.fast_dev_run:
         evaluation = scored  # the few images of a trial must have what can be scored
     return training if config.negatives else learnable, evaluation
+
+
+def make_loaders(
+    config: DetectConfig, training: Annotations, evaluation: Annotations, rank: int = 0, world_size: int = 1
+) -> tuple[TrainingLoader, Loader]:
+    """Return batches to train on, shuffled, and to evaluate on, of this process's share of the images."""
+    root, masks = Path(config.data), config.detector == "mask_rcnn"
+    images = CocoImages(training, root / config.train_images, config.augment, masks)
+    share = config.batch_size // world_size  # of a step
+    groups = [int(image["width"] > image["height"] and config.group) for image in training.images]
+    sampler = GroupedSampler(groups, share, config.seed, rank, world_size)
+    how = reading(config.workers, world_size)
+    train_loader = TrainingLoader(images, share // config.accumulate, sampler=sampler, collate_fn=collate, **how)
+    val_images = CocoImages(evaluation, root / config.val_images)
+    place = {"rank": rank, "world_size": world_size}
+    return train_loader, evaluation_loader(val_images, config.test_batch, config.workers, **place, collate_fn=collate)

@@ -9,20 +9,10 @@ from odconv.app.data.sampler import TrainingSampler, fill
 
 
 class GroupedSampler(TrainingSampler):
-    """Shuffle images so that every step, of all processes together, is of one group.
+    """Shuffle images so that every step, of all processes together, is of one group; `batch_size` is that of a process.
 
     As :class:`odconv.app.data.TrainingSampler`, the order is a function of (seed, epoch). Where the number of a group's
     images does not divide, the first ones of its order are taken once more.
-
-    Args:
-        groups: the group of each image.
-        batch_size: images of one process in a step, in however many batches it works through them.
-        seed: seed of the run.
-        rank: which process this is, from 0.
-        world_size: number of processes.
-
-    Raises:
-        ValueError: there are no images, or `rank` is not in 0 .. world_size - 1.
     """
 
     def __init__(

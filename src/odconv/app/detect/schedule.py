@@ -4,13 +4,7 @@ from odconv.app.detect.config import DetectConfig
 
 
 def learning_rate(config: DetectConfig, epoch: int, step: int) -> float:
-    """Return the learning rate of a step: it rises in a straight line at first, and drops at the epochs of `schedule`.
-
-    Args:
-        config: the options of the run.
-        epoch: epoch, counted from 0.
-        step: step, counted from 0 over the whole run.
-    """
+    """Return the learning rate of a step, counted from 0: it rises at first, and drops at the epochs of `schedule`."""
     lr = config.lr * config.gamma ** sum(start <= epoch for start in config.schedule)
     if step >= config.warmup_steps:
         return lr
@@ -18,12 +12,6 @@ def learning_rate(config: DetectConfig, epoch: int, step: int) -> float:
 
 
 def blend(config: DetectConfig, step: int, steps_per_epoch: int) -> float:
-    """Return the blend of KernelWarehouse's layers: it falls in a straight line and is 0 after `blend_epochs` epochs.
-
-    Args:
-        config: the options of the run.
-        step: step, counted from 1 over the whole run.
-        steps_per_epoch: training steps in an epoch.
-    """
+    """Return the blend of KernelWarehouse's layers at a step, counted from 1: it falls in a straight line to 0."""
     total = config.blend_epochs * steps_per_epoch
     return max(0, total - step) / max(1, total)

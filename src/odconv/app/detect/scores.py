@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from odconv.app.detect.coco import Annotations
 from odconv.app.detect.masks import encode_masks
@@ -21,24 +22,18 @@ a compressed RLE."""
 def describe_detections(
     detections: Mapping[str, Tensor], image_id: Any, categories: Sequence[int | None]
 ) -> list[Result]:
-    """Put what a detector found on an image into COCO's format.
+    """Put `boxes` (N, 4), `labels`, `scores` and perhaps `masks` (N, 1, H, W) of an image into COCO's format.
 
-    Args:
-        detections: `boxes` (N, 4), `labels` (N), `scores` (N) and perhaps `masks` (N, 1, H, W) of probabilities.
-        image_id: the image's id.
-        categories: the id of each class, that of label 1 first; None for one that shall be left out.
+    `categories` are the ids of the classes, that of label 1 first; None for one that shall be left out.
     """
     # a RetinaNet may answer with label 0, which stands for nothing
     wanted = [label > 0 and categories[label - 1] is not None for label in detections["labels"].tolist()]
     detections = {name: values[wanted] for name, values in detections.items()}
-    boxes = detections["boxes"].float()
-    corners = boxes[:, :2].tolist()
-    sides = (boxes[:, 2:] - boxes[:, :2]).tolist()
+    boxes = box_convert(detections["boxes"].float(), "xyxy", "xywh")
+    columns = (values.tolist() for values in (boxes, detections["labels"], detections["scores"]))
     results: list[Result] = [
-        {"image_id": image_id, "category_id": categories[label - 1], "bbox": [*corner, *side], "score": score}
-        for corner, side, label, score in zip(
-            corners, sides, detections["labels"].tolist(), detections["scores"].tolist(), strict=True
-        )
+        {"image_id": image_id, "category_id": categories[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(*columns, strict=True)
     ]
     if "masks" in detections:
         for result, rle in zip(results, encode_masks(detections["masks"][:, 0] >= 0.5), strict=True):
@@ -49,13 +44,7 @@ def describe_detections(
 def score(
     annotations: Annotations, results: Iterable[Result], image_ids: Iterable[Any], masks: bool = False
 ) -> dict[str, Any]:
-    """Score detections against annotations.
-
-    Args:
-        annotations: what is on the images.
-        results: detections in COCO's format.
-        image_ids: the images that were looked at; others do not count.
-        masks: whether to score masks besides boxes.
+    """Score detections in COCO's format against annotations, on the images that were looked at.
 
     Returns:
         METRICS in % of the boxes, and of the masks with "mask_" before the name; None where nothing of a size is

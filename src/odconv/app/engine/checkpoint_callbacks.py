@@ -19,11 +19,7 @@ ASK = 8
 class Best(ModelCheckpoint):
     """The best by a metric; goes on with the best score so far in whatever folder the run now is.
 
-    Lightning goes on with it in the same folder alone.
-
-    Args:
-        out: folder of the run.
-        monitor: name of the metric; more is better.
+    More is better. Lightning goes on with it in the same folder alone.
     """
 
     def __init__(self, out: Path, monitor: str) -> None:
@@ -48,12 +44,7 @@ class Best(ModelCheckpoint):
 
 
 class Last(Checkpoint):
-    """The last state: after every epoch, after every so many steps, and when the run is told to end by one of SIGNALS.
-
-    Args:
-        out: folder of the run.
-        every: steps, besides the end of an epoch; None for the ends alone.
-    """
+    """The last state: after every epoch, after every so many steps, and when one of SIGNALS tells the run to end."""
 
     def __init__(self, out: Path, every: int | None) -> None:
         self.path, self.every, self.stop = out / LAST, every, False

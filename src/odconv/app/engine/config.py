@@ -17,13 +17,12 @@ LARGEST_SIDE = 8192
 
 # what a value must be, and the fields this holds for
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("at least 1", lambda value: 1 <= value < inf, "kernel_num num_classes epochs batch_size"),
     (
         "at least 1",
         lambda value: 1 <= value < inf,
-        "test_batch step temp_init devices top accumulate nan_steps fast_dev_run",
+        "kernel_num num_classes epochs batch_size test_batch step temp_init devices top accumulate nan_steps "
+        "fast_dev_run save_every detections_per_image",
     ),
-    ("at least 1", lambda value: 1 <= value < inf, "save_every detections_per_image"),
     (
         f"at least 1 and at most {LARGEST_SIDE:,}",
         lambda value: 1 <= value <= LARGEST_SIDE,
@@ -44,14 +43,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Refuse numbers that are out of range; other options are left alone.
-
-    Args:
-        options: values by name; None and "auto" are always allowed.
-
-    Raises:
-        ValueError: names the option, what it must be, and its value.
-    """
+    """Refuse numbers that are out of range, by a ValueError; None, "auto" and other options are left alone."""
     for allowed, holds, names in RULES:
         for name in names.split():
             value = options.get(name)
@@ -149,11 +141,7 @@ def defaults(config: type[RunConfig]) -> dict[str, Any]:
 
 
 def logger_names(option: str) -> list[str]:
-    """Return the loggers that the option `logger` names.
-
-    Raises:
-        ValueError: there is no such logger.
-    """
+    """Return the loggers that the option `logger` names; a ValueError where there is no such."""
     names = [] if option == "none" else option.split(",")
     for name in names:
         if name not in LOGGERS:

@@ -15,13 +15,7 @@ Row = dict[str, float]
 
 
 class History(pl.Callback):
-    """Print one line per epoch and keep metrics.csv, which has one row per epoch; a resumed run goes on with both.
-
-    Subclasses say what is measured in an epoch.
-
-    Args:
-        out: folder of the run.
-    """
+    """Print one line per epoch and keep metrics.csv, which has one row per epoch; a resumed run goes on with both."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / "metrics.csv"
@@ -60,6 +54,8 @@ class History(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch's row."""
         loader: Any = trainer.val_dataloaders
+        module: Any = pl_module
+        held = {"temperature": float(module.temperature)} if module.blend is None else {"blend": module.blend}
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         images = trainer.num_training_batches * self.loader.batch_size
         evaluated = int(trainer.num_val_batches[0]) * loader.batch_size * trainer.world_size
@@ -68,7 +64,7 @@ class History(pl.Callback):
                 "epoch": trainer.current_epoch + 1,
                 "steps": trainer.global_step,
                 "lr": trainer.optimizers[0].param_groups[0]["lr"],
-                **held(pl_module),
+                **held,
                 "train_loss": metrics["train_loss"] / max(1, metrics["train_images"]),
                 **self.scores(metrics),
                 "train_corrupt": int(metrics["train_corrupt"]),
@@ -115,8 +111,3 @@ class History(pl.Callback):
             f"epoch {row['epoch']:3}/{epochs}   loss {row['train_loss']:.4f}   {self.describe(row)}   "
             f"{seconds:.1f} s, {100 * row['data_wait']:.0f} % waiting   {left} left" + "".join(corrupt)
         )
-
-
-def held(module: Any) -> Row:
-    """Return what the attentions of a network in training are held by: a temperature, or KernelWarehouse's blend."""
-    return {"temperature": float(module.temperature)} if module.blend is None else {"blend": module.blend}

@@ -20,14 +20,7 @@ def resolve_layers(arch: str, kernel_num: int | None, reduction: float | None) -
 
 
 def check_fall(arch: str, warm_start: bool, option: str, epochs: int) -> None:
-    """Raise a ValueError where KernelWarehouse's blend would leave the static network of a warm start at once.
-
-    Args:
-        arch: the network.
-        warm_start: whether it starts from its static one.
-        option: name of the option that says how long the blend falls.
-        epochs: its value.
-    """
+    """Raise a ValueError where KernelWarehouse's blend would leave the static network of a warm start at once."""
     if warm_start and split_name(arch)[0] == WAREHOUSE and epochs == 0:
         raise ValueError(
             f"{option} must be at least 1 for warm_start of {arch}, got 0: epochs in which the blend falls from 1, the "

@@ -85,15 +85,8 @@ def training_loader(
     """Return batches of this process's share of the images, shuffled, another order every epoch.
 
     As published, a last batch that is smaller is kept; but not one of a single image, on which batch norm after a
-    global pool, or on a map of 1 x 1, cannot work.
-
-    Args:
-        images: what to train on.
-        batch_size: images in a batch, over all processes.
-        workers: processes that read images; default by the number of CPU cores, at most 8.
-        seed: seed of the run.
-        rank: which process this is, from 0.
-        world_size: number of processes.
+    global pool, or on a map of 1 x 1, cannot work. `batch_size` is over all processes; `workers` are processes that
+    read images, by default by the number of CPU cores, at most 8.
     """
     shards = getattr(images.sources, "sizes", None)
     sampler, share = TrainingSampler(len(images), seed, rank, world_size, shards), batch_size // world_size

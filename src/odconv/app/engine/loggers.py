@@ -14,25 +14,15 @@ from odconv.system.packages import needed_by
 
 
 def make_loggers(names: str, out: Path) -> list[Logger]:
-    """Return the loggers of a run, which write nothing before it begins.
+    """Return the loggers that the option `logger` names, which write nothing before the run begins.
 
-    Args:
-        names: the option `logger` of the run.
-        out: folder of the run.
-
-    Raises:
-        ImportError: the package of one is missing.
-        ValueError: Weights & Biases is to be reached and knows no login.
+    An ImportError names a package that is missing; without a login, Weights & Biases is a ValueError.
     """
     return [LOGGERS[name](out) for name in logger_names(names)]
 
 
 class Wandb(WandbLogger):
-    """Weights & Biases' logger, whose run ends with the training: the next training of the process has one of its own.
-
-    Args:
-        out: folder of the run.
-    """
+    """Weights & Biases' logger, whose run ends with the training: the process's next training has its own."""
 
     def __init__(self, out: Path) -> None:
         super().__init__(out.resolve().name, out, project=os.environ.get("WANDB_PROJECT", "odconv"))
@@ -42,14 +32,6 @@ class Wandb(WandbLogger):
         super().finalize(status)
         if self._experiment is not None:
             self._experiment.finish(exit_code=int(status != "success"))
-
-
-def _tensorboard(out: Path) -> Logger:
-    return TensorBoardLogger(out / "tensorboard", name="", version="", default_hp_metric=False)
-
-
-def _csv(out: Path) -> Logger:
-    return CSVLogger(out / "csv", name="")
 
 
 def _wandb(out: Path) -> Logger:
@@ -74,8 +56,8 @@ def _mlflow(out: Path) -> Logger:
 
 
 LOGGERS: dict[str, Callable[[Path], Logger]] = {
-    "tensorboard": _tensorboard,
-    "csv": _csv,
+    "tensorboard": lambda out: TensorBoardLogger(out / "tensorboard", name="", version="", default_hp_metric=False),
+    "csv": lambda out: CSVLogger(out / "csv", name=""),
     "wandb": _wandb,
     "mlflow": _mlflow,
 }

@@ -15,15 +15,9 @@ PACKAGES = ("odconv", "torch", "torchvision", "lightning")
 
 
 def describe_machine(processes: int) -> dict[str, Any]:
-    """Describe this machine.
+    """Describe this machine, without its name or a user's, and the versions; None where something is unknown or absent.
 
-    Args:
-        processes: how many processes work together, over all machines.
-
-    Returns:
-        processor, cores (that this process may use), memory (GiB), gpus (names), system, processes, and the versions of
-        python, odconv, torch, torchvision, lightning and cuda; None where something is unknown or absent. No name of
-        the machine or of a user.
+    `cores` are those that this process may use, `memory` is in GiB, `processes` work together over all machines.
     """
     return {
         "processor": _processor(),

@@ -22,14 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class Resumed(NamedTuple):
-    """Where a run begins.
+    """Where a run begins: the checkpoint to go on from, the epoch and its batch that are next, counted from 0.
 
-    Attributes:
-        path: the checkpoint to go on from; None for a new run.
-        epoch: the epoch that is next, counted from 0.
-        batch: its batch that is next, counted from 0.
-        options: those the checkpoint was made with.
-        processes: how many trained together then; None for a new run.
+    `options` are those that the checkpoint was made with, `processes` how many trained together then.
     """
 
     path: Path | None = None
@@ -40,17 +35,7 @@ class Resumed(NamedTuple):
 
 
 def find_resumed(config: RunConfig, classes: list[str], fixed: Sequence[str]) -> Resumed:
-    """Return where to begin.
-
-    Args:
-        config: the options of this run, resolved.
-        classes: names of the classes of its data.
-        fixed: options that must be as they were, besides FIXED.
-
-    Raises:
-        ValueError: the checkpoint does not fit the run, or is none.
-        OSError: it cannot be read.
-    """
+    """Return where to begin; a ValueError if the checkpoint has other classes, or other options that are `fixed`."""
     if config.resume is None:
         return Resumed()
     if config.resume != "auto":

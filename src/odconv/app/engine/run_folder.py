@@ -1,11 +1,12 @@
-"""The folder of a run: locked, so that nothing in it is lost, and what is written to it at the start and the end."""
+"""The folder of a run: locked, so that nothing in it is lost, and what is written to it; that of a trial is deleted."""
 
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
@@ -15,10 +16,13 @@ from odconv.app.engine.config import RunConfig, defaults
 from odconv.app.engine.machine import describe_machine
 from odconv.app.engine.resume import Resumed
 from odconv.system.files import check_writable, replacing, write_json, write_text
+from odconv.system.text import count
 
 LOCK = ".lock"
 LOCK_WAIT = 10
 """Seconds; processes that read images for a run that was killed hold its lock for some 5 s longer."""
+
+Config = TypeVar("Config", bound=RunConfig)
 
 CONFIG, DEFAULTS, RESULT = "config.yaml", "defaults.yaml", "result.json"
 
@@ -27,24 +31,20 @@ CONFIG, DEFAULTS, RESULT = "config.yaml", "defaults.yaml", "result.json"
 def lock_folder(out: Path, resume: str | None) -> Iterator[None]:
     """Make the folder of the run and keep others out of it; see that it holds nothing that would be lost.
 
-    Raises:
-        FileExistsError: it holds something that the run does not go on with.
-        OSError: another run is writing to it, or it cannot be written.
+    It is an OSError if another run is writing to it, or it cannot be written, or it holds what the run does not go on
+    with.
     """
     check_writable(out)
     _check_content(out, resume)
-    lock = FileLock(out / LOCK, timeout=LOCK_WAIT)
     try:
-        lock.acquire()
+        locked = FileLock(out / LOCK).acquire(timeout=LOCK_WAIT)
     except Timeout as error:
         raise OSError(f"another run is writing to {out}") from error
-    try:
+    with locked:
         _check_content(out, resume)  # another run may have been quicker
         for partial in out.glob(".*.partial"):  # of a run that was killed
             partial.unlink()
         yield
-    finally:
-        lock.release()
 
 
 def _check_content(out: Path, resume: str | None) -> None:
@@ -80,3 +80,29 @@ def write_result(config: RunConfig, resumed: Resumed, result: Mapping[str, Any])
     """Write what came out, unless it was there before."""
     if not is_finished(config, resumed):
         write_json(Path(config.out, RESULT), result)
+
+
+@contextmanager
+def trial(config: Config) -> Iterator[Config]:
+    """Give the options of the run: if it is a trial, with a folder that is deleted afterwards for `out`."""
+    if config.fast_dev_run is None:
+        yield config
+        return
+    if config.resume not in (None, "auto"):
+        raise ValueError(f"fast_dev_run begins anew; leave out resume, which is {config.resume}")
+    with TemporaryDirectory(prefix="odconv_") as folder:
+        yield replace(config, out=folder)
+
+
+def place(config: RunConfig) -> str:
+    """Say where the results will be."""
+    if config.fast_dev_run:
+        return f"a trial of {count(config.fast_dev_run, 'step')} that leaves no results"
+    return f"results in {config.out}"
+
+
+def conclusion(config: RunConfig, scores: str) -> str:
+    """Say what came out: the scores, and the file of the best; of a trial, that it went well."""
+    if config.fast_dev_run:
+        return f"fast_dev_run={config.fast_dev_run}: training and evaluation went well, and nothing of them is kept"
+    return f"{scores}: {Path(config.out) / BEST}"

@@ -1,10 +1,12 @@
-"""Lightning's Trainer, set up alike for training and evaluation."""
+"""Lightning's Trainer, set up alike for training and evaluation, and its errors in plain words."""
 
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +18,14 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed import DistError
+from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from odconv.app.engine.checkpoint_callbacks import Best, Last
 from odconv.app.engine.checkpoint_io import CheckpointFiles
 from odconv.app.engine.config import Amp, RunConfig
 from odconv.app.engine.loggers import make_loggers
-from odconv.app.engine.trace import Trace
 
 PRECISION: dict[Amp, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -35,6 +39,9 @@ NOISE = (
 )
 """Warnings that tell a user nothing to act on."""
 
+LOST = ("gloo", "NCCL", "Connection reset", "Connection closed", "Broken pipe")
+"""What errors say where other processes do not answer."""
+
 
 def make_trainer(
     devices: int | Literal["auto"],
@@ -45,15 +52,8 @@ def make_trainer(
 ) -> pl.Trainer:
     """Set up a Trainer for the GPUs or CPU processes that are asked for, or that torchrun has started.
 
-    Args:
-        devices: number of processes on this machine; torchrun overrides it.
-        amp: mixed precision.
-        callbacks: callbacks; a progress bar is added on a terminal.
-        timeout: how long processes wait for each other before they give up, in seconds.
-        options: further arguments of the Trainer.
-
-    Raises:
-        ValueError: the machine has no such devices, or cannot do such precision.
+    A progress bar is added on a terminal; `timeout` is how long processes wait for each other, in seconds; `options`
+    are further arguments of the Trainer. A ValueError if the machine has no such devices, or cannot do such precision.
     """
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
@@ -87,17 +87,9 @@ def make_trainer(
 
 
 def make_training(config: RunConfig, monitor: str, callbacks: Sequence[Callback], **options: Any) -> pl.Trainer:
-    """Set up the Trainer of a training run, with the callbacks that write its checkpoints.
+    """Set up the Trainer of a training run, with the callbacks that write its checkpoints, the best by `monitor`.
 
-    Args:
-        config: the options of the run.
-        monitor: the metric by which the best checkpoint is chosen.
-        callbacks: further callbacks, which act before the checkpoints are written.
-        options: further arguments of the Trainer.
-
-    Raises:
-        ValueError: the machine has no such devices or precision, or the batch cannot be shared out.
-        ImportError: the package of a logger is missing.
+    `callbacks` act before the checkpoints are written. A ValueError if the batch cannot be shared out among processes.
     """
     out = Path(config.out)
     trainer = make_trainer(
@@ -126,3 +118,53 @@ def make_training(config: RunConfig, monitor: str, callbacks: Sequence[Callback]
             f"{config.accumulate}, got {config.batch_size}"
         )
     return trainer
+
+
+class Trace(pl.Callback):
+    """Writes a trace of the fifth to the ninth step to a folder, for chrome://tracing, Perfetto or TensorBoard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count the steps."""
+        handler = tensorboard_trace_handler(str(self.folder), f"process{trainer.global_rank}")
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        steps = schedule(wait=2, warmup=2, active=5, repeat=1)
+        self.profiler = profile(activities=activities, schedule=steps, on_trace_ready=handler)
+        self.profiler.start()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Count a step."""
+        self.profiler.step()
+
+    def on_train_end(self, *_: Any) -> None:
+        """End, if there were fewer steps."""
+        self.profiler.stop()
+
+
+@contextmanager
+def explained(processes: int) -> Iterator[None]:
+    """Turn the errors of PyTorch and Lightning that have a cause outside of them into errors that name it.
+
+    An OSError: other processes cannot be reached or were lost, or one that reads images was killed. A SystemExit after
+    SIGTERM, of which Lightning would report success. A KeyboardInterrupt, which Lightning turns into an exit.
+    """
+    try:
+        yield
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if text.startswith("DataLoader worker"):
+            raise OSError(f"a process that reads images was killed; is there enough memory? ({text})") from error
+        if processes > 1 and (isinstance(error, DistError) or any(word in text for word in LOST)):
+            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise OSError(
+                f"the other processes cannot be reached or were lost; they meet at {place} ({text})"
+            ) from error
+        raise

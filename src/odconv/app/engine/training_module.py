@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -25,18 +25,8 @@ SUMS = ("train_loss", "train_images", "train_corrupt")
 ADVICE = "the checkpoints are from before. A lower lr or clip may help; of dynamic layers, a higher temperature, too"
 
 
-class Pace(NamedTuple):
-    """What a step of training sets.
-
-    Attributes:
-        lr: learning rate.
-        temperature: of the attentions that have one.
-        blend: of KernelWarehouse's attentions.
-    """
-
-    lr: float
-    temperature: float
-    blend: float
+Pace = tuple[float, float, float]
+"""What a step of training sets: the learning rate, and the temperature and blend of attentions that have one."""
 
 
 class TrainingModule(pl.LightningModule):
@@ -44,16 +34,11 @@ class TrainingModule(pl.LightningModule):
 
     All that is random in a step is seeded by the step, and the schedules are functions of it, so that a run that goes
     on from a checkpoint does what it would have done. The checkpoints hold what is needed to build the network again:
-    the options, the temperature, and what `notes` says of the data.
+    the options, the temperature, and what `notes` says of the data, such as its classes.
 
     To be mixed into a class that evaluates, which is made with the network alone and keeps it as `model`. What is left
-    to say: the pace of a step, which images of a batch can be read, and the loss.
-
-    Args:
-        model: the network.
-        config: the options of the run.
-        notes: what a checkpoint says of the data, such as its classes.
-        watched: a parameter whose gradient is not finite where the loss is not.
+    to say: the pace of a step, which images of a batch can be read, and the loss. The gradient of the `watched`
+    parameter must not be finite where the loss is not.
     """
 
     model: nn.Module

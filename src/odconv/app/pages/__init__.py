@@ -1,6 +1,5 @@
 """Pictures, and pages of them that need nothing else: training runs, and what is dynamic in a network."""
 
 from odconv.app.pages.attention_figure import plot_attentions
-from odconv.app.pages.curves import plot_history
 
-__all__ = ["plot_attentions", "plot_history"]
+__all__ = ["plot_attentions"]

@@ -1,9 +1,7 @@
 """The curves of training runs, as a matplotlib figure."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from math import isfinite, nan
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from odconv.app.pages.colours import COLOURS, FAINT, GRID, INK, MARKERS
@@ -16,26 +14,8 @@ SCORES = {"top1": "top-1 accuracy", "ap": "average precision"}
 """What a run is judged by, by its column of metrics.csv."""
 
 
-def plot_history(runs: Mapping[str, str | Path]) -> "Figure":
-    """Draw the loss, the accuracy and the temperature of training runs over their epochs.
-
-    Args:
-        runs: folders of runs (with metrics.csv) by the names that the picture shall show.
-
-    Returns:
-        The figure; ``figure.savefig(path)`` writes it.
-
-    Raises:
-        FileNotFoundError: a folder holds no metrics.csv.
-        ValueError: no runs.
-    """
-    if not runs:
-        raise ValueError("runs must name at least one run, got none")
-    return draw_history({name: read_metrics(Path(folder) / "metrics.csv") for name, folder in runs.items()})
-
-
 def draw_history(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
-    """Draw runs as :func:`plot_history` does, from the rows of their metrics; a column may be missing."""
+    """Draw the loss, the score and the temperature of runs over their epochs, whose rows may lack a column."""
     from matplotlib.figure import Figure
 
     figure = Figure((13, 4.2), facecolor="white", layout="constrained")
@@ -75,9 +55,3 @@ def prepare_epochs(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=FAINT)
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a run's metrics.csv, one an epoch."""
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

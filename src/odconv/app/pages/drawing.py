@@ -23,13 +23,9 @@ VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", GRID: "var(--line)"}
 
 
 class Drawing(NamedTuple):
-    """A drawing that can be made.
+    """A drawing that can be made: its title, its height in inches without that, and what draws it on a figure.
 
-    Attributes:
-        title: what it shows.
-        height: of what is drawn, in inches.
-        fill: draws it on a figure.
-        layout: how matplotlib lays it out; None where `fill` does.
+    `layout` is how matplotlib lays it out; None where `fill` does.
     """
 
     title: str
@@ -54,11 +50,7 @@ class Drawing(NamedTuple):
         return svg
 
     def save(self, path: Path) -> None:
-        """Write the drawing under its title as a PNG.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write the drawing under its title as a PNG."""
         from matplotlib.figure import Figure
 
         with self._style(), replacing(path) as partial:
@@ -124,11 +116,7 @@ MOST_PARTS = 16
 
 
 def add_bars(axes: "Axes", shares: Tensor, x: float, width: float, edges: Sequence[float], height: float) -> np.ndarray:
-    """Add shares (rows, n) as bars, the longest of which is as wide as given.
-
-    Returns:
-        Where the parts of the bars end, (rows, n).
-    """
+    """Add shares (rows, n) as bars, the longest as wide as given; return where their parts end, (rows, n)."""
     lengths = (shares * width / shares.sum(1).max()).numpy()
     ends = x + lengths.cumsum(1)
     for index in range(shares.shape[1]):

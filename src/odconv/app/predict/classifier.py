@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from odconv.app.data import evaluation_transform, normalise
+from odconv.app.data import evaluation_transform, imagenet_names, normalise
 from odconv.app.data.transforms import MEAN, STD
 
 ELONGATED = 50
@@ -63,3 +64,22 @@ class Classifier:
         missing = (self.batch or len(images)) - len(images)
         full = torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
         return self.compute(normalise(full.to(self.device), self.mean, self.std))[: len(images)].float().cpu()
+
+
+def class_names(file: str | None, known: Sequence[str] | None, outputs: int) -> list[str]:
+    """Name the outputs of a network: by a text file with a name a line, or by names that the weights come with.
+
+    ImageNet's folders, which are called by WordNet ids, get their readable names, and so do 1,000 outputs without any
+    names. Those without a name are numbered. It is a ValueError if the file has another number of lines, or is no text.
+    """
+    if file is not None:
+        try:
+            known = Path(file).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"classes must be a text file in UTF-8, got {file}") from error
+        if len(known) != outputs:
+            raise ValueError(f"classes must be a file of {outputs} lines, one an output, but {file} has {len(known)}")
+    elif outputs == 1000 and (not known or known[0] == "n01440764"):
+        known = imagenet_names()
+    known = list(known or [])[:outputs]
+    return known + [f"class {i}" for i in range(len(known), outputs)]

@@ -9,8 +9,7 @@ import torch
 
 from odconv.app.data.transforms import MEAN, STD, evaluation_sizes
 from odconv.app.engine.config import LARGEST_SIDE
-from odconv.app.predict.classifier import Classifier
-from odconv.app.predict.names import class_names
+from odconv.app.predict.classifier import Classifier, class_names
 from odconv.export.opened import open_exported
 
 logger = logging.getLogger(__name__)
@@ -21,9 +20,7 @@ def exported_classifier(
 ) -> Classifier:
     """Open a file; what it does not say is assumed, and named in a warning.
 
-    Raises:
-        ValueError: it is no classifier of images, or takes images of another size alone.
-        ValueError, OSError, ImportError: as :func:`odconv.export.opened.open_exported`.
+    It is a ValueError if it is no classifier of images, or takes images of another size alone.
     """
     file = open_exported(path, trust)
     if file.takes_sizes:

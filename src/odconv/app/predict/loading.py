@@ -9,9 +9,8 @@ from odconv.app.classify.config import Stem
 from odconv.app.classify.released import NOTES
 from odconv.app.classify.restore import restore
 from odconv.app.engine.config import check
-from odconv.app.predict.classifier import Classifier
+from odconv.app.predict.classifier import Classifier, class_names
 from odconv.app.predict.exported import exported_classifier
-from odconv.app.predict.names import class_names
 from odconv.checkpoints import SUFFIXES as CHECKPOINTS
 from odconv.checkpoints import resolve
 from odconv.system.devices import Device, find_device

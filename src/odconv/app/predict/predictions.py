@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from odconv.app.data import find_existing, read_image
-from odconv.app.data.parallel import count_readers
+from odconv.app.data.parallel import ahead, count_readers
 from odconv.app.predict.classifier import Classifier
-from odconv.app.predict.prefetch import ahead
 
 
 class Guess(NamedTuple):

@@ -21,11 +21,7 @@ Write: TypeAlias = Callable[[Prediction], None]
 
 @contextmanager
 def writing_rows(out: str | None, predictions: Predictions, console: Console) -> Iterator[Write]:
-    """Give a function that writes a row: to the console, or to a file that is there once all are in it.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Give a function that writes a row: to the console, or to a file that is there once all are in it."""
     if out is None:
         yield _table(console, predictions)
         return

@@ -11,25 +11,8 @@ from odconv.system.files import write_text
 from odconv.system.text import number, share
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write report.html to the folder of a run, finished or not, from what is in the folder.
-
-    Args:
-        folder: the folder, with config.yaml, defaults.yaml, metrics.csv, attentions.csv, result.json and machine.json;
-            what is missing or cannot be read is said in the report.
-
-    Returns:
-        The path of the report.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it holds no run.
-        OSError: the report cannot be written.
-    """
-    return write_page(read_run(folder))
-
-
-def write_page(run: Run) -> Path:
-    """Write the report of a run that was read; see :func:`write_report`."""
+def write_report(run: Run) -> Path:
+    """Write report.html to the folder of a run, finished or not; what is missing or cannot be read is said in it."""
     path = run.folder / "report.html"
     write_text(path, render(run))
     return path
@@ -39,7 +22,7 @@ def refresh_report(folder: str | Path) -> None:
     """Write the report of a finished run unless it is younger than the result: a run may be killed between the two."""
     report, result = Path(folder, "report.html"), Path(folder, "result.json")
     if not report.exists() or report.stat().st_mtime_ns < result.stat().st_mtime_ns:
-        print(write_report(folder))
+        print(write_report(read_run(folder)))
 
 
 def render(run: Run) -> str:

@@ -90,9 +90,8 @@ def draw_kernels(rows: Sequence[Row]) -> Iterator[Drawing]:
 def draw_map(title: str, cells: dict[tuple[str, float], float], scale: "Normalize") -> Drawing:
     """Return a map of colours with a row a layer and a column an epoch."""
     layers = list(dict.fromkeys(layer for layer, _ in cells))
-    return on_axes(
-        title, 1.0 + 0.17 * min(MOST_LABELS, len(layers)), partial(draw_cells, layers=layers, cells=cells, scale=scale)
-    )
+    height = 1.0 + 0.17 * min(MOST_LABELS, len(layers))
+    return on_axes(title, height, partial(draw_cells, layers=layers, cells=cells, scale=scale))
 
 
 def draw_cells(axes: "Axes", layers: Sequence[str], cells: dict[tuple[str, float], float], scale: "Normalize") -> None:

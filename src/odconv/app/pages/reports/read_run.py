@@ -21,19 +21,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What the folder of a run holds.
+    """What the folder of a run holds; what is missing is empty.
 
-    Attributes:
-        folder: where it is.
-        config: the options, of config.yaml.
-        defaults: the default values of the options, of defaults.yaml.
-        epochs: the rows of metrics.csv, numbers by the name of their column; nan where a cell holds none.
-        attentions: the rows of attentions.csv, likewise, but for the words `layer` and `attention`.
-        result: of result.json, which a run writes when it ends.
-        machine: of machine.json.
-        problems: which files cannot be read, and why.
-
-    What is missing is empty.
+    `epochs` are the rows of metrics.csv, numbers by the name of their column, nan where a cell holds none; `attentions`
+    those of attentions.csv, likewise, but for the words `layer` and `attention`. `problems` says which files cannot be
+    read, and why.
     """
 
     folder: Path
@@ -114,14 +106,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read the folder of a run.
-
-    Args:
-        folder: what `odconv train` got as `out`.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it holds neither config.yaml nor metrics.csv.
-    """
+    """Read the folder of a run, which `odconv train` got as `out`; a FileNotFoundError if it is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -161,25 +146,17 @@ def _number(cell: str | None) -> float:
         return nan
 
 
-def _read_options(text: str) -> dict[str, Any]:
-    return _as_options(yaml.safe_load(text))
-
-
-def _read_json(text: str) -> dict[str, Any]:
-    return _as_options(json.loads(text))
-
-
-def _as_options(content: Any) -> dict[str, Any]:
-    if not isinstance(content, dict):
+def _read_values(text: str, load: Callable[[str], Any]) -> dict[str, Any]:
+    if not isinstance(content := load(text), dict):
         raise ValueError("it holds no names with values")
     return {str(name): value for name, value in content.items()}
 
 
 FILES: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "config": ("config.yaml", _read_options),
-    "defaults": ("defaults.yaml", _read_options),
+    "config": ("config.yaml", partial(_read_values, load=yaml.safe_load)),
+    "defaults": ("defaults.yaml", partial(_read_values, load=yaml.safe_load)),
     "epochs": ("metrics.csv", _read_table),
     "attentions": ("attentions.csv", partial(_read_table, needed=("epoch", *COLUMNS), words=COLUMNS[:2])),
-    "result": ("result.json", _read_json),
-    "machine": ("machine.json", _read_json),
+    "result": ("result.json", partial(_read_values, load=json.loads)),
+    "machine": ("machine.json", partial(_read_values, load=json.loads)),
 }

@@ -37,13 +37,7 @@ class Rows(NamedTuple):
 
 
 def draw_layer(layer: Layer, rows: Rows, scale: float) -> Drawing:
-    """Draw the attentions of a layer for some images.
-
-    Args:
-        layer: the layer.
-        rows: the images.
-        scale: deviation from the mean of all images, as a share of the attention's mean, of the full colour.
-    """
+    """Draw the attentions of a layer for some images, in full colour where they deviate by `scale` of their mean."""
     return on_paper(layer.name, places(rows)[-1] + ROW + BOTTOM, partial(fill, layer=layer, rows=rows, scale=scale))
 
 

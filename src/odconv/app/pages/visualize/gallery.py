@@ -26,14 +26,10 @@ SMALLEST = 112
 
 
 class Example(NamedTuple):
-    """An image, and what the network made of it.
+    """An image (H, W, 3) of bytes, and what the network made of it.
 
-    Attributes:
-        pixels: (H, W, 3), bytes.
-        looked: the same, coloured by Grad-CAM; None where there is no map for it.
-        answer: the class that the network chose.
-        probability: which it gave to it, in %.
-        name: the class of the image; None where it is not known.
+    `looked` is the same, coloured by Grad-CAM; None where there is no map for it. `probability` is that of the answer
+    in %, `name` the class of the image; None where it is not known.
     """
 
     pixels: np.ndarray
@@ -61,15 +57,7 @@ class Example(NamedTuple):
 def explain_examples(
     subject: Subject, model: nn.Module, device: torch.device, indices: Sequence[int], layer: str | None
 ) -> list[Example]:
-    """Look at some of the images a network was measured on, by Grad-CAM for the class that it chose of each.
-
-    Args:
-        subject: what was measured.
-        model: the network.
-        device: where it is.
-        indices: which to look at.
-        layer: whose map Grad-CAM weights; None for none.
-    """
+    """Look at some of a subject's images, by Grad-CAM on a layer, if there is one, for the class chosen of each."""
     sure, chosen = subject.probabilities[indices].max(1)
     heats: list[Tensor | None] = [None] * len(indices)
     if layer is not None:

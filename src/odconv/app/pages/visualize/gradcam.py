@@ -1,5 +1,6 @@
 """Where a network looks: Grad-CAM, by captum."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,7 @@ LEAST_SIDE = 3
 def choose_layer(model: nn.Module, images: Tensor, wanted: str | None = None) -> str | None:
     """Choose the layer whose map is weighted: by default the last stage whose map has at least 3 x 3 positions.
 
-    Args:
-        model: a network, in evaluation mode.
-        images: its input, (B, 3, H, W).
-        wanted: the name of another layer.
-
-    Returns:
-        Its name; None where there is no such stage.
-
-    Raises:
-        ValueError: there is no layer of the wanted name that gives a map.
+    Returns its name, None where there is no such stage; a ValueError if the wanted layer gives no map.
     """
     sides: dict[str, int] = {}  # in the order in which layers are done
 
@@ -34,17 +26,11 @@ def choose_layer(model: nn.Module, images: Tensor, wanted: str | None = None) ->
             sides.pop(name, None)
             sides[name] = min(output.shape[2:])
 
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
-        with torch.no_grad():
-            model(images[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(lambda _, __, output, name=name: note(name, output)))
+        model(images[:1])
     stages = [name for name, side in sides.items() if name.count(".") <= 1 and side >= LEAST_SIDE]
     if wanted is not None and wanted not in sides:
         such = (stages or [*sides])[-1]
@@ -53,16 +39,9 @@ def choose_layer(model: nn.Module, images: Tensor, wanted: str | None = None) ->
 
 
 def grad_cam(model: nn.Module, layer: str, images: Tensor, targets: Tensor) -> Tensor:
-    """Return what speaks for a class, position by position.
+    """Return what speaks for the targets, a class of each image (B), position by position on the map of a layer.
 
-    Args:
-        model: a classifier, in evaluation mode.
-        layer: name of the layer whose map is weighted.
-        images: its input, (B, 3, H, W).
-        targets: the class of each image to speak for, (B).
-
-    Returns:
-        From 0 to 1 where that is most, (B, h, w) as that map is, on the CPU.
+    It is 1 where that is most and 0 where nothing does, (B, h, w) as the map is, on the CPU.
     """
     from captum.attr import LayerGradCam
 
@@ -77,11 +56,8 @@ def overlay(pixels: np.ndarray, heat: Tensor) -> np.ndarray:
     """Return an image (H, W, 3) of bytes in grey, coloured where `heat` (h, w) says, as far as it does."""
     from matplotlib import colormaps
 
-    heat = (
-        F.interpolate(heat[None, None], pixels.shape[:2], mode="bicubic", align_corners=False)[0, 0]
-        .clamp(0, 1)
-        .nan_to_num()
-    )
+    heat = F.interpolate(heat[None, None], pixels.shape[:2], mode="bicubic", align_corners=False)[0, 0]
+    heat = heat.clamp(0, 1).nan_to_num()
     strength = 0.75 * heat.numpy()[..., None] ** 0.7
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     colours = 255 * colormaps["inferno"](0.25 + 0.65 * heat.numpy())[..., :3]

@@ -8,17 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odconv.app.data import evaluation_transform, find_images, read_image
+from odconv.app.data import evaluation_transform, find_existing, read_image
 
 
 class Pictures(NamedTuple):
-    """Images that were read.
-
-    Attributes:
-        paths: their files.
-        pixels: as networks of this size take them but for the normalising, bytes (B, 3, side, side).
-        classes: the name of the class of each; None where the folders do not say it of all.
-    """
+    """Images that were read, as bytes (B, 3, side, side), and the class of each; None where it is not known of all."""
 
     paths: list[Path]
     pixels: Tensor
@@ -28,18 +22,14 @@ class Pictures(NamedTuple):
 def find(images: Iterable[str], known: Sequence[str]) -> tuple[list[Path], list[str] | None]:
     """Find image files and their classes: folders with the name of a known class, or else subfolders of a given one.
 
-    What is missing is named.
-
-    Returns:
-        The files, sorted by class, and the class of each; None where one has none, or all have the same.
+    The files are sorted by class; None for classes where a file has none, or all have the same. What is missing is
+    named.
     """
     found: dict[Path, str | None] = {}
     for given in images:
-        try:
-            paths = find_images([given])
-        except OSError as error:
-            print(error, file=sys.stderr)
-            continue
+        paths, missing = find_existing([given])
+        for reason in missing.values():
+            print(reason, file=sys.stderr)
         for path in paths:
             inside = path.relative_to(given).parts[:-1] if Path(given).is_dir() else ()
             parent = path.absolute().parent.name
@@ -47,13 +37,9 @@ def find(images: Iterable[str], known: Sequence[str]) -> tuple[list[Path], list[
     named = {path: name for path, name in found.items() if name is not None}
     if len(named) < len(found) or len({*named.values()}) < 2:
         return list(found), None
-    paths = sorted(named, key=lambda path: (place(named[path], known), path))
+    order = {name: place for place, name in enumerate(known)}  # the other classes follow by their names
+    paths = sorted(named, key=lambda path: (order.get(named[path], len(known)), named[path], path))
     return paths, [named[path] for path in paths]
-
-
-def place(name: str, known: Sequence[str]) -> tuple[int, str]:
-    """Where a class stands: in the order of the known ones, and after them by its name."""
-    return (known.index(name) if name in known else len(known)), name
 
 
 def choose(classes: Sequence[str], most: int) -> list[int]:
@@ -71,18 +57,10 @@ def choose(classes: Sequence[str], most: int) -> list[int]:
 def read(
     images: Iterable[str], known: Sequence[str], answers: Sequence[str], most: int, image_size: int, resize_size: int
 ) -> Pictures:
-    """Read images; those that cannot be read are named and left out.
+    """Read at most so many images; those that cannot be read are named and left out. A ValueError if two do not remain.
 
-    Args:
-        images: files, folders and patterns.
-        known: names of the folders of the network's classes, if they are known.
-        answers: what its outputs are called; of folders that are not known, in their order, where there are as many.
-        most: how many to read.
-        image_size: side of the square that is cropped, in pixels.
-        resize_size: length that the shorter side is resized to first, in pixels.
-
-    Raises:
-        ValueError: fewer than two can be read.
+    `known` are the names of the folders of the network's classes, if they are known; `answers` what its outputs are
+    called, which name folders that are not known, in their order, where there are as many.
     """
     transform = evaluation_transform(image_size, resize_size)
     paths, classes = find(images, known)

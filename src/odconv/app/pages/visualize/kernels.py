@@ -73,13 +73,7 @@ def fill_similarity(axes: "Axes", layers: Sequence[Layer]) -> None:
 def draw_shares(layers: Sequence[Layer], classes: Sequence[str]) -> Drawing | None:
     """Draw the mean shares of the kernels class by class, for the layers in which the class matters most.
 
-    Args:
-        layers: layers on B images.
-        classes: the class of each.
-
-    Returns:
-        The drawing; None where no layer mixes several kernels, but not too many, in shares that differ, or there are
-        too many classes.
+    None where no layer mixes several kernels, but not too many, in shares that differ, or there are too many classes.
     """
     mixed = [layer for layer in layers if 1 < len(layer.similarity) <= MOST_PARTS]
     shares = {layer.name: class_share(layer.rows["kernel"]) for layer in mixed}

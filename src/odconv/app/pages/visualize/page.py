@@ -26,20 +26,9 @@ def clear(folder: Path) -> None:
 def write_page(
     folder: Path, subject: Subject, indices: list[int], examples: Sequence[Example], cam_layer: str | None
 ) -> Path:
-    """Write the page and the pictures.
+    """Write the page and the pictures to a folder; `indices` and `examples` are the images to draw.
 
-    Args:
-        folder: where they go.
-        subject: what was measured.
-        indices: the images to draw.
-        examples: the same, with where the network looked.
-        cam_layer: whose map says so; None where none does.
-
-    Returns:
-        The page.
-
-    Raises:
-        OSError: they cannot be written.
+    `cam_layer` is whose map says where the network looked; None where none does.
     """
     layers = subject.layers
     overview = {"overview": draw_deviations(layers)}

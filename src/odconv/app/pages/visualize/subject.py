@@ -18,17 +18,10 @@ HOT = 2.0
 
 @dataclass(frozen=True)
 class Subject:
-    """A network on some images.
+    """A network on some images: what it answers to them, (B, outputs), and its dynamic layers.
 
-    Attributes:
-        arch: the network's name.
-        weights: the name of its file.
-        answers: what its outputs are called.
-        temperature: of its attentions; None for a method that has none.
-        pictures: the images.
-        probabilities: what it answers to them, (B, outputs).
-        layers: its dynamic layers.
-        blend: of its attentions, if it is of KernelWarehouse.
+    `weights` is the name of its file, `answers` what its outputs are called; temperature and blend are None where its
+    method has none.
     """
 
     arch: str
