@@ -1,6 +1,7 @@
 """Exported files compute what the network does, from one file at any batch, and say why where they cannot be made."""
 
 import copy
+import logging
 import re
 import subprocess
 import sys
@@ -248,6 +249,7 @@ class Others(nn.Module):
         (Others(), {}, "does not compute what the network does: logits is off"),
         (nn.ReLU(), {"precision": "bfloat16"}, "precision must be 'float32', 'float16' or 'int8'"),
         (nn.ReLU(), {"opset": 12}, "opset must be at least 18, got 12"),
+        (nn.ReLU(), {"opset": 99}, r"opset must be at most \d+, .*, got 99"),
         (nn.ReLU(), {"form": "scan"}, "form must be 'loop' or 'product', got 'scan'"),
         (nn.ReLU(), {"input_size": 8}, r"input_size must be \(C, H, W\).*got 8"),
     ],
@@ -320,13 +322,22 @@ def test_the_command(tmp_path, capsys):
     assert "attention" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert command(tmp_path, "--arch", "tiny") == 0
-    shown = capsys.readouterr().out
+    shown, meanwhile = capsys.readouterr()
+    assert meanwhile.startswith("exporting tiny, which may take minutes")
     assert re.search(r"tiny, ONNX with opset 18, float32, 0\.\d MB", shown)
     assert "images (batch, 3, 32, 32) -> logits (batch, 3)" in shown
     assert "differs from PyTorch by" in shown
     said = {entry.key: entry.value for entry in onnx.load(tmp_path / "new" / "net.onnx").metadata_props}
     assert said["arch"] == '"tiny"'
     assert said["mean"] == "[0.485, 0.456, 0.406]"
+    assert command(tmp_path, "--arch", "tiny", "--batch_one") == 0
+    assert "images (1, 3, 32, 32) -> logits (1, 3)" in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_what_is_not_folded(tmp_path, caplog):
+    layer = odconv.ODConv2d(4, 4, 3, kernel_num=2)
+    odconv.export_onnx(layer, tmp_path / "net.onnx", (4, 6, 6), form="product", check=False)
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize(("format", "name", "suffix"), [("onnx", "net.pt2", "onnx"), ("aoti", "net.onnx", "pt2")])
