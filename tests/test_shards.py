@@ -157,7 +157,7 @@ def test_damaged_images_are_packed_counted_and_named(tmp_path: Path, capsys: pyt
     assert main(["pack", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     size = (tmp_path / "out" / "val-00000.tar").stat().st_size
-    assert f"val: 10 images in 1 shards of {size} bytes in all; 10 of them in " in out
+    assert f"val: 10 images in 1 shard of {size} bytes in all; 10 of them in " in out
     assert " images/s\n" in out
     assert "val: 2 images are damaged and count as unreadable: val-00000.tar: 0" in out
     names = json.loads((tmp_path / "out" / "val.json").read_bytes())["shards"][0]["unreadable"]
