@@ -346,6 +346,15 @@ def test_the_name_says_how_a_file_is_opened(tmp_path, capsys, format, name, suff
     assert f"out must end in .{suffix} where format is {format}, got {tmp_path / name}" in capsys.readouterr().err
 
 
+def test_options_that_cannot_be(tmp_path, capsys):
+    given = ["--weights", "absent.pth", "--out", str(tmp_path / "net.onnx")]
+    assert main(["detect", "export", *given, "--height", "0"]) == 1
+    assert "height must be at least 1, got 0" in capsys.readouterr().err
+    given = ["--weights", "absent.pth", "--out", "net.pt2", "--format", "aoti"]
+    assert main(["export", *given, "--precision", "int8"]) == 1
+    assert "precision must be float32, float16 or bfloat16 where format is aoti, got int8" in capsys.readouterr().err
+
+
 @slow
 @pytest.mark.parametrize(
     "options", [("--precision", "float16"), ("--format", "aoti"), ("--batch_one", "--dynamic_size")]

@@ -64,6 +64,12 @@ class BackboneFile(File):
     """Take a second input, the height and width of each image without its padding, for the attentions to pool over the
     images alone; default: as the detector's masked_pool."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Export(classify.Description, File):
