@@ -783,6 +783,8 @@ def test_shards_that_webdataset_wrote(tmp_path: Path) -> None:
                 image, label = jpeg(number), number % 3
                 writer.write({"__key__": f"a/b{number}", "jpg": image, "cls": label, "json": {"any": "thing"}})
                 written.append((image, label))
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*names\.txt of names of classes"):
+        index_shards(data=str(tmp_path), classes=str(tmp_path / "names.txt"))
     (tmp_path / "names.txt").write_text("ant\nbee\ncow\n")
     index_shards(data=str(tmp_path), classes=str(tmp_path / "names.txt"), workers=1)
     train, val, classes = open_shards(tmp_path)

@@ -60,6 +60,8 @@ def index_shards(
     for name in found:
         if (root / f"{name}.json").exists():
             raise ValueError(f"there is an index {root / f'{name}.json'} already")
+    if classes is not None and not Path(classes).is_file():
+        raise FileNotFoundError(f"there is no file {classes} of names of classes")
     sets = {}
     for name, paths in found.items():
         began = time.perf_counter()
