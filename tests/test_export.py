@@ -1,6 +1,7 @@
 """Exported files compute what the network does, from one file at any batch, and say why where they cannot be made."""
 
 import copy
+import logging
 import re
 import subprocess
 import sys
@@ -248,6 +249,7 @@ class Others(nn.Module):
         (Others(), {}, "does not compute what the network does: logits is off"),
         (nn.ReLU(), {"precision": "bfloat16"}, "precision must be 'float32', 'float16' or 'int8'"),
         (nn.ReLU(), {"opset": 12}, "opset must be at least 18, got 12"),
+        (nn.ReLU(), {"opset": 99}, r"opset must be at most \d+, .*, got 99"),
         (nn.ReLU(), {"form": "scan"}, "form must be 'loop' or 'product', got 'scan'"),
         (nn.ReLU(), {"input_size": 8}, r"input_size must be \(C, H, W\).*got 8"),
     ],
@@ -320,19 +322,37 @@ def test_the_command(tmp_path, capsys):
     assert "attention" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert command(tmp_path, "--arch", "tiny") == 0
-    shown = capsys.readouterr().out
+    shown, meanwhile = capsys.readouterr()
+    assert meanwhile.startswith("exporting tiny, which may take minutes")
     assert re.search(r"tiny, ONNX with opset 18, float32, 0\.\d MB", shown)
     assert "images (batch, 3, 32, 32) -> logits (batch, 3)" in shown
     assert "differs from PyTorch by" in shown
     said = {entry.key: entry.value for entry in onnx.load(tmp_path / "new" / "net.onnx").metadata_props}
     assert said["arch"] == '"tiny"'
     assert said["mean"] == "[0.485, 0.456, 0.406]"
+    assert command(tmp_path, "--arch", "tiny", "--batch_one") == 0
+    assert "images (1, 3, 32, 32) -> logits (1, 3)" in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_what_is_not_folded(tmp_path, caplog):
+    layer = odconv.ODConv2d(4, 4, 3, kernel_num=2)
+    odconv.export_onnx(layer, tmp_path / "net.onnx", (4, 6, 6), form="product", check=False)
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize(("format", "name", "suffix"), [("onnx", "net.pt2", "onnx"), ("aoti", "net.onnx", "pt2")])
 def test_the_name_says_how_a_file_is_opened(tmp_path, capsys, format, name, suffix):
     assert main(["export", "--weights", "absent.pth", "--out", str(tmp_path / name), "--format", format]) == 1
     assert f"out must end in .{suffix} where format is {format}, got {tmp_path / name}" in capsys.readouterr().err
+
+
+def test_options_that_cannot_be(tmp_path, capsys):
+    given = ["--weights", "absent.pth", "--out", str(tmp_path / "net.onnx")]
+    assert main(["detect", "export", *given, "--height", "0"]) == 1
+    assert "height must be at least 1, got 0" in capsys.readouterr().err
+    given = ["--weights", "absent.pth", "--out", "net.pt2", "--format", "aoti"]
+    assert main(["export", *given, "--precision", "int8"]) == 1
+    assert "precision must be float32, float16 or bfloat16 where format is aoti, got int8" in capsys.readouterr().err
 
 
 @slow

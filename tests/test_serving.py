@@ -167,11 +167,31 @@ def test_one_at_a_time_and_the_end(weights):
 
 
 @pytest.mark.slow
-def test_weights_that_are_not_there(tmp_path):
-    with serving("--weights", str(tmp_path / "none.onnx")) as (_, process):
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--weights", "none.onnx"], 1, "server.py: error: there is no file none.onnx"),
+        (["--weights", "net.pt2"], 1, "server.py: error: net.pt2 can run code when it is opened"),
+        (["--weights", ".", "--batch", "0"], 2, "server.py: error: --batch must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(options, status, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("net.pt2").touch()
+    with serving(*options) as (_, process):
         said, _ = process.communicate(timeout=60)
-    assert process.returncode is not None
-    assert "there is no file" in said
+    assert process.returncode == status
+    assert said.splitlines()[-1].startswith(message)
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken(server, weights):
+    with serving("--weights", str(weights), "--port", server.rpartition(":")[2]) as (_, process):
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.match(r"server\.py: error: .* is in use", said.splitlines()[-1])
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

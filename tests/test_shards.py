@@ -157,7 +157,7 @@ def test_damaged_images_are_packed_counted_and_named(tmp_path: Path, capsys: pyt
     assert main(["pack", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     size = (tmp_path / "out" / "val-00000.tar").stat().st_size
-    assert f"val: 10 images in 1 shards of {size} bytes in all; 10 of them in " in out
+    assert f"val: 10 images in 1 shard of {size} bytes in all; 10 of them in " in out
     assert " images/s\n" in out
     assert "val: 2 images are damaged and count as unreadable: val-00000.tar: 0" in out
     names = json.loads((tmp_path / "out" / "val.json").read_bytes())["shards"][0]["unreadable"]
@@ -783,6 +783,8 @@ def test_shards_that_webdataset_wrote(tmp_path: Path) -> None:
                 image, label = jpeg(number), number % 3
                 writer.write({"__key__": f"a/b{number}", "jpg": image, "cls": label, "json": {"any": "thing"}})
                 written.append((image, label))
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*names\.txt of names of classes"):
+        index_shards(data=str(tmp_path), classes=str(tmp_path / "names.txt"))
     (tmp_path / "names.txt").write_text("ant\nbee\ncow\n")
     index_shards(data=str(tmp_path), classes=str(tmp_path / "names.txt"), workers=1)
     train, val, classes = open_shards(tmp_path)

@@ -56,6 +56,12 @@ def dynamic_names(model):
 # --- the block
 
 
+def test_a_misspelt_option_of_a_block_is_named():
+    with pytest.raises(TypeError, match="'kernel_nun' is no option of ODConv2d; did you mean kernel_num"):
+        yolo.ODConv(8, 8, kernel_nun=2)
+    assert yolo.ODConv(8, 8, 3, padding_mode="reflect").conv.padding_mode == "reflect"
+
+
 @pytest.mark.parametrize(("k", "p", "d", "expected"), [
     (1, None, 1, 0), (3, None, 1, 1), (3, None, 2, 2), (4, None, 1, 2), (6, None, 3, 8), (3, 0, 1, 0),
     ([3, 5], None, 2, [2, 4]), ((1, 7), None, 1, [0, 3]), (5, (1, 2), 1, (1, 2)),
@@ -214,6 +220,10 @@ def test_rows_that_cannot_be_dynamic(ultralytics):
         parse(ultralytics, [-1, 1, "nn.ReLU_ODConv", []])
     with pytest.raises(TypeError, match="experts"):
         parse(ultralytics, [-1, 1, "C2f_ODConv", [64, {"experts": 2}]])
+    with pytest.raises(TypeError, match="'kernel_nun' is no option of ODConv2d; did you mean kernel_num"):
+        parse(ultralytics, [-1, 1, "ODConv", [64, {"kernel_nun": 2}]])
+    with pytest.raises(ValueError, match="C2f_ODConv: the options of the layers must be the last argument, got"):
+        parse(ultralytics, [-1, 1, "C2f_ODConv", [64, {"kernel_num": 2}, True]])
     with pytest.raises(KeyError, match="nonsense"):  # what is no block's name is not explained as one
         ultralytics.nn.tasks.parse_model(
             {"nc": 3, "scale": "nonsense", "scales": {"n": [1, 1, 8]}, "backbone": [], "head": []}, 3
@@ -221,6 +231,13 @@ def test_rows_that_cannot_be_dynamic(ultralytics):
 
 
 # --- conversion
+
+
+def test_what_cannot_be_converted_is_said(ultralytics):
+    with pytest.raises(TypeError, match="model must be a network of ultralytics or a YOLO, got str"):
+        yolo.convert("yolov8n.yaml")
+    with pytest.raises(ValueError, match=r"the Sequential has none of ultralytics' Conv blocks; use odconv\.convert"):
+        yolo.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)))
 
 
 @pytest.mark.parametrize("n", [1, 4])

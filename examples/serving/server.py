@@ -9,6 +9,8 @@ What the server counts, such as the sizes of batches, is at /metrics.
 
 import argparse
 import sys
+from collections.abc import Callable
+from multiprocessing import get_context
 
 
 def main() -> None:
@@ -25,18 +27,41 @@ def main() -> None:
     parser.add_argument("--megapixels", type=int, default=50, help="largest image taken, in millions of pixels")
     args = parser.parse_args()
 
+    for name in ("batch", "readers", "timeout", "megabytes", "megapixels"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     # mosec reads the command line as it is imported
     sys.argv[1:] = ["--address", args.address, "--port", str(args.port), "--timeout", str(1000 * args.timeout)]
     sys.argv += ["--max-request-size", str(10**6 * args.megabytes)]
-    from mosec import Server
-    from stages import Classify, Loaded, Read
+    try:
+        from mosec import Server
+        from stages import Classify, Loaded, Read
+    except ModuleNotFoundError as error:
+        sys.exit(f"server.py: error: {error}: pip install '.[train,export]' mosec")
 
+    try:
+        server = Server()
+    except RuntimeError as error:  # the port is taken
+        sys.exit(f"server.py: error: {error}")
     Loaded.weights, Loaded.trust, Loaded.pixels = args.weights, args.trust, 10**6 * args.megapixels
-    server = Server()
+    # in a process of its own: nothing may be computed here, and mosec would start workers that fail again and again
+    trial = get_context("fork").Process(target=try_to_load, args=(Read,))
+    trial.start()
+    trial.join()
+    if trial.exitcode:
+        sys.exit(trial.exitcode)
     # forked, since nothing has been computed here: with what is imported, and the name of the weights
     server.append_worker(Read, num=args.readers, start_method="fork")
     server.append_worker(Classify, max_batch_size=args.batch, max_wait_time=args.wait, start_method="fork")
     server.run()
+
+
+def try_to_load(stage: Callable[[], object]) -> None:
+    """Load the weights as a stage does, or end with what is wrong with them."""
+    try:
+        stage()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"server.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,22 @@ import contextlib
 import copy
 import difflib
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from odconv.conversion.convert import Chosen, dynamic_like, find_convolutions, matcher, start_from
+from odconv.conversion.convert import (
+    Chosen,
+    check_known,
+    check_options,
+    dynamic_like,
+    find_convolutions,
+    matcher,
+    start_from,
+)
 from odconv.conversion.convert import convert as convert_convolutions
 from odconv.conversion.fusion import BatchNorm, fold_batch_norm
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
@@ -78,7 +87,10 @@ class DynamicBlock(nn.Module):
     ) -> None:
         super().__init__()
         geometry: dict[str, Any] = {"kernel_size": k, "stride": s, "padding": autopad(k, p, d), "dilation": d}
-        self.conv = self.layer(in_channels=c1, out_channels=c2, groups=g, **geometry, **options)
+        geometry |= {"in_channels": c1, "out_channels": c2, "groups": g}
+        known = [name for name in inspect.signature(self.layer).parameters if name not in geometry]
+        check_known(options, known, self.layer.__name__)
+        self.conv = self.layer(**geometry, **options)
         self.bn = nn.BatchNorm2d(c2)
         self.act = nn.SiLU() if act is True else act if isinstance(act, nn.Module) else nn.Identity()
 
@@ -150,7 +162,8 @@ def convert(
 
     Raises:
         ImportError: ultralytics is not installed.
-        ValueError, TypeError: as :func:`odconv.convert`; and `to` is "kernelwarehouse".
+        ValueError, TypeError: as :func:`odconv.convert`; and `to` is "kernelwarehouse", or the network has no block of
+            ultralytics that could be converted.
     """
     if to == "kernelwarehouse":
         raise ValueError(
@@ -163,6 +176,10 @@ def convert(
     register()
     network: Any = model.model if isinstance(model, Model) else model
     options = {"to": to, "warm_start": warm_start, **layer_options}
+    if not issubclass(type(network), nn.Module):  # which leaves it Any to mypy
+        raise TypeError(f"model must be a network of ultralytics or a YOLO, got {type(network).__name__}")
+    if not static_blocks(network) and not any(isinstance(module, DynamicBlock) for module in network.modules()):
+        raise ValueError(f"the {type(network).__name__} has none of ultralytics' Conv blocks; use odconv.convert")
     names = make_dynamic(network, include=include, exclude=exclude, **options)
     if names and isinstance(getattr(network, "yaml", None), dict):
         # a new dictionary: ultralytics lets networks share theirs
@@ -256,7 +273,8 @@ class YamlParser:
         """Build the network that a YAML describes, as ``parse_model`` does.
 
         Raises:
-            ValueError: a row names a block that there is not, or one without a convolution to make dynamic.
+            ValueError: a row names a block that there is not, or one without a convolution to make dynamic, or has
+                options that are not its last argument.
             TypeError: a layer does not have an option.
         """
         d = copy.deepcopy(d)
@@ -266,7 +284,8 @@ class YamlParser:
         for index, row in enumerate(rows):
             row[2], kind = split_name(row[2])
             if kind is not None:
-                found[index] = kind, row[3].pop() if row[3] and isinstance(row[3][-1], dict) else {}
+                found[index] = kind, options_of_row(names[index], row[3])
+                check_options(kind.layer, found[index][1])
         try:
             model, save = self.parse_model(d, ch, verbose)
         except KeyError as error:
@@ -295,6 +314,13 @@ def split_name(name: str) -> tuple[str, type[DynamicBlock] | None]:
     """Split a block's name in a YAML into that of ultralytics' block and what its convolutions become, if they do."""
     block, _, method = name.removeprefix(f"{__name__}.").rpartition("_")
     return (block or "Conv", BLOCKS[method]) if method in BLOCKS else (name, None)
+
+
+def options_of_row(name: str, arguments: list[Any]) -> dict[str, Any]:
+    """Take the options of the layers from the end of a row's arguments, where there are some."""
+    if any(isinstance(argument, dict) for argument in arguments[:-1]):
+        raise ValueError(f"{name}: the options of the layers must be the last argument, got {arguments}")
+    return arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
 
 
 def suggest(name: str) -> str:

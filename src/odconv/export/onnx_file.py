@@ -14,6 +14,7 @@ from odconv.export.parity import TOLERANCES, verify
 from odconv.export.quantisation import balanced, quantise
 from odconv.export.written import Written, needed, writing
 from odconv.layers import DynamicConv
+from odconv.system.packages import without_warnings
 
 Form = Literal["loop", "product"]
 LIMIT = 2**31 - 2**20
@@ -49,7 +50,7 @@ def export_onnx(
             that is not padding. The attentions pool over that part, see :func:`odconv.layers.pool_inside`.
         form: how a batch is computed by a dynamic network. "loop" takes one input after the other, which is fastest on
             CPUs; "product" takes all at once in matrix products, without the operator Scan.
-        opset: version of ONNX's operators, at least 18.
+        opset: version of ONNX's operators, at least 18 and at most the newest that the package onnx knows.
         precision: "float32" or "float16", of weights and activations; "int8", of the kernels of dynamic layers and of
             linear layers, what they are multiplied with being quantised when the network runs. Inputs and outputs stay
             float32.
@@ -73,6 +74,8 @@ def export_onnx(
         raise ValueError(f"opset must be at least 18, got {opset}")
     for package in ("onnx", "onnxscript", *(["onnxruntime"] if check or precision == "int8" else [])):
         needed(package)
+    if opset > (newest := needed("onnx").defs.onnx_opset_version()):
+        raise ValueError(f"opset must be at most {newest}, the newest that the installed onnx knows, got {opset}")
     path = Path(path)
     with writing(path, ".onnx") as file:
         loop = dynamic_batch and form == "loop" and any(isinstance(part, DynamicConv) for part in model.modules())
@@ -107,15 +110,16 @@ def translate(traced: Traced, inputs: Sequence[str], opset: int, loop: bool) -> 
     """
     names = [graph.SAMPLE.format(name) if loop else name for name in (*inputs, *traced.outputs)]
     try:
-        exported: Any = torch.onnx.export(
-            traced.program,
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=names[: len(inputs)],
-            output_names=names[len(inputs) :],
-            custom_translation_table={torch.ops.aten.im2col.default: graph.unfold},
-        )
+        with without_warnings("onnxscript"):  # which names what it does not fold
+            exported: Any = torch.onnx.export(
+                traced.program,
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=names[: len(inputs)],
+                output_names=names[len(inputs) :],
+                custom_translation_table={torch.ops.aten.im2col.default: graph.unfold},
+            )
     except torch.onnx.OnnxExporterError as error:
         reason: BaseException = error
         while reason.__cause__ is not None:

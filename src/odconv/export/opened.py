@@ -12,11 +12,14 @@ from torch import Tensor
 
 from odconv.export.network import SIZES
 from odconv.export.written import needed
+from odconv.system.packages import without_warnings
 
 NOTES = "odconv.json"
 """The file inside a program of torch.export that says what the network is."""
 KEY = "odconv"
 """The entry of an AOTInductor package's metadata that does."""
+NO_GPU = "torch.utils.cpp_extension"
+"""What warns of a CUDA toolkit where there is no GPU, as AOTInductor is imported."""
 
 
 class Opened(NamedTuple):
@@ -104,7 +107,7 @@ def _open_program(path: Path) -> Opened:
 
 
 def _open_package(path: Path) -> Opened:
-    with _reading(path, "PyTorch"):
+    with _reading(path, "PyTorch"), without_warnings(NO_GPU):
         package = torch._inductor.aoti_load_package(str(path))
     metadata = package.get_metadata()
     notes = _entries(metadata.get(KEY, ""))

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from odconv.export.network import Precision, device_of, trace, trials
-from odconv.export.opened import KEY, NOTES
+from odconv.export.opened import KEY, NO_GPU, NOTES
 from odconv.export.parity import TOLERANCES, verify
 from odconv.export.written import Written, writing
+from odconv.system.packages import without_warnings
 
 
 def export_torch(
@@ -64,7 +65,10 @@ def export_torch(
             extents = [None if dynamic_size else extent for extent in input_size[1:]]
             notes |= {"shape": [None if dynamic_batch else 1, input_size[0], *extents], "takes_sizes": sizes}
             configs = {"aot_inductor.metadata": {KEY: json.dumps(notes)}}
-            torch._inductor.aoti_compile_and_package(traced.program, package_path=str(file), inductor_configs=configs)
+            with without_warnings(NO_GPU):
+                torch._inductor.aoti_compile_and_package(
+                    traced.program, package_path=str(file), inductor_configs=configs
+                )
         else:
             torch.export.save(traced.program, file, extra_files={NOTES: json.dumps(notes)})
         shapes = trials(input_size, dynamic_batch, dynamic_size)

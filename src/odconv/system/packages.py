@@ -1,5 +1,6 @@
-"""Packages that not everybody has installed."""
+"""Packages of others: those that not everybody has installed, and what they log."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,3 +21,15 @@ def needed_by(what: str, install: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = (error.name or str(error)).partition(".")[0]
         raise ImportError(f"{what} needs {package}: pip install {install}") from error
+
+
+@contextmanager
+def without_warnings(package: str) -> Iterator[None]:
+    """Let a package log errors alone: what it warns of is nothing that its caller's users could change."""
+    logger = logging.getLogger(package)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,5 +1,6 @@
 """The commands `odconv export` and `odconv detect export`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,8 @@ class File:
         suffix = ".onnx" if self.format == "onnx" else ".pt2"
         if Path(self.out).suffix != suffix:  # the name tells odconv predict how to open it
             raise ValueError(f"out must end in {suffix} where format is {self.format}, got {self.out}")
+        if self.format != "onnx" and self.precision == "int8":
+            raise ValueError(f"precision must be float32, float16 or bfloat16 where format is {self.format}, got int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,12 @@ class BackboneFile(File):
     sizes: bool | None = None
     """Take a second input, the height and width of each image without its padding, for the attentions to pool over the
     images alone; default: as the detector's masked_pool."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +108,8 @@ def export(*, weights: str, **options: Any) -> Written:
     }
     size = (3, restored.image_size, restored.image_size)
     notes = {name: note for name, note in notes.items() if note is not None}
-    return _export(restored.model.to(place), restored.arch, size, f"(batch, {restored.num_classes})", notes, config)
+    shape = f"({1 if config.batch_one else 'batch'}, {restored.num_classes})"
+    return _export(restored.model.to(place), restored.arch, size, shape, notes, config)
 
 
 def export_backbone(*, weights: str, **options: Any) -> Written:
@@ -132,6 +142,7 @@ def _export(
     sizes: bool = False,
 ) -> Written:
     """Write a network, and say what was written."""
+    print(f"exporting {title}, which may take minutes ...", file=sys.stderr, flush=True)
     options: dict[str, Any] = {"dynamic_size": file.dynamic_size, "sizes": sizes, "precision": file.precision}
     options |= {"check": file.verify, "metadata": notes}
     if file.format == "onnx":

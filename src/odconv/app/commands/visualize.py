@@ -22,7 +22,7 @@ from odconv.layers import PerSampleConv
 from odconv.profiling.table import Table, show
 from odconv.system.devices import Device, find_device
 from odconv.system.files import check_writable, write_table
-from odconv.system.text import share
+from odconv.system.text import count, share
 
 BATCH = 32
 """Images in a step."""
@@ -58,8 +58,6 @@ def visualize(
     for name, value, least in (("max_images", max_images, 2), ("shown", shown, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    folder = Path(out)
-    check_writable(folder)
     place = find_device(device)
     restored = restore(weights, **network)
     dynamic = [module for module in restored.model.modules() if isinstance(module, PerSampleConv)]
@@ -71,6 +69,8 @@ def visualize(
     print(f"{restored.arch}: looking at {len(pictures.paths)} images", flush=True)
     model = restored.model.to(place)
     cam_layer = choose_layer(model, normalise(pictures.pixels[:1].to(place)), cam_layer)
+    folder = Path(out)
+    check_writable(folder)  # makes it: behind what is wrong with other options
     logits, recorded = answer(model, (normalise(batch.to(place)) for batch in pictures.pixels.split(BATCH)))
     temperature, blend = (getattr(dynamic[0].attention, name, None) for name in ("temperature", "blend"))
     subject = Subject(
@@ -83,13 +83,14 @@ def visualize(
         measure(model, recorded, as_labels(pictures.classes)),
         None if blend is None else blend.item(),
     )
+    show(tabulate(subject.layers))
+    print(subject.sentence, *subject.notes, f"drawing {count(len(subject.layers), 'layer')}", sep="\n", flush=True)
     indices = choose(pictures.classes or [""] * len(logits), shown)
     examples = explain_examples(subject, model, place, indices, cam_layer)
     rows = (row for layer in subject.layers for row in layer.rows.values())
     write_table(folder / "attentions.csv", [*COLUMNS, *CLASS_COLUMNS], rows)
     page = write_page(folder, subject, indices, examples, cam_layer)
-    show(tabulate(subject.layers))
-    print(subject.sentence, *subject.notes, f"written: {page}", sep="\n")
+    print(f"written: {page}")
     return page
 
 

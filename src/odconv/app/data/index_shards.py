@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from odconv.app.data.images import read_image
 from odconv.app.data.parallel import each
 from odconv.app.data.shard_index import SAFE_NAME, Index, Shard
-from odconv.system.text import first_few
+from odconv.system.text import count, first_few
 
 META = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset keeps for itself."""
@@ -58,6 +58,8 @@ def index_shards(
     for name in found:
         if (root / f"{name}.json").exists():
             raise ValueError(f"there is an index {root / f'{name}.json'} already")
+    if classes is not None and not Path(classes).is_file():
+        raise FileNotFoundError(f"there is no file {classes} of names of classes")
     sets = {}
     for name, paths in found.items():
         began = time.perf_counter()
@@ -169,6 +171,6 @@ def report(name: str, shards: Sequence[Shard], images: int, seconds: float) -> N
     """Print what a split holds, and how fast `images` of it were gone through."""
     total, size = sum(len(shard.labels) for shard in shards), sum(shard.size for shard in shards)
     speed = f"{images} of them in {seconds:.1f} s, {images / seconds:.0f} images/s" if images else "nothing left to do"
-    print(f"{name}: {total} images in {len(shards)} shards of {size} bytes in all; {speed}")
+    print(f"{name}: {total} images in {count(len(shards), 'shard')} of {size} bytes in all; {speed}")
     if unreadable := [f"{shard.file}: {image}" for shard in shards for image in shard.unreadable]:
         print(f"{name}: {len(unreadable)} images are damaged and count as unreadable: {first_few(unreadable)}")
