@@ -14,7 +14,7 @@ BELOW: dict[str, set[str]] = {  # the rooms that a room may import from
     "system": set(),
     "ops": {"system"},
     "functional": {"ops"},
-    "layers": {"ops"},
+    "layers": {"system", "ops"},
     "conversion": {"system", "ops", "layers"},
     "checkpoints": {"system"},
     "models": {"system", "checkpoints", "ops", "layers", "conversion"},

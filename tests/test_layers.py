@@ -18,6 +18,7 @@ from torch.export import Dim, export
 from torch.optim.swa_utils import update_bn
 
 import odconv
+from odconv.export import export_torch
 from odconv.layers import Attention, DynamicConv
 
 LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if re.fullmatch(r"(OD|Dy|Cond)Conv.*d", name)}
@@ -516,3 +517,28 @@ def test_an_input_of_another_shape_is_named():
 def test_every_layer_is_a_dynamic_conv():
     assert all(issubclass(layer, DynamicConv) for layer in LAYERS.values())
     assert len(LAYERS) == 9
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        odconv.accelerate,
+        odconv.convert,
+        odconv.fuse,
+        lambda model: odconv.parameter_groups(model, attention_lr=0.1, lr=0.1),
+        odconv.restore_forward,
+        lambda model: export_torch(model, "network.pt2", (3, 8, 8)),
+        lambda model: odconv.export_onnx(model, "network.onnx", (3, 8, 8)),
+        lambda model: odconv.load_checkpoint(model, "network.pth"),
+        lambda model: odconv.profile(model, (3, 8, 8)),
+        lambda model: odconv.set_blend(model, 0.5),
+        lambda model: odconv.set_progress(model, 0.5),
+        lambda model: odconv.set_temperature(model, 2.0),
+        lambda model: odconv.to_static(model, []),
+    ],
+)
+def test_functions_of_networks_want_networks(function):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor$"):
+        function(torch.ones(3))
+    with pytest.raises(TypeError, match=r"got str; odconv\.create_model\('od_resnet18'\) makes a network of the zoo"):
+        function("od_resnet18")

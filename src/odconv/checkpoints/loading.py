@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from odconv.checkpoints.keys import ASSIGNMENT, BLEND, FACTORS, OPTIONAL, attention_of, bare_names
 from odconv.checkpoints.mismatch import Mismatch, check_whole, explain
 from odconv.checkpoints.reading import Checkpoint, Weights, read_checkpoint
+from odconv.system.modules import check_module
 from odconv.system.text import first_few
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def load_checkpoint(model: nn.Module, path: Weights, strict: bool = True) -> Mis
         ValueError: the model is on the meta device, or the temperature or a factor in the file is no positive number,
             or complex numbers would go into a real tensor; the model is left untouched.
     """
+    check_module(model)
     checkpoint = read_checkpoint(path)
     path, state, temperature = checkpoint.path, checkpoint.state, checkpoint.temperature
     own_keys = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}

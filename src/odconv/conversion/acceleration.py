@@ -14,6 +14,7 @@ from odconv.conversion.folded_batch import UnfoldedBatch
 from odconv.layers import PerSampleConv
 from odconv.ops import dynamic_conv
 from odconv.ops.cells import cell_conv
+from odconv.system.modules import check_module
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """How far, relative to the largest value, the two ways of computing may differ for a layer to be changed."""
@@ -90,6 +91,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     Returns:
         What was accelerated, and what was left and why.
     """
+    check_module(model)
     decisions = []
     for name, module in model.named_modules():
         rule = find_rule(module)
@@ -110,6 +112,7 @@ def restore_forward(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
+    check_module(model)
     for module in model.modules():
         if is_accelerated(module):
             del module.forward

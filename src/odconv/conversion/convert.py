@@ -15,6 +15,7 @@ import odconv.layers
 from odconv.layers import DynamicConv, PerSampleConv
 from odconv.layers.starts import SETTLED
 from odconv.layers.warehouse_conv import KWConv, KWConv1d, KWConv2d, KWConv3d
+from odconv.system.modules import check_module
 from odconv.system.text import first_few, suggest
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -208,8 +209,7 @@ def options_of(layer: type[nn.Module]) -> list[str]:
 
 def find_convolutions(model: nn.Module) -> dict[Any, list[str]]:
     """All convolutions and dynamic layers with their names, or an error where the network cannot be converted."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     found: dict[nn.Module, list[str]] = {}
     for name, module in outside_dynamic(model):
         kind = type(module).__name__

@@ -14,6 +14,7 @@ from odconv.layers.fused_attention import fuse_attentions
 from odconv.layers.warehouse_conv import KWConv, KWLinear
 from odconv.ops.epilogue import MODULES, Epilogue, finished
 from odconv.ops.packing import Packed
+from odconv.system.modules import check_module
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 NAMES = {kind: name for name, kind in MODULES.items()}
@@ -98,6 +99,7 @@ def fuse(model: nn.Module) -> nn.Module:
         ValueError: it is in training mode; or there is batch norm, and none can be folded since nothing can be traced.
             :func:`odconv.conversion.fusion.fold_batch_norm` folds a pair that you name.
     """
+    check_module(model)
     if training := [name for name, part in model.named_modules() if isinstance(part, BatchNorm) and part.training]:
         raise ValueError(f"model must be in evaluation mode, got batch norm in training mode: {training[0]}")
     owners = Counter(child for part in model.modules() for child in part._modules.values())

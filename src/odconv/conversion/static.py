@@ -14,6 +14,7 @@ from odconv.layers import Attentions, PerSampleConv
 from odconv.layers.warehouse import Warehouse
 from odconv.layers.warehouse_conv import KWConv
 from odconv.ops.epilogue import MODULES, NO_EPILOGUE
+from odconv.system.modules import check_module
 
 KINDS = dict(zip(product((False, True), (1, 2, 3)), CONVOLUTIONS, strict=True))
 """PyTorch's convolutions, transposed or not, by their dimensions."""
@@ -79,6 +80,7 @@ def to_static(model: nn.Module, loader: Iterable[Any], *, by_layer: bool = False
         ValueError: there are no dynamic layers, or no inputs; or a layer takes a context, or is never called.
         TypeError: `loader` is a tensor, or the network's output is no tensor of logits.
     """
+    check_module(model)
     if isinstance(loader, Tensor):
         raise TypeError("loader must give batches, as a list of them or a DataLoader does, got one tensor")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PerSampleConv)}

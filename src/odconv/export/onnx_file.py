@@ -14,6 +14,7 @@ from odconv.export.parity import TOLERANCES, verify
 from odconv.export.quantisation import balanced, quantise
 from odconv.export.written import Written, needed, writing
 from odconv.layers import DynamicConv
+from odconv.system.modules import check_module
 from odconv.system.packages import without_warnings
 
 Form = Literal["loop", "product"]
@@ -66,6 +67,7 @@ def export_onnx(
         OSError: path cannot be written.
         ImportError: onnx, onnxscript or onnxruntime is not installed.
     """
+    check_module(model)
     if form not in ("loop", "product"):
         raise ValueError(f"form must be 'loop' or 'product', got {form!r}")
     if precision not in ("float32", "float16", "int8"):

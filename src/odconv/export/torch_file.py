@@ -12,6 +12,7 @@ from odconv.export.network import Precision, device_of, trace, trials
 from odconv.export.opened import KEY, NO_GPU, NOTES
 from odconv.export.parity import TOLERANCES, verify
 from odconv.export.written import Written, writing
+from odconv.system.modules import check_module
 from odconv.system.packages import without_warnings
 
 
@@ -55,6 +56,7 @@ def export_torch(
             not compute what the network does. Nothing is written then.
         OSError: path cannot be written.
     """
+    check_module(model)
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"path must end in .pt2, got {path}")

@@ -17,6 +17,7 @@ from odconv.layers.starts import check_start, draw_calm, draw_published
 from odconv.ops import cpu
 from odconv.ops.contract import Attentions, is_exporting, is_traced
 from odconv.ops.epilogue import finished
+from odconv.system.modules import check_module
 
 NORMS = ("batch", "group", "layer", "none")
 Pointwise = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -517,6 +518,7 @@ def check_temperature(value: float) -> None:
 
 def try_temperature(model: nn.Module, value: float) -> bool:
     """Set the temperature of every attention that has one, and return whether there are any."""
+    check_module(model)
     check_temperature(value)
     attentions = [part for part in model.modules() if isinstance(part, Attention) and part.temperature is not None]
     for attention in attentions:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from odconv.layers import PoolingAttention
+from odconv.system.modules import check_module
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def parameter_groups(
     Raises:
         ValueError: a number is out of range.
     """
+    check_module(model)
     for name, value, allowed in (
         ("lr", lr, lr > 0),
         ("weight_decay", weight_decay, weight_decay >= 0),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odconv.layers.attention import PoolingAttention, call_in_dtype, leave_as_drawn, normalise_one, pool
 from odconv.layers.starts import check_start, draw_calm_warehouse, draw_published_warehouse
 from odconv.ops.contract import Attentions, is_traced
+from odconv.system.modules import check_module
 
 NORMS = ("batch", "layer")
 EPSILON = 1e-3
@@ -217,6 +218,7 @@ def check_blend(value: float) -> None:
 
 def try_blend(model: nn.Module, value: float) -> bool:
     """Set the blend of every layer of KernelWarehouse, and return whether there are any."""
+    check_module(model)
     check_blend(value)
     attentions = [part for part in model.modules() if isinstance(part, WarehouseAttention)]
     for attention in attentions:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from odconv.layers import DynamicConv, PerSampleConv
 from odconv.layers.warehouse_conv import KWConv
 from odconv.profiling.table import Table
+from odconv.system.modules import check_module
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -113,6 +114,7 @@ def profile(model: nn.Module, input_size: Sequence[int]) -> Profile:
     Raises:
         ValueError: `input_size` is not a shape. One that does not fit raises what the network raises.
     """
+    check_module(model)
     x = zeros_for(model, input_size)
     calls = record_calls(model, x)
     seen: set[nn.Parameter] = set()
