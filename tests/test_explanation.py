@@ -111,3 +111,17 @@ def test_what_does_not_fit_is_named(shape):
         odconv.explain(odconv.ODConv2d(8, 6, 3), shape)
     with pytest.raises(TypeError, match="layer must be a dynamic layer, got Conv2d"):
         odconv.explain(nn.Conv2d(8, 6, 3), (2, 8, 5, 5))
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the compiled kernel is not here")
+@pytest.mark.parametrize(("threads", "backend"), [(1, "cpu"), (2, "shared")])
+def test_a_lone_kernel_of_one_tap_is_scaled_where_several_threads_convolve(threads, backend):
+    before = torch.get_num_threads()
+    layer = odconv.ODConv2d(64, 128, 1, kernel_num=1).eval().requires_grad_(False)
+    try:
+        torch.set_num_threads(threads)
+        assert odconv.explain(layer, (4, 64, 7, 7)).backend == backend
+        compiled = torch.compile(layer, fullgraph=True)(x := torch.randn(4, 64, 7, 7))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(compiled, layer(x), rtol=1e-4, atol=1e-5)

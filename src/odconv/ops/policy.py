@@ -80,9 +80,10 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
     # the batch is asked last: where torch.compile leaves it open, each question is another graph
     if positions == 1 or (few and x.shape[0] >= MANY_SAMPLES) or not cpu.fits(x, weight, geometry, differentiated):
         return choose_plain(x, weight, geometry, n)
-    # A lone 1x1 kernel can do without a kernel per sample: a small map is scaled instead.
+    # A lone 1x1 kernel can do without a kernel per sample: a small map is scaled instead. On one thread PyTorch
+    # does not take oneDNN for that, and takes twice as long.
     lone = n == math.prod(weight.shape[3:]) == geometry.groups == 1 and is_small(x, weight, geometry)
-    if lone and not differentiated and (x.shape[0] > 1 or weight.numel() >= LARGE_KERNEL):
+    if lone and cpu.threads() > 1 and not differentiated and (x.shape[0] > 1 or weight.numel() >= LARGE_KERNEL):
         return Choice("shared", "one 1x1 kernel on a small map: the map is scaled, and no kernel")
     return Choice("cpu", "the compiled kernel for the CPU takes this shape and dtype")
 

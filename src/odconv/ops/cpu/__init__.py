@@ -63,8 +63,14 @@ def available() -> bool:
     return _load()
 
 
-# What torch.compiler.assume_constant_result would set, were it not for the second that importing the compiler takes.
-available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def threads() -> int:
+    """Return how many threads PyTorch computes with here."""
+    return torch.get_num_threads()
+
+
+for known in (available, threads):
+    # what torch.compiler.assume_constant_result would set, were it not for the second that importing it takes
+    known._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
