@@ -407,6 +407,7 @@ def test_commands(runs: dict[str, Path], tmp_path: Path, monkeypatch, capsys: py
         (2, "missing: runs", "report"),
         (1, "runs must be different ones, got .*dynamic 2 times", "compare", dynamic, f"{dynamic}/../dynamic"),
         (1, "there is no folder nowhere", "compare", "nowhere"),
+        (1, "report.html is a file, and not the folder of a run", "report", f"{dynamic}/report.html"),
         (1, "is no run: it holds neither config.yaml nor metrics.csv", "report", str(tmp_path)),
         (1, r"out must end in one of .*\.png.*, got x\.txt", "compare", dynamic, "--out", "x.txt"),
         (1, "cannot be written", "compare", dynamic, "--out", "nowhere/x.png"),

@@ -106,8 +106,10 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read the folder of a run, which `odconv train` got as `out`; a FileNotFoundError if it is none."""
+    """Read the folder of a run, which `odconv train` got as `out`; an OSError if it is none."""
     folder = Path(folder)
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file, and not the folder of a run")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.csv")):
