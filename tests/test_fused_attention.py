@@ -94,7 +94,9 @@ def test_a_fused_attention_is_kept_copied_and_set() -> None:
     assert all(parameter.grad is not None for parameter in other.attention.parameters())
 
 
-def test_a_frozen_attention_stays_frozen() -> None:
+def test_a_frozen_attention_stays_frozen_and_is_not_drawn_anew() -> None:
     layer, _ = drawn("batch")
     fuse_attentions(layer.requires_grad_(False))
     assert not any(parameter.requires_grad for parameter in layer.parameters())
+    with pytest.raises(ValueError, match=r"cannot be drawn anew; draw the network, then call odconv\.fuse"):
+        layer.reset_parameters()

@@ -64,6 +64,10 @@ class FusedAttention(Attention):
         self._place("heads", torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads]))
         self.requires_grad_(heads[0].weight.requires_grad).train(attention.training)
 
+    def reset_parameters(self) -> None:
+        """Refuse to draw anew what others were made of."""
+        raise ValueError("a fused attention cannot be drawn anew; draw the network, then call odconv.fuse")
+
     def _place(self, name: str, weight: Tensor | None, bias: Tensor | None) -> None:
         for kind, tensor in (("weight", weight), ("bias", bias)):
             own = None

@@ -13,8 +13,8 @@
 //
 // simd.h has the microkernel, kernels.h tiles of kernels, maps.h what meets what; convolve.h puts them together and explains
 // the whole, half.h does so in bfloat16 and float16; epilogue.h is what is done to outputs besides. Forms of their own have kernels of
-// one tap on contiguous maps, points.h, depth-wise layers, planes.h, and those on channels-last maps, depthwise.h. attend.h is
-// for the attention; this file makes operators of them.
+// one tap on contiguous maps, points.h, depth-wise layers, planes.h, and those on channels-last maps, depthwise.h. cells.h has the
+// gradients of cells, attend.h the attention; this file makes operators of them.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
