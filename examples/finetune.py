@@ -37,16 +37,15 @@ def train(weights: str | None = None, steps: int = 120) -> float:
     torch.manual_seed(0)
     images, labels = digits()
     model = network(weights)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=4e-5)
-    for step in range(steps):
-        # attentions learn slowly at first: from 30 to 1 in the first half
-        odconv.set_temperature(model, 1 + 29 * max(0.0, 1 - 2 * step / steps))
+    # new attentions beside trained kernels learn at a tenth of the rate
+    groups = odconv.parameter_groups(model, lr=0.01, weight_decay=4e-5, attention_lr=0.1)
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    for _ in range(steps):
         batch = torch.randint(1200, (32,))
         loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    odconv.set_temperature(model, 1.0)
     with torch.inference_mode():
         return 100 * (model.eval()(images[1200:]).argmax(1) == labels[1200:]).double().mean().item()
 
