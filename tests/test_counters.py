@@ -202,7 +202,7 @@ def test_layers_that_share_cells(thop, monkeypatch):
     assert sum(p.numel() for p in model.parameters()) == parameters
     cells = sum(p.numel() for p in model.warehouse.parameters())
     found = thop.profile(model, (torch.rand(1, *SHAPE),), custom_ops=counters.thop_ops(), verbose=False)
-    assert found == (madds, parameters - cells)
+    assert found in [(madds, parameters - cells), (madds, parameters)]  # ultralytics' thop sees the cells too
     ptflops = pytest.importorskip("ptflops")
     for backend in ("pytorch", "aten"):
         options = {"as_strings": False, "print_per_layer_stat": False, "backend": backend}
