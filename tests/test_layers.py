@@ -531,6 +531,7 @@ def test_every_layer_is_a_dynamic_conv():
         lambda model: odconv.export_onnx(model, "network.onnx", (3, 8, 8)),
         lambda model: odconv.load_checkpoint(model, "network.pth"),
         lambda model: odconv.profile(model, (3, 8, 8)),
+        lambda model: odconv.layers.pool_inside(model, torch.ones(1, 2)).__enter__(),
         lambda model: odconv.set_blend(model, 0.5),
         lambda model: odconv.set_progress(model, 0.5),
         lambda model: odconv.set_temperature(model, 2.0),

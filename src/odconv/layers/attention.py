@@ -185,10 +185,6 @@ class Attention(PoolingAttention):
             gates["spatial"] = gates["spatial"].reshape(-1, *self.heads["spatial"])
         return Attentions(**gates)
 
-    def has_softmax(self) -> bool:
-        """Return whether the kernels' shares are a softmax."""
-        return self.kernel_gate == "softmax" and "kernel" in self.heads
-
     def range_of(self, kind: str) -> tuple[float, float]:
         """Return between which values the attention of a kind lies."""
         return 0.0, self.kernel_gain if kind == "kernel" else self.gain
@@ -246,11 +242,8 @@ class Attention(PoolingAttention):
                 return None
             after = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
         weights, biases = [layer.weight for layer in heads], [layer.bias for layer in heads]
-        for tensor in (*([] if fc is None else [fc.weight]), *after, *weights, *biases):
-            if tensor is None or tensor.dtype != dtype or not tensor.is_contiguous():
-                return None
         groups, eps = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1, 0.0 if norm is None else norm.eps
-        return cpu.Layers(None if fc is None else fc.weight, after, groups, eps, weights, biases)
+        return fitting(cpu.Layers(None if fc is None else fc.weight, after, groups, eps, weights, biases), dtype)
 
     def _project(self, layer: Any, z: Tensor) -> Tensor:
         """Return a 1x1 convolution of vectors, (B, C) -> (B, O), in z's dtype."""
@@ -337,6 +330,7 @@ def pool_inside(model: nn.Module, extent: Tensor) -> Iterator[None]:
     Raises:
         ValueError: extent has another shape, or values out of range.
     """
+    check_module(model)
     if extent.dim() != 2 or not bool(((extent > 0) & (extent <= 1)).all()):
         raise ValueError(f"extent must be shares (B, dims) above 0 and at most 1, got {extent.tolist()}")
     if any(part.dims != extent.shape[1] for part in model.modules() if isinstance(part, PoolingAttention)):
@@ -407,10 +401,18 @@ def fused_attention(attention: Attention, x: Tensor) -> tuple[Tensor, ...] | Non
     pooled = finished(x).means if attention.takes_means and attention.extent is None else None
     if pooled is None:
         pooled = cpu.pool(x) if attention.extent is None else pool(x, attention.extent, dtype)
-    sizes = [math.prod(shape) for shape in attention.heads.values()]
-    gains = [attention.kernel_gain if name == "kernel" else attention.gain for name in attention.heads]
-    softmax = [*attention.heads].index("kernel") if attention.has_softmax() else -1
+    kinds, sizes = [*attention.heads], [math.prod(shape) for shape in attention.heads.values()]
+    gains = [attention.kernel_gain if kind == "kernel" else attention.gain for kind in kinds]
+    softmax = kinds.index("kernel") if "kernel" in kinds and attention.kernel_gate == "softmax" else -1
     return tuple(cpu.attend(pooled, layers, sizes, gains, softmax, attention.temperature))
+
+
+def fitting(layers: cpu.Layers, dtype: torch.dtype) -> cpu.Layers | None:
+    """Return the numbers if the compiled kernel takes them: none is missing, all are contiguous and of one dtype."""
+    for tensor in (*([] if layers.fc is None else [layers.fc]), *layers.norm, *layers.weights, *layers.biases):
+        if tensor is None or tensor.dtype != dtype or not tensor.is_contiguous():
+            return None
+    return layers
 
 
 def has_compiled_kernel(x: Tensor) -> bool:
@@ -439,10 +441,7 @@ def is_plain(module: Any) -> bool:
 
     Hooks (pruning, old weight norm, adapters), parametrizations and other classes want to be called.
     """
-    if type(module) not in PLAIN or "forward" in module.__dict__:
-        return False
-    # read as attributes, of which torch.compile does not watch those that are empty
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+    if type(module) not in PLAIN or is_hooked(module):
         return False
     return not (
         everywhere._global_forward_pre_hooks
@@ -450,6 +449,13 @@ def is_plain(module: Any) -> bool:
         or everywhere._global_backward_pre_hooks
         or everywhere._global_backward_hooks
     )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether a module has hooks of its own, or another `forward` than its class."""
+    # read as attributes, of which torch.compile does not watch those that are empty
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return "forward" in module.__dict__ or bool(hooks)
 
 
 def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:

@@ -14,9 +14,12 @@ from odconv.layers.attention import (
     PoolingAttention,
     cast,
     fill_in_temperature,
+    fitting,
+    is_hooked,
     is_plain,
     take_factors,
 )
+from odconv.layers.conv import DynamicConv
 from odconv.ops.cpu import Layers
 
 SETTINGS = ("dims", "heads", "norm", "kernel_gate", "init", "initial_temperature", "gain", "kernel_gain", "takes_means")
@@ -85,19 +88,17 @@ class FusedAttention(Attention):
         return logits.split([math.prod(shape) for shape in self.heads.values()], 1)
 
     def plain_layers(self, dtype: torch.dtype) -> Layers | None:
-        """Return the numbers as the compiled kernel takes them; None where they have another dtype."""
-        if self.heads_weight.dtype != dtype:
-            return None
-        after: list[Any] = [self.hidden_bias] if self.norm_weight is None else [self.norm_weight, self.norm_bias]
-        after = [tensor for tensor in after if tensor is not None]
-        return Layers(self.hidden_weight, after, self.groups, self.eps, [self.heads_weight], [self.heads_bias])
+        """Return the numbers as the compiled kernel takes them; None where it does not."""
+        after = [one for one in (self.hidden_bias, self.norm_weight, self.norm_bias) if one is not None]
+        layers = Layers(self.hidden_weight, [*after], self.groups, self.eps, [self.heads_weight], [self.heads_bias])
+        return fitting(layers, dtype)
 
 
 def can_be_fused(attention: Any) -> bool:
     """Return whether an attention is one as this library makes them, in evaluation mode, and nobody looks into it."""
-    if type(attention) is not Attention or not attention.heads or attention._forward_hooks:
+    if type(attention) is not Attention or not attention.heads or is_hooked(attention):
         return False
-    if attention._forward_pre_hooks or not all(map(is_plain, attention.children())):
+    if not all(map(is_plain, attention.children())):
         return False
     norm: Any = attention.bn
     return not isinstance(norm, BatchNorm) or not (norm.training or norm.running_mean is None or norm.weight is None)
@@ -106,9 +107,8 @@ def can_be_fused(attention: Any) -> bool:
 def fuse_attentions(model: nn.Module) -> None:
     """Put fused attentions in the place of those that can be, in place."""
     for layer in model.modules():
-        attention: Any = getattr(layer, "attention", None)
-        if can_be_fused(attention):
-            layer.attention = FusedAttention(attention)
+        if isinstance(layer, DynamicConv) and can_be_fused(layer.attention):
+            layer.attention = FusedAttention(layer.attention)
 
 
 def folded(weight: Any, norm: Any) -> tuple[Tensor, Tensor]:

@@ -99,9 +99,10 @@ def backward(
     return 2 * ((to_x + to_weights) * convolution(weight, grad) + (1 + 2 * to_weights) * mixing)
 
 
-def attend(pooled: Shape, fc: Shape | None, *rest: Any, **_: Any) -> int:
+def attend(
+    pooled: Shape, fc: Shape | None, norm: Any, groups: int, eps: float, weights: Sequence[Shape], *_: Any, **__: Any
+) -> int:
     """Count the hidden layer and the heads."""
-    weights = rest[3]
     layers = [*weights, *([] if fc is None else [fc])]
     return 2 * pooled[0] * sum(math.prod(layer) for layer in layers)
 

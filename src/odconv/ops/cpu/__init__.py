@@ -359,8 +359,8 @@ def _fake_pool(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _fake_attend(pooled: Tensor, *layers: Any) -> list[Tensor]:
-    sizes = layers[-4]
+def _fake_attend(pooled: Tensor, *rest: Any) -> list[Tensor]:
+    *_, sizes, _, _, _ = rest
     return [pooled.new_empty(pooled.shape[0], size) for size in sizes]
 
 
