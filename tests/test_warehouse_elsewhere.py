@@ -199,6 +199,20 @@ def test_torch_fx_records_a_layer_as_one_node():
         torch.jit.script(model)
 
 
+def test_channels_last_networks():
+    torch.manual_seed(0)
+    model = odconv.create_model("kw_resnet18", budget=0.5, num_classes=4).eval()
+    x = torch.randn(2, 3, 32, 32)
+    wanted = model(x)
+    wanted.sum().backward()
+    found = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    cells = [*model.warehouse_manager.parameters()]
+    assert all(own.is_contiguous() and own.grad.is_contiguous() for own in cells)
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(own.dtype == torch.float64 for own in model.double().warehouse_manager.parameters())
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "zeros"])
 @pytest.mark.parametrize("padding", [1, "same"])

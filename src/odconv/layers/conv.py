@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.layers.attention import Attention
-from odconv.layers.per_sample import PerSampleConv, Size
+from odconv.layers.per_sample import PerSampleConv, Size, below_each_other
 from odconv.layers.starts import draw_kernels, mixture_size
 from odconv.ops.contract import Attentions, check_map, positive
 from odconv.ops.dynamic_conv import compute, mixed_bias
@@ -158,17 +158,8 @@ class DynamicConv(PerSampleConv):
         return mixed + self.bias.to(mixed.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DynamicConv":
-        # `Module.to(memory_format=...)` takes a weight of five axes for that of a 3-d convolution: fn meets the kernels
-        # below each other, and the result is made contiguous, as the operator wants it. Sharded and other tensors of
-        # their own class cannot be flattened, or not in that way.
         shape = getattr(getattr(self, "weight", None), "shape", None)  # FSDP takes the weight away
-
-        def below_each_other(t: Tensor) -> Tensor:
-            if t.shape != shape or type(t) not in (Tensor, nn.Parameter):
-                return fn(t)
-            return fn(t.flatten(0, 1)).contiguous().unflatten(0, t.shape[:2])
-
-        super()._apply(below_each_other, recurse)
+        super()._apply(below_each_other(fn, [shape]), recurse)
         return self
 
     @property

@@ -1,6 +1,6 @@
 """What all dynamic layers are: convolutions that have a kernel of its own for every sample."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -15,6 +15,26 @@ from odconv.ops.dynamic_conv import pad_by_name
 Size = int | Sequence[int]
 Kind = TypeVar("Kind", bound="PerSampleConv")
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def below_each_other(fn: Callable[[Tensor], Tensor], shapes: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    """Return what a module's `_apply` does to its tensors, for one that holds n kernels, or cells, as one tensor.
+
+    `Module.to(memory_format=...)` takes a tensor of five axes for the weight of a 3-d convolution: `fn` meets the
+    kernels below each other, and the result is made contiguous, as the operator wants it. Sharded and other tensors of
+    their own class cannot be flattened, or not in that way.
+
+    Args:
+        fn: what is to be applied.
+        shapes: those of such tensors, (n, O, C, *k).
+    """
+
+    def apply(t: Tensor) -> Tensor:
+        if t.shape not in shapes or type(t) not in (Tensor, nn.Parameter):
+            return fn(t)
+        return fn(t.flatten(0, 1)).contiguous().unflatten(0, t.shape[:2])
+
+    return apply
 
 
 class PerSampleConv(nn.Module):

@@ -1,12 +1,13 @@
 """The warehouse of KernelWarehouse: cells that many layers share, and the rules by which they do."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from odconv.layers.per_sample import below_each_other
 from odconv.layers.starts import placed_like
 from odconv.layers.warehouse_attention import Assignment, WarehouseAttention
 from odconv.layers.warehouse_conv import KWConv
@@ -140,6 +141,10 @@ class Warehouse(nn.Module):
             nn.init.normal_(weight)
             stds = torch.tensor(spreads, dtype=weight.dtype, device=weight.device)
             weight.mul_(placed_like(stds.view(-1, *(1,) * (weight.dim() - 1)).expand(weight.shape), weight))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Warehouse":
+        super()._apply(below_each_other(fn, [weight.shape for weight in self.weights]), recurse)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x: among the children of a network that become a sequence, a warehouse lets maps pass."""
