@@ -34,10 +34,18 @@ COMPILED: dict[str, dict[str, Any]] = {
 """Ways under torch.compile, and its options."""
 
 
+def network(name: str, n: int | None) -> torch.nn.Module:
+    """Return a network with n kernels, of KernelWarehouse at a budget of n; its static architecture where n is None."""
+    prefix, static = split_name(name)
+    if n is None:
+        return odconv.create_model(static)
+    return odconv.create_model(name, **{"budget" if prefix == "kw_" else "kernel_num": n})
+
+
 def inference(name: str, n: int | None, x: Tensor, way: str) -> Callable[[], Any]:
     """Return one inference of a network, or of its static architecture where n is None, in a way of running it."""
     torch.manual_seed(0)
-    model = odconv.create_model(split_name(name)[1] if n is None else name, kernel_num=n).eval()
+    model = network(name, n).eval()
     if way == "onnxruntime":
         settle(model)
         return in_onnxruntime(model.eval(), x)
@@ -78,7 +86,7 @@ def in_onnxruntime(model: torch.nn.Module, x: Tensor) -> Callable[[], Any]:
 def training(name: str, n: int | None, x: Tensor, way: str) -> Callable[[], Any]:
     """Return one training step, zero_grad, forward, loss and backward, with weights in float32."""
     torch.manual_seed(0)
-    model = odconv.create_model(split_name(name)[1] if n is None else name, kernel_num=n).train()
+    model = network(name, n).train()
     half, x = x.dtype != torch.float32, x.float()
     if way != "plain":
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
