@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import odconv
 from odconv.models.build import split_name
+from odconv.models.zoo import WAREHOUSE
 
 KEYS = ("model", "kernel_num", "mode", "batch", "size", "dtype", "way")
 WAYS = ("plain", "fused", "channels-last", "compiled", "unguarded", "onnxruntime")
@@ -36,10 +37,10 @@ COMPILED: dict[str, dict[str, Any]] = {
 
 def network(name: str, n: int | None) -> torch.nn.Module:
     """Return a network with n kernels, of KernelWarehouse at a budget of n; its static architecture where n is None."""
-    prefix, static = split_name(name)
+    method, static = split_name(name)
     if n is None:
         return odconv.create_model(static)
-    return odconv.create_model(name, **{"budget" if prefix == "kw_" else "kernel_num": n})
+    return odconv.create_model(name, **{"budget" if method == WAREHOUSE else "kernel_num": n})
 
 
 def inference(name: str, n: int | None, x: Tensor, way: str) -> Callable[[], Any]:
