@@ -196,4 +196,6 @@ def _summed(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    if len(parts) == 1:  # which torch.cat would copy
+        return parts[0]
     return None if parts[0] is None else torch.cat([part for part in parts if part is not None])
