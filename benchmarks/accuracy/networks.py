@@ -91,7 +91,7 @@ def layer_options(method: str, start: Start) -> dict[str, Any]:
     """Return the options of the dynamic layers that a method and a start mean."""
     chosen, begun = (METHODS | ABLATIONS)[method], STARTS[start]
     if start == "settled":
-        begun = {"": {}, "kw_": {}, "dy_": starts.SETTLED["dyconv"], "cond_": {}, "od_": begun}[chosen.prefix]
+        begun = starts.SETTLED.get({"od_": "odconv", "dy_": "dyconv", "cond_": "condconv"}.get(chosen.prefix, ""), {})
     return (begun if chosen.prefix else {}) | chosen.options
 
 

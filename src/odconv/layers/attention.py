@@ -50,7 +50,8 @@ class Attention(PoolingAttention):
         in_channels: channels of the input.
         heads: shape of each attention but for the batch, by name ("channel", "filter", "spatial", "kernel").
         hidden: width of the hidden layer (fc, norm, ReLU); None for heads directly on the pooled input.
-        norm: normalisation of the hidden layer: "batch", "group", "layer" or "none".
+        norm: normalisation of the hidden layer, or of the pooled input where there is none: "batch", "group", "layer"
+            or "none".
         kernel_gate: what makes shares of the kernel head's logits: "softmax" or "sigmoid".
         gain: factor of the other gates, above 0: with 2, a head of zeros gives gates of exactly 1.
         kernel_gain: factor of the shares, above 0: with sqrt(n), a mixture of n new kernels is as large as one.
@@ -98,11 +99,11 @@ class Attention(PoolingAttention):
         width = in_channels
         if hidden is not None and heads:
             self.fc = POINTWISE[dims](in_channels, hidden, 1, bias=False, **placed)
-            if norm == "batch":
-                self.bn = BATCH_NORM[dims](hidden, **placed)
-            elif norm != "none":  # on a vector, layer norm is group norm with one group
-                self.bn = nn.GroupNorm(math.gcd(hidden, 4) if norm == "group" else 1, hidden, **placed)
             width = hidden
+        if heads and norm == "batch":
+            self.bn = BATCH_NORM[dims](width, **placed)
+        elif heads and norm != "none":  # on a vector, layer norm is group norm with one group
+            self.bn = nn.GroupNorm(math.gcd(width, 4) if norm == "group" else 1, width, **placed)
         for name, shape in heads.items():
             setattr(self, f"{name}_fc", POINTWISE[dims](width, math.prod(shape), 1, **placed))
         self.initial_temperature = temperature if heads else None
@@ -204,8 +205,9 @@ class Attention(PoolingAttention):
 
     def _logits(self, z: Tensor) -> Sequence[Tensor]:
         """Return the logits of each head, (B, size), of what was pooled, (B, C)."""
+        z = self._normalise(z if self.fc is None else self._project(self.fc, z))
         if self.fc is not None:
-            z = self._normalise(self._project(self.fc, z)).relu()
+            z = z.relu()
         return [self._project(layer, z) for layer in self.head_layers()]
 
     def head_layers(self) -> list[Any]:
@@ -252,7 +254,7 @@ class Attention(PoolingAttention):
         return call_in_dtype(layer, z.reshape(*z.shape, *(1,) * self.dims)).flatten(1)
 
     def _normalise(self, z: Tensor) -> Tensor:
-        """Return the hidden layer's norm, in z's dtype."""
+        """Return the norm of what the heads read, in z's dtype."""
         norm = self.bn
         if norm is None:
             return z

@@ -367,6 +367,8 @@ class _CondConv(DynamicConv):
             ``torch.nn.Conv2d``, with its defaults.
         bias: add a bias of n rows, (n, O), mixed like the kernels. Default False.
         kernel_num: number n of experts. Default 8.
+        norm: normalisation of the pooled input before the routing: "none" or "layer", with which the routing moves
+            slowly enough to train from the first step. Default "none", as published.
         init: how the parameters are drawn: "calm", to train from the first step, or "published". Default "calm"; see
             :mod:`odconv.layers.starts`.
         context_channels: channels of the context that :meth:`forward` then takes for the attention, C'. Default None: x
@@ -395,11 +397,14 @@ class _CondConv(DynamicConv):
         padding_mode: str = "zeros",
         *,
         kernel_num: int = 8,
+        norm: str = "none",
         init: str = "calm",
         context_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if norm not in ("none", "layer"):
+            raise ValueError(f"norm must be 'none' or 'layer', got {norm!r}")
         super().__init__(
             in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
             dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode, kernel_num=kernel_num,
@@ -410,6 +415,7 @@ class _CondConv(DynamicConv):
             context_channels or in_channels,
             {"kernel": (kernel_num,)},
             hidden=None,
+            norm=norm,
             kernel_gate="sigmoid",
             temperature=None,
             init=init,

@@ -36,7 +36,7 @@ class FusedAttention(Attention):
 
     Attributes:
         hidden_weight, hidden_bias: of the hidden layer, (h, C) and (h), or None.
-        norm_weight, norm_bias: of its group norm, (h), or None.
+        norm_weight, norm_bias: of its group norm, or of that of the pooled input, (h) or (C), or None.
         heads_weight, heads_bias: of all heads below each other, (outputs, h) and (outputs).
     """
 
@@ -81,8 +81,9 @@ class FusedAttention(Attention):
     def _logits(self, z: Tensor) -> tuple[Tensor, ...]:
         if self.hidden_weight is not None:
             z = F.linear(z, self.hidden_weight.to(z.dtype), cast(self.hidden_bias, z))
-            if self.norm_weight is not None:
-                z = F.group_norm(z, self.groups, cast(self.norm_weight, z), cast(self.norm_bias, z), self.eps)
+        if self.norm_weight is not None:
+            z = F.group_norm(z, self.groups, cast(self.norm_weight, z), cast(self.norm_bias, z), self.eps)
+        if self.hidden_weight is not None:
             z = z.relu()
         logits = F.linear(z, self.heads_weight.to(z.dtype), cast(self.heads_bias, z))
         return logits.split([math.prod(shape) for shape in self.heads.values()], 1)

@@ -23,7 +23,7 @@ LOGIT = 0.03
 SETTLED: dict[str, dict[str, Any]] = {
     "odconv": {"norm": "layer", "gain": 2.0, "kernel_gain": "sqrt"},
     "dyconv": {"kernel_gain": "sqrt"},
-    "condconv": {},
+    "condconv": {"norm": "layer"},
 }
 """Options with which new layers learn best: gates of 1, mixtures as large as a kernel, and images that stay as alike as
 they are. They are no defaults of the layers, since they make another formula than the published one."""
@@ -31,6 +31,12 @@ they are. They are no defaults of the layers, since they make another formula th
 PACE = {"batch": 0.2, "group": 0.5, "layer": 0.5, "none": 0.2}
 """Size of what the heads read, by the norm before them: a step of SGD moves their logits by its square, one of Adam by
 itself. Batch norm spreads the images of a batch however alike they are; the others leave them as alike as they were."""
+
+ROUTED = 2.0
+"""Squared length of what a router behind layer norm reads: that of 16 hidden units of ODConv at their pace.
+
+Without the norm the pooled features have up to some hundred, and the routing runs away at usual learning rates.
+"""
 
 BIAS = 3.0
 """Least bias of KernelWarehouse's calm start: with 1, shares of small cells run away, those of depth-wise layers first.
@@ -100,16 +106,18 @@ def draw_calm(attention: "Attention") -> None:
 
     A head of h inputs is normal with variance 2 LOGIT^2 / h, whatever its outputs. What it reads has the size PACE,
     by the weight of the norm before it or else of the hidden layer, and the head is divided by that. CondConv's router
-    reads the pooled input, whose size is the network's.
+    reads the pooled input: as large as the network makes it, or of size ROUTED behind layer norm.
     """
     draw_published(attention)
-    pace = 1.0
-    if attention.fc is not None:
-        pace = PACE[attention.norm]
-        if attention.bn is None:
-            nn.init.normal_(attention.fc.weight, std=pace * math.sqrt(2 / attention.fc.weight.shape[1]))
-        elif isinstance(scale := attention.bn.weight, Tensor):
-            nn.init.constant_(scale, pace)
+    pace = PACE[attention.norm] if attention.fc is not None else 1.0
+    scale: Any = getattr(attention.bn, "weight", None)
+    if attention.fc is None and scale is not None:
+        pace = math.sqrt(2 * ROUTED / scale.numel())
+        nn.init.constant_(scale, pace / math.sqrt(2))  # as ReLU makes it behind a hidden layer
+    elif scale is not None:
+        nn.init.constant_(scale, pace)
+    elif attention.fc is not None and attention.bn is None:
+        nn.init.normal_(attention.fc.weight, std=pace * math.sqrt(2 / attention.fc.weight.shape[1]))
     share = open_share(attention.gain)
     for name in attention.heads:
         head = getattr(attention, f"{name}_fc")

@@ -187,7 +187,7 @@ class _CondConvTranspose(DynamicConvTranspose, _CondConv):
             ``torch.nn.ConvTranspose2d``, with its order and defaults.
         bias: add a mixed bias. Default False.
         padding_mode: only "zeros".
-        kernel_num, init, context_channels, device, dtype: as in :class:`CondConv2d`.
+        kernel_num, norm, init, context_channels, device, dtype: as in :class:`CondConv2d`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -209,6 +209,7 @@ class _CondConvTranspose(DynamicConvTranspose, _CondConv):
         padding_mode: str = "zeros",
         *,
         kernel_num: int = 8,
+        norm: str = "none",
         init: str = "calm",
         context_channels: int | None = None,
         device: torch.device | str | None = None,
@@ -217,7 +218,7 @@ class _CondConvTranspose(DynamicConvTranspose, _CondConv):
         super().__init__(
             in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
             output_padding=output_padding, groups=groups, bias=bias, dilation=dilation, padding_mode=padding_mode,
-            kernel_num=kernel_num, init=init, context_channels=context_channels, device=device, dtype=dtype,
+            kernel_num=kernel_num, norm=norm, init=init, context_channels=context_channels, device=device, dtype=dtype,
         )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ inline at::Tensor pool(const at::Tensor& x) {
   return out;
 }
 
-// What follows the hidden layer's matrix: nothing, a bias, group norm's weight and bias, or batch norm's running mean, running
+// What follows the hidden layer's matrix, or the pool where there is none: nothing, a bias, group norm's weight and bias, or batch norm's running mean, running
 // variance, weight and bias.
 struct Norm {
   const std::vector<at::Tensor>& numbers;
@@ -116,7 +116,7 @@ struct Heads {
   int64_t softmax;
 };
 
-// fc -> norm -> ReLU -> heads -> gates, for pooled inputs (B, C). Parameters of 16 bits are computed with in float32, in which the
+// fc -> norm -> ReLU -> heads -> gates, without fc and ReLU where there is no hidden layer, for pooled inputs (B, C). Parameters of 16 bits are computed with in float32, in which the
 // inputs then are.
 inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optional<at::Tensor>& fc, const Norm& norm, const Heads& heads,
                                       const std::optional<at::Tensor>& temperature) {
@@ -137,12 +137,14 @@ inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optio
       std::vector<T> z(hidden);
       for (int64_t b = begin; b < end; ++b) {
         const T* in = x + b * channels;
-        if (fc) {
+        if (fc)
           apply<M>(fc->const_data_ptr<M>(), hidden, channels, in, nullptr, z.data());
-          norm.operator()<M>(z.data(), hidden);
+        else
+          std::copy(in, in + channels, z.data());
+        norm.operator()<M>(z.data(), hidden);
+        if (fc)
           for (T& one : z) one = one < 0 ? T(0) : one;  // as torch's ReLU, a NaN stays
-          in = z.data();
-        }
+        in = z.data();
         for (size_t i = 0, row = 0; i < gates.size(); row += heads.sizes[i++]) {
           const int64_t size = heads.sizes[i], own = heads.weights.size() > 1 ? i : 0, first = heads.weights.size() > 1 ? 0 : row;
           T* gate = gates[i].mutable_data_ptr<T>() + b * size;
