@@ -21,6 +21,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 import odconv
 from odconv.conversion.convert import WAREHOUSE_OPTIONS, find_family, options_of
 from odconv.conversion.warehouse import METHOD
+from odconv.layers.starts import SETTLED
 
 METHODS = {  # options of odconv.convert; None stays static
     "static": None,
@@ -33,11 +34,9 @@ METHODS = {  # options of odconv.convert; None stays static
 }
 VARIANTS = {  # further options
     "settled": {},
-    "calm": {"norm": "batch", "gain": 1.0, "kernel_gain": 1.0},
+    "calm": {"gain": 1.0, "kernel_gain": 1.0},
     "published": {"init": "published"},
 }
-HAVE_SETTLED = ("dyconv_4x", "odconv_1x", "odconv_4x")
-"""Methods whose layers have options besides the published formula's; that of the others is calm."""
 TRAINED = 1200
 WIDTH, BLOCKS, CLASSES, BATCH = 16, 8, 10, 64
 
@@ -72,7 +71,8 @@ def network(method: str, variant: str, seed: int) -> nn.Module:
     if options is None:
         return model
     known = WAREHOUSE_OPTIONS if options["to"] == METHOD else options_of(find_family(options["to"])[0])
-    chosen = {name: value for name, value in VARIANTS[variant].items() if name in known}
+    norm = {} if variant != "calm" else {"norm": "none" if options["to"] == "condconv" else "batch"}
+    chosen = {name: value for name, value in (VARIANTS[variant] | norm).items() if name in known}
     return odconv.convert(model, warm_start=False, **options | chosen)
 
 
@@ -128,8 +128,8 @@ def main() -> None:
     sheet = Sheet(RESULTS / "starts.csv", ("method", "start", "optimizer", "lr", "steps"))
     for method in args.methods:
         for variant in args.variants if method != "static" else ["calm"]:
-            if variant == "settled" and method not in HAVE_SETTLED:
-                continue
+            if variant == "settled" and str((METHODS[method] or {}).get("to")) not in SETTLED:
+                continue  # its settled start is the calm one
             for lr in args.lr:
                 found = accuracies(method, variant, lr, args.seeds, args.steps, args.optimizer)
                 by_seed = " ".join(f"{value:.1f}" for value in found)

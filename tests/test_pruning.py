@@ -40,6 +40,16 @@ def test_what_is_kept_computes_what_it_did(name):
     rebuilt.load_state_dict(small.state_dict())
 
 
+def test_a_norm_of_the_pooled_input_keeps_the_same_channels():
+    layer = odconv.CondConv2d(8, 12, 3, norm="layer")
+    nn.init.normal_(layer.attention.bn.weight)
+    wanted = layer.attention.bn.weight[[1, 2, 6]].clone()
+    keep_channels(layer, [1, 2, 6])
+    assert torch.equal(layer.attention.bn.weight, wanted)
+    layer(torch.randn(2, 3, 5, 5)).sum().backward()
+    assert layer.attention.bn.bias.grad.shape == (3,)
+
+
 def test_a_context_of_its_own_is_left_alone():
     layer = odconv.ODConv2d(8, 12, 3, context_channels=5)
     keep_channels(layer, [0, 3])

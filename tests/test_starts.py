@@ -22,10 +22,11 @@ from torch import nn
 import odconv
 from odconv import convert
 from odconv.layers import Attention, DynamicConv, PerSampleConv
-from odconv.layers.starts import LOGIT, OPEN
+from odconv.layers.starts import LOGIT, OPEN, ROUTED
 
 LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if re.fullmatch(r"(OD|Dy|Cond)Conv.*d", name)}
-WITH_NORM = [name for name in LAYERS if name.startswith("ODConv")]
+NORMS = {"OD": ["batch", "group", "layer", "none"], "Dy": [None], "Co": ["none", "layer"]}
+"""Norms of the attention that the layers of a method have."""
 WIDE = {"norm": "layer", "gain": 2.0, "kernel_gain": "sqrt"}
 """The options with which a mixture of new kernels is as large as one of them."""
 
@@ -37,9 +38,11 @@ def draw(name: str, channels: int, n: int, **options) -> DynamicConv:
 
 def logits(attention: Attention, features: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the gates are computed of but for the biases, (B, outputs) each, from pooled features (B, C)."""
-    z = features
+    z = attention._normalise(
+        features if attention.fc is None else nn.functional.linear(features, attention.fc.weight.flatten(1))
+    )
     if attention.fc is not None:
-        z = attention._normalise(nn.functional.linear(z, attention.fc.weight.flatten(1))).relu()
+        z = z.relu()
     heads = {name: getattr(attention, f"{name}_fc").weight.flatten(1) for name in attention.heads}
     return {name: nn.functional.linear(z, weight) for name, weight in heads.items()}
 
@@ -49,11 +52,12 @@ def logits(attention: Attention, features: torch.Tensor) -> dict[str, torch.Tens
     name=st.sampled_from(sorted(LAYERS)),
     channels=st.sampled_from([8, 24, 96, 320, 960, 2048]),
     n=st.sampled_from([1, 2, 4, 8, 16]),
-    norm=st.sampled_from(["batch", "group", "layer", "none"]),
+    data=st.data(),
 )
-def test_new_logits_are_small_whatever_the_widths(name: str, channels: int, n: int, norm: str) -> None:
+def test_new_logits_are_small_whatever_the_widths(name: str, channels: int, n: int, data: st.DataObject) -> None:
     dims = LAYERS[name].dims
-    options = {"norm": norm} if name in WITH_NORM else {}
+    norm = data.draw(st.sampled_from(NORMS[name[:2]]))
+    options = {} if norm is None else {"norm": norm}
     torch.manual_seed(0)
     groups = channels if channels > 96 else 1  # a dense layer of 2048 channels in 3-d would have half a gigabyte
     layer = LAYERS[name](channels, channels, 1 if dims == 3 else 3, groups=groups, kernel_num=n, **options)
@@ -114,6 +118,16 @@ def test_published_starts_are_those_of_the_authors() -> None:
     router = draw("CondConv2d", 256, 8, init="published").attention.kernel_fc  # Glorot uniform
     assert router.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (256 + 8)), rel=0.02)
     assert not router.bias.any()
+
+
+def test_the_routing_of_condconv_moves_as_slowly_for_all_widths() -> None:
+    x = torch.randn(8, 960, 4, 4).relu()  # with which a router without norm has inputs of squared length 150
+    for channels in (8, 96, 960):
+        layer = odconv.CondConv2d(channels, 16, 1, norm="layer")
+        z = layer.attention._normalise(x[:, :channels].mean((2, 3)))
+        assert z.square().sum(1).mean().item() == pytest.approx(ROUTED, rel=0.05)
+    with pytest.raises(ValueError, match="norm must be 'none' or 'layer', got 'batch'"):
+        odconv.CondConvTranspose1d(8, 8, 3, norm="batch")
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "layer"}, {"attentions": ("channel",), "kernel_num": 1}])

@@ -60,10 +60,10 @@ def keep_channels(layer: DynamicConv, kept: Sequence[int]) -> DynamicConv:
         for first in heads if layer.attention.fc is None else [layer.attention.fc]:
             _keep(first, "weight", index, 1)
             first.in_channels = len(index)
-        if layer.attention.fc is None and layer.attention.bn is not None:  # the norm of the pooled input
+        if layer.attention.fc is None and isinstance(norm := layer.attention.bn, nn.GroupNorm):  # of the pooled input
             for name in ("weight", "bias"):
-                _keep(layer.attention.bn, name, index, 0)
-            layer.attention.bn.num_channels = len(index)
+                _keep(norm, name, index, 0)
+            norm.num_channels = len(index)
     layer.in_channels = len(index)
     return layer
 
