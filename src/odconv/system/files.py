@@ -6,7 +6,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +57,21 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process works on a file; where locks do not work, as on some network disks, several may.
+
+    Raises:
+        OSError: the file beside it that is locked cannot be written.
+    """
+    with path.with_suffix(".lock").open("w") as lock:
+        with suppress(ImportError, OSError):
+            import fcntl  # which Windows lacks
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def open_regular(path: str | Path, limit: int) -> BinaryIO:

@@ -1,7 +1,6 @@
 """The compiled library: made once for this processor and this torch, kept in the cache, checked before it is loaded."""
 
 import ctypes
-import fcntl
 import hashlib
 import logging
 import os
@@ -9,14 +8,13 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from odconv.system.files import cache_folder, open_regular, replacing
+from odconv.system.files import alone, cache_folder, open_regular, replacing
 
 SOURCES = Path(__file__).parent
 VECTORS = {  # by what torch says of the processor
@@ -75,7 +73,7 @@ def build() -> Path:
     if shutil.which(compiler) is None:
         raise FileNotFoundError(f"no C++ compiler {compiler!r} (environment variable CXX names another)")
     library.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(library):
+    with alone(library):
         if not _is_sound(library):  # nobody was quicker
             logger.warning("compiling odconv's kernel for the CPU into %s, once; this takes a while", library)
             for left_over in library.parent.glob(f".{library.name}*.partial"):  # by a process that was killed
@@ -121,12 +119,3 @@ def _open(library: Path) -> BinaryIO:
 def _record_of(library: Path) -> Path:
     """Where the digest of a library is noted."""
     return library.with_suffix(".sha256")
-
-
-@contextmanager
-def _alone(library: Path) -> Iterator[None]:
-    """Wait until no other process compiles; where locks do not work, as on some network file systems, several may."""
-    with library.with_suffix(".lock").open("w") as lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
