@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from fake_gpu import FakeGpu, forget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import ATTENTIONS, arguments, outcome
@@ -236,12 +237,18 @@ def test_torch_export_with_any_batch():
         torch.testing.assert_close(program.module()(x, tensors["weight"], kernel), expected)
 
 
-def test_a_second_derivative_is_refused():
-    tensors = arguments(1, 2, 2, 2, (1, 1), (2, 2))
-    y = dynamic_conv(**tensors, backend="triton")
-    (first,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="backend 'triton' has no double backward"):
-        first.sum().backward()
+@pytest.mark.parametrize("groups", [1, 4], ids=["dense", "depth-wise"])
+def test_second_derivatives_are_those_of_the_reference(groups):
+    torch.manual_seed(0)
+    tensors = arguments(2, 4, 4, 2, (2, 2), (3, 3), groups)
+    inputs = list(tensors.values())
+    second = []
+    for form in ("triton", "reference"):
+        y = dynamic_conv(**tensors, groups=groups, padding=1, backend=form)
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        second.append([*first, *torch.autograd.grad(sum(d.square().sum() for d in first), inputs)])
+    for value, wanted in zip(*second, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_what_has_no_kernel_is_refused():
@@ -251,3 +258,68 @@ def test_what_has_no_kernel_is_refused():
     x, weight = torch.zeros(1, 2, 3, 3, dtype=torch.complex64), torch.zeros(1, 2, 2, 1, 1, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"backend 'triton' needs x in one of .*, got torch.complex64"):
         dynamic_conv(x, weight, backend="triton")
+
+
+@pytest.fixture
+def gpu(_form, monkeypatch, tmp_path):
+    """The CPU in the place of a GPU on which Triton is the fastest."""
+    torch.use_deterministic_algorithms(False)  # which measures nothing
+    gpu = FakeGpu(monkeypatch, tmp_path)
+    gpu.costs["triton"] = 0.1
+    yield gpu
+    forget()
+
+
+def tuned_call(batch, groups=1, training=True):
+    torch.manual_seed(0)
+    tensors = arguments(batch, 4, 4, 2, (2, 2), (3, 4), groups, dtype=torch.float32)
+    tensors["x"] = tensors["x"].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.set_grad_enabled(training):
+        found = dynamic_conv(**tensors, padding=1, groups=groups)
+    torch.testing.assert_close(found, dynamic_conv(**tensors, padding=1, groups=groups, backend="reference"))
+    return found, tensors
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("groups", [1, 4], ids=["dense", "depth-wise"])
+def test_the_tuner_takes_it_where_it_is_right(groups, training, gpu):
+    found, tensors = tuned_call(2, groups, training)
+    assert gpu.runs[-1] == "triton"
+    (known,) = gpu.memory.found.values()
+    assert known.choice.backend == "triton"
+    if training:  # and gives second derivatives as any other backend does
+        inputs = list(tensors.values())
+        first = torch.autograd.grad(found.square().sum(), inputs, create_graph=True)
+        assert all(d.isfinite().all() for d in torch.autograd.grad(sum(d.square().sum() for d in first), inputs))
+
+
+def wrong(run):
+    def convolve(x, mixed, y, *rest, **options):
+        run(x, mixed, y, *rest, **options)
+        y.select(2, 0).zero_()
+
+    return convolve
+
+
+def raising(run):
+    def convolve(*_, **__):
+        raise RuntimeError("PTX was generated with version 9.9, which is unsupported")
+
+    return convolve
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [(wrong, "differs from plain PyTorch"), (raising, "raises RuntimeError: PTX was")]
+)
+def test_the_tuner_names_what_is_wrong_once_and_never_takes_it(fault, message, gpu, monkeypatch):
+    from odconv.ops.triton import launch
+
+    monkeypatch.setattr(launch, "convolve", fault(launch.convolve))
+    with pytest.warns(UserWarning, match=f"backend 'triton' {message}") as caught:
+        tuned_call(2)
+    tuned_call(3)
+    assert len(caught) == 1
+    assert [known.choice.backend for known in gpu.memory.found.values()] == ["product"] * 2
+    gpu.restart()
+    tuned_call(2)
+    assert "triton" not in gpu.runs

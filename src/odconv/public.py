@@ -37,7 +37,7 @@ from odconv.layers.warehouse_conv import KWConv1d, KWConv2d, KWConv3d, KWLinear
 from odconv.models.build import create_model
 from odconv.models.detectors.builder import create_detector
 from odconv.models.zoo import list_models
-from odconv.profiling import conversion_report, explain, profile
+from odconv.profiling import conversion_report, explain, profile, tune
 
 __all__ = [
     "CondConv1d",
@@ -82,4 +82,5 @@ __all__ = [
     "set_progress",
     "set_temperature",
     "to_static",
+    "tune",
 ]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.ops import cpu, eager, flops, traced
+from odconv.ops import cpu, eager, flops, traced, tuning
 from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, per_axis
 from odconv.ops.epilogue import NO_EPILOGUE, Epilogue, Finished, activate, finish
-from odconv.ops.policy import choose, is_differentiated, log_choice
+from odconv.ops.policy import EAGER, choose, is_differentiated, log_choice
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
 from odconv.ops.triton import triton_conv
@@ -25,7 +25,6 @@ BACKENDS = {
     "traced": traced.convolve,
 }
 PER_SAMPLE = {name: run for name, run in BACKENDS.items() if name != "shared"} | {"traced": traced.convolve_per_sample}
-EAGER = ("single", "shared", "product", "grouped")  # what autograd would differentiate by keeping every mixed kernel
 
 
 def dynamic_conv(
@@ -61,8 +60,8 @@ def dynamic_conv(
         padding: zeros added on both sides, an int, one an axis, "valid" (none) or "same" (output as large as x).
         dilation: distance between taps, an int or one an axis.
         groups: blocks of channels and filters that are convolved apart; divides C and O.
-        backend: "auto" chooses by shape and device. A named one is strict: "reference" (the definition, a
-            loop), "single" (B = 1 only), "shared", "product" or "grouped" (B > 0), described in
+        backend: "auto" chooses by shape and device, on CUDA by measuring. A named one is strict: "reference" (the
+            definition, a loop), "single" (B = 1 only), "shared", "product" or "grouped" (B > 0), described in
             :mod:`odconv.ops.eager`; "cpu" (float32 and float64, compiled C++); "triton" (CUDA, 1-d and 2-d); "traced"
             (for torch.jit.trace).
 
@@ -175,6 +174,9 @@ def compute(
     differentiated = is_differentiated(x, weight, *attentions)
     if backend == "auto":
         choice = choose(x, weight, geometry, differentiated, per_sample)
+        if tuning.applies(x, weight, x.device):
+            call = tuning.Call(x, weight, attentions, geometry, differentiated, per_sample)
+            choice = tuning.tuned(choice, call, compute_by)
         log_choice(choice, x, weight)
         backend = choice.backend
     else:
@@ -187,13 +189,24 @@ def compute(
         return finish(y, Finished(epilogue.activation, found)) if epilogue.activation else y
     if backend == "cpu":  # which adds the bias to what it writes
         return activate(cpu.convolve(x, weight, attentions, geometry, bias), epilogue)
+    y = compute_by(backend, x, weight, attentions, geometry, differentiated, per_sample)
+    return activate(add_bias(y, bias), epilogue)
+
+
+def compute_by(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    attentions: Attentions,
+    geometry: Geometry,
+    differentiated: bool,
+    per_sample: bool,
+) -> Tensor:
+    """Compute the output without its bias by a backend, which keeps no mixed kernel for the gradients."""
     run = (PER_SAMPLE if per_sample else BACKENDS)[backend]
     if backend in EAGER and differentiated:
-        y = recomputed(run, x, weight, attentions, geometry, per_sample)
-    else:
-        y = run(x, weight, attentions, geometry)
-
-    return activate(add_bias(y, bias), epilogue)
+        return recomputed(run, x, weight, attentions, geometry, per_sample)
+    return run(x, weight, attentions, geometry)
 
 
 def check_backend(backend: str, x: Tensor, per_sample: bool) -> None:

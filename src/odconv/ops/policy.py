@@ -31,6 +31,9 @@ LARGE_KERNEL = 2**20
 Rows: layers_inference.csv, n = 1, batch 1, "2048->512 7x7 k1 s1 g1" and "512->2048 7x7 k1 s1 g1".
 """
 
+EAGER = ("single", "shared", "product", "grouped")
+"""Backends in plain PyTorch, which autograd would differentiate by keeping every mixed kernel."""
+
 logger = logging.getLogger("odconv.ops")
 
 

@@ -5,6 +5,7 @@ from odconv.profiling.count import Profile, Row, profile
 from odconv.profiling.explanation import Explanation, explain
 from odconv.profiling.latency import latencies
 from odconv.profiling.published import PUBLISHED, Published, published_table
+from odconv.profiling.tuned import TunedLayer, Tuning, tune
 
 __all__ = [
     "PUBLISHED",
@@ -13,9 +14,12 @@ __all__ = [
     "Profile",
     "Published",
     "Row",
+    "TunedLayer",
+    "Tuning",
     "conversion_report",
     "explain",
     "latencies",
     "profile",
     "published_table",
+    "tune",
 ]

@@ -1,7 +1,7 @@
 """Parameters and multiply-adds, layer by layer."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -145,11 +145,11 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def zeros_for(model: nn.Module, input_size: Sequence[int]) -> Tensor:
-    """Return an input of zeros with a batch axis, on the model's device and in its dtype."""
+def zeros_for(model: nn.Module, input_size: Sequence[int], name: str = "input_size") -> Tensor:
+    """Return an input of zeros with a batch axis, on the model's device and in its dtype; errors name it `name`."""
     size = tuple(input_size) if isinstance(input_size, Sequence) else ()
     if not size or not all(isinstance(length, int) and length > 0 for length in size):
-        raise ValueError(f"input_size must be positive ints, (B, C, *map) or (C, *map), got {input_size!r}")
+        raise ValueError(f"{name} must be positive ints, (B, C, *map) or (C, *map), got {input_size!r}")
     convolutions = (*CONVOLUTIONS, *TRANSPOSED, PerSampleConv)
     first = next((module for module in model.modules() if isinstance(module, convolutions)), None)
     if len(size) == (1 if first is None else 1 + len(first.kernel_size)):
@@ -166,20 +166,32 @@ def record_calls(model: nn.Module, x: Tensor) -> dict[nn.Module, list[Call]]:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             calls.setdefault(module, []).append(Call(inputs[0].shape, output.shape))
 
-    training = {module: module.training for module in model.modules()}
+    with torch.no_grad():
+        run_hooked(model, x, [module for _, module in layers(model)], record)
+    return calls
+
+
+def run_hooked(
+    model: nn.Module,
+    x: Tensor,
+    hooked: Iterable[nn.Module],
+    hook: Callable[[nn.Module, tuple[Any, ...], Any], None],
+    training: bool = False,
+) -> None:
+    """Run a network once, with a hook after the forward pass of some modules, and leave it as it was."""
+    before = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # what changes them, changes copies
-    hooks = [module.register_forward_hook(record) for _, module in layers(model)]
+    hooks = [module.register_forward_hook(hook) for module in hooked]
     cuda = [x.device] if x.device.type == "cuda" else []
     try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(cuda):
+        model.train(training)
+        with torch.random.fork_rng(cuda):
             torch.func.functional_call(model, buffers, (x,))
     finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in training.items():
+        for handle in hooks:
+            handle.remove()
+        for module, mode in before.items():
             module.training = mode
-    return calls
 
 
 def count_madds(module: nn.Module, call: Call) -> int:

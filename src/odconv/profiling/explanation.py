@@ -1,7 +1,7 @@
 """What the operator does for a layer: which backend, why, and what it costs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,12 +9,12 @@ import torch
 from odconv.layers import DynamicConv, PerSampleConv
 from odconv.layers.transposed import DynamicConvTranspose
 from odconv.layers.warehouse_conv import KWConv
-from odconv.ops import cpu, flops
+from odconv.ops import cpu, flops, tuning
 from odconv.ops.cells import BY_TILES
-from odconv.ops.contract import Geometry, check_map, output_size
+from odconv.ops.contract import Attentions, Geometry, check_map, output_size
 from odconv.ops.dynamic_conv import compute_dtype
 from odconv.ops.mixing import part_of_batch
-from odconv.ops.policy import choose, choose_transposed
+from odconv.ops.policy import Choice, choose, choose_transposed
 from odconv.ops.recompute import samples_at_a_time
 
 
@@ -28,6 +28,7 @@ class Explanation(NamedTuple):
         bytes: least that is read and written: the input, all kernels or cells, the attentions and the output.
         workspace: bytes of mixed kernels or columns that the backend makes in memory besides, for the whole batch;
             0 where they stay in the processor's cache, or none are made.
+        milliseconds: of each backend that was timed, where the backend was chosen by measuring; else empty.
     """
 
     backend: str
@@ -35,6 +36,7 @@ class Explanation(NamedTuple):
     multiply_adds: int
     bytes: int
     workspace: int
+    milliseconds: dict[str, float]
 
     def __str__(self) -> str:
         """Return two lines."""
@@ -53,7 +55,8 @@ def explain(
 ) -> Explanation:
     """Say which backend computes a layer for inputs of a shape, why, and what that costs; computes nothing.
 
-    Device and dtype are those of the layer's kernels, or autocast's dtype under autocast.
+    Device and dtype are those of the layer's kernels, or autocast's dtype under autocast. On CUDA the reason is the
+    times that the first call of such a shape, or :func:`tune`, measured; before that, it is the policy's.
 
     Args:
         layer: any dynamic layer.
@@ -75,6 +78,10 @@ def explain(
     parts, (batch, channels, *_) = layer.parts, shape
     dtype = compute_dtype(parts.new_empty(0), parts)
     x = torch.empty(shape, dtype=dtype, device="meta")
+    times: dict[str, float] = {}
+    gates: dict[str, tuple[int, ...]] = {}
+    if isinstance(layer, DynamicConv):
+        gates = {name: (batch, *size) for name, size in layer.attention.heads.items()}
     if isinstance(layer, DynamicConvTranspose):
         choice = choose_transposed(x)
         y = transposed_shape(layer, shape)
@@ -86,10 +93,9 @@ def explain(
         like = torch.empty(x.shape, dtype=dtype, device=device, memory_format=memory_format)
         if isinstance(layer, KWConv):
             return explain_mixing(layer, like, geometry, shape, y, training)
-        choice = choose(like, parts, geometry, training)
+        choice, times = chosen(like, parts, parts.device, gates, geometry, training)
     assert isinstance(layer, DynamicConv)
     weight = layer.weight
-    gates = {name: (batch, *size) for name, size in layer.attention.heads.items()}
     named = [gates.get(name) for name in ("kernel", "spatial", "channel", "filter")]
     numbers = math.prod(shape) + weight.numel() + math.prod(y) + sum(math.prod(gate) for gate in gates.values())
     # a transposed convolution meets its input as an ordinary one meets its output
@@ -109,7 +115,29 @@ def explain(
         flops.forward(tuple(shape), tuple(weight.shape), *named, out_shape=tuple(met)) // 2,
         numbers * dtype.itemsize,
         made.get(choice.backend, 0) * dtype.itemsize,
+        times,
     )
+
+
+def chosen(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    device: torch.device,
+    attentions: Iterable[str],
+    geometry: Geometry,
+    differentiated: bool,
+    per_sample: bool = False,
+) -> tuple[Choice, dict[str, float]]:
+    """Return what the operator chooses for a call on a device, and the times that were measured for it."""
+    choice = choose(x, weight, geometry, differentiated, per_sample)
+    if not tuning.applies(x, weight, device):
+        return choice, {}
+    present = [name for name in Attentions._fields if name in attentions]
+    problem = tuning.describe(x, weight, present, geometry, differentiated, per_sample)
+    known = tuning.memory_of(device).recall(problem)
+    if known is None:
+        return choice._replace(why=f"{choice.why}; not measured yet"), {}
+    return known
 
 
 def explain_mixing(
@@ -130,10 +158,11 @@ def explain_mixing(
     some = samples_at_a_time(x, one, math.prod(layer.kernel_size)) if training else part_of_batch(x, one)
     x = x[: min(some, len(x))]
     kernels = x.new_empty(()).expand(len(x), *layer.kernel_shape)
-    choice = choose(x, kernels, geometry, False, per_sample=True)  # the backward pass is the mixing operator's own
+    # the backward pass is the mixing operator's own
+    choice, times = chosen(x, kernels, layer.parts.device, (), geometry, False, per_sample=True)
     made = len(x) * one
     if cpu.fits_cells(x, layer.cells, x.dtype, layer.groups):
-        choice, made = BY_TILES, made * training  # of whole kernels are the gradients alone
+        choice, times, made = BY_TILES, {}, made * training  # of whole kernels are the gradients alone
     convolution, mixing = math.prod(y) * math.prod(layer.kernel_shape[1:]), len(pieces) * layer.cells.numel()
     numbers = math.prod(shape) + layer.cells.numel() + shape[0] * len(pieces) * cells + math.prod(y)
     return Explanation(
@@ -142,6 +171,7 @@ def explain_mixing(
         convolution + shape[0] * mixing,
         numbers * x.element_size(),
         made * x.element_size(),
+        times,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from odconv.ops.contract import Attentions, Geometry, output_size
+from odconv.ops.recompute import differentiable_gradients
 
 WORKSPACE = 128 * 2**20  # bytes for the mixed kernels of the samples at work, or their gradients; offsets are 32-bit
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -21,6 +22,11 @@ ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? kernel, Tensor? spatial, Tensor? channel, Tensor? filter, "
     "int[] stride, int[] padding, int[] dilation, int groups"
 )
+
+
+def takes(x: Tensor) -> bool:
+    """Return whether the kernels can compute with this tensor."""
+    return INSTALLED and (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and x.dim() < 5
 
 
 def triton_conv(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
@@ -151,16 +157,12 @@ def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the six tensors that need them."""
-    needed = list(ctx.needs_input_grad[:6])
-    gradients = conv_backward(grad, *ctx.saved_tensors, *ctx.geometry, needed)
+    """Gradients of the six tensors that need them; those that are to be differentiated again are plain PyTorch's."""
+    needed, tensors = list(ctx.needs_input_grad[:6]), ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *differentiable_gradients(grad, tensors, Geometry(*ctx.geometry), needed), None, None, None, None
+    gradients = conv_backward(grad, *tensors, *ctx.geometry, needed)
     return *(d if need else None for d, need in zip(gradients, needed, strict=True)), None, None, None, None
 
 
-def refuse(ctx: Any, *grads: Tensor) -> None:
-    """Say that there are no second derivatives."""
-    raise RuntimeError("backend 'triton' has no double backward; backend 'reference' has")
-
-
 conv.register_autograd(differentiate, setup_context=keep)
-conv_backward.register_autograd(refuse)
