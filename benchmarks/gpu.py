@@ -4,19 +4,22 @@
     python benchmarks/gpu.py --parts networks compiled    some of them
     python benchmarks/gpu.py --device cpu --quick --out DIR   a dry run of the logic; its times mean nothing
 
-Layers run on bfloat16, channels-last maps, as CUDA graphs and from a cold cache, so that no row measures Python.
-Training steps of networks are forward, backward and update under bfloat16 autocast; inference is in bfloat16. Peak
-memory is what a step takes beyond parameters, gradients and optimizer state. Ratios are to the static layer or network
-in the same row. Exits with 1 where a result is wrong. With TRITON_INTERPRET=1 the dry run checks the Triton form too.
+Layers run on bfloat16, channels-last maps, as CUDA graphs and from a cold cache, so that no row measures Python. Their
+rows name the policy's choice, and that of the tuner, which the form auto takes: it measures anew in each run, eager
+calls from a warm cache. Training steps of networks are forward, backward and update under bfloat16 autocast; inference
+is in bfloat16. Peak memory is what a step takes beyond parameters, gradients and optimizer state. Ratios are to the
+static layer or network in the same row. Exits with 1 where a result is wrong. With TRITON_INTERPRET=1 the dry run
+checks the Triton form too.
 """
 
 import argparse
 import itertools
 import math
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,9 +35,11 @@ import odconv
 from odconv.functional import dynamic_conv
 from odconv.layers import conv as layer_room
 from odconv.models.build import split_name
-from odconv.ops import BACKENDS, triton
+from odconv.ops import BACKENDS, triton, tuning
 from odconv.ops.contract import Attentions, Geometry
 from odconv.ops.dynamic_conv import compute
+from odconv.ops.policy import choose
+from odconv.profiling.explanation import chosen
 
 Run = Callable[[], Any]
 Rows = list[dict[str, Any]]
@@ -288,8 +293,20 @@ def run_layers(bench: Bench) -> Rows:
                 else:
                     runs[form] = partial(value_and_gradients, conv, given, upstream, **geometry)
             keys = {"layer": shape_name(shape), "kernel_num": n, "batch": batch, "mode": mode}
-            rows += bench.row(what, keys, bench.ready(what, runs, graphs=True), cold=True)
+            runs = bench.ready(what, runs, graphs=True)
+            choices = chosen_backends(tensors, geometry, mode == "training")
+            rows += bench.row(what, keys | choices, runs, cold=True)
+            print(" " * 20 + "  ".join(f"{who}: {backend}" for who, backend in choices.items()), flush=True)
     return rows
+
+
+def chosen_backends(tensors: dict[str, Tensor | None], geometry: dict[str, int], training: bool) -> dict[str, str]:
+    """What the policy chooses for a layer, and what the tuner did; nothing where it measured nothing."""
+    x, weight = tensors["x"], tensors["weight"]
+    sizes = Geometry(*((geometry[name],) * 2 for name in ("stride", "padding", "dilation")), geometry["groups"])
+    present = [name for name, tensor in tensors.items() if tensor is not None]
+    choice, times = chosen(x, weight, x.device, present, sizes, training)
+    return {"policy": choose(x, weight, sizes, training).backend, "tuned": choice.backend if times else ""}
 
 
 def without_gradients(conv: Callable[..., Tensor], tensors: dict[str, Tensor | None], **options: Any) -> Tensor:
@@ -363,7 +380,9 @@ def published_layer(
     )
 
 
-def published_in_bfloat16(x: Tensor, weight: Tensor, attentions: Attentions, bias: None, geometry: Geometry) -> Tensor:
+def published_in_bfloat16(
+    x: Tensor, weight: Tensor, attentions: Attentions, bias: None, geometry: Geometry, **_: Any
+) -> Tensor:
     """The published form with all its tensors in bfloat16, as they are under its own autocast."""
     low = Attentions(*(None if a is None else a.bfloat16() for a in attentions))
     return published_conv(x.bfloat16(), weight.bfloat16(), low, bias, geometry)
@@ -491,6 +510,24 @@ def draw(rows: Rows, path: Path) -> None:
     print(f"picture in {path}")
 
 
+@contextmanager
+def own_tuning(cuda: bool) -> Iterator[None]:
+    """Let the tuner know nothing of earlier runs; a dry run lets it measure the CPU, without Triton's interpreter."""
+    stand_ins: dict[str, Any] = {
+        "is_timed": lambda device: True,
+        "is_capturing": lambda: False,
+        "name_device": lambda device: ("dry run", "0.0"),
+        "milliseconds": lambda run, device: alternate({"": run}, 0, least=1)[""][0],
+    }
+    takes = triton.takes if cuda else lambda x: False
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(triton, "takes", takes),
+        mock.patch.multiple(tuning, **({} if cuda else stand_ins), cache_folder=lambda: Path(folder)),
+    ):
+        yield
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -511,24 +548,31 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     print(bench.where, flush=True)
 
+    with own_tuning(bench.cuda):
+        right = run_parts(bench, args.parts)
+    print(*(f"not run: {what}" for what in bench.left_out), sep="\n")
+    sys.exit(0 if right else 1)
+
+
+def run_parts(bench: Bench, parts: Sequence[str]) -> bool:
+    """Run some parts and write their rows; whether all results are right."""
     right = True
     networks: Rows = []
-    for part in (part for part in PARTS if part in args.parts):
+    for part in (part for part in PARTS if part in parts):
         started = time.perf_counter()
         if part == "correctness":
             right = check_correctness(bench)
         elif part == "layers":
             layers = run_layers(bench)
             bench.write("gpu_layers.csv", layers)
-            draw(layers, args.out / "gpu_layers.png")
+            draw(layers, bench.out / "gpu_layers.png")
         elif part == "mixing":
             bench.write("gpu_mixing.csv", run_mixing(bench))
         else:
             networks += run_networks(bench, compiled=part == "compiled")
             bench.write("gpu_networks.csv", networks)
         print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
-    print(*(f"not run: {what}" for what in bench.left_out), sep="\n")
-    sys.exit(0 if right else 1)
+    return right
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """CUDA chooses by measuring: on the CPU in its place, by a clock that says how long each backend takes."""
 
+import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,7 +221,7 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_written_anew(damage, gpu
     else:
         gpu.file.write_text(json.dumps(DAMAGED[damage](json.loads(sound))))
     gpu.restart()
-    with pytest.warns(UserWarning, match=r"tuned-\w+\.json is ignored") as caught:
+    with pytest.warns(UserWarning, match=r"tuned-\w+\.json in odconv's cache folder is ignored") as caught:
         call()
     assert len(caught) == 1
     call(problem(batch=4))
@@ -261,6 +264,21 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(gpu):
     gpu.runs, gpu.timings = [], 0
     call()
     assert (gpu.runs, gpu.timings) == (["product"], 0)
+
+
+def test_without_a_home_and_without_locks_it_works(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    call()
+    assert gpu.file.exists()
+    gpu.restart()
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tuning, "cache_folder", homeless)
+    with pytest.warns(UserWarning, match="Could not determine home directory"):
+        call()
+    assert gpu.runs[-1] == "product"
 
 
 WRITER = """
@@ -360,6 +378,13 @@ def test_what_traces_or_transforms_measures_nothing(trace, gpu):
     assert not gpu.folder.exists()
 
 
+def test_in_inference_mode_it_measures(gpu):
+    with torch.inference_mode():
+        call(problem())
+        call(problem(batch=1))
+    assert len(gpu.memory.found) == 2
+
+
 def test_fake_tensors_are_not_measured(gpu):
     with FakeTensorMode() as mode:
         x, weight, kernel = map(mode.from_tensor, plain())
@@ -411,6 +436,13 @@ def test_where_every_backend_lacks_memory_the_caller_hears_of_it(gpu):
     with pytest.raises(torch.cuda.OutOfMemoryError):
         call()
     assert not gpu.memory.found
+
+
+def test_where_there_is_no_memory_to_compare_the_policys_choice_is_taken(gpu, monkeypatch):
+    monkeypatch.setattr(tuning, "tells", out_of_memory)
+    call()
+    assert (gpu.runs, gpu.timings) == (["grouped", "grouped"], 0)
+    assert not tuning._measuring.locked()
 
 
 def test_a_backend_that_lacks_memory_while_it_is_timed_is_left_out(gpu):
@@ -737,6 +769,21 @@ def test_where_there_is_nothing_to_tune_it_says_so(gpu, monkeypatch):
 def test_what_tune_does_not_take_is_named(arguments, options, error, message):
     with pytest.raises(error, match=message):
         odconv.tune(*arguments, **options)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_gpus_names_the_choices_in_its_dry_run(tmp_path):
+    benchmark = Path(__file__).parents[1] / "benchmarks/gpu.py"
+    options = ["--device", "cpu", "--quick", "--seconds", "0.01", "--parts", "correctness", "layers", "networks"]
+    command = [sys.executable, str(benchmark), *options, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search("not run: .", done.stdout)
+    with (tmp_path / "gpu_layers.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["tuned"] for row in rows} <= {"single", "shared", "product", "grouped"}
+    assert all(row["policy"] for row in rows)
+    assert {"published", "auto"} <= {row["form"] for row in rows}
 
 
 def test_no_warning_where_all_is_well(gpu):

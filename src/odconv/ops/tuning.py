@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from hashlib import sha256
 from importlib import metadata
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -117,6 +118,8 @@ def tuned(default: Choice, call: Call, run: Run) -> Choice:
         return default  # not waiting for another thread, which may wait for this one to compute its gradients
     try:
         known = measure(memory, problem, default.backend, candidates, Trial(call, run))
+    except torch.cuda.OutOfMemoryError:  # for what it takes to compare
+        known = None
     finally:
         _measuring.release()
     return default if known is None else known.choice
@@ -183,7 +186,7 @@ class Memory:
 
     Attributes:
         environment: the device and the versions of what runs there.
-        path: the file.
+        name: of the file.
         found: the choices by problem.
         unchecked: problems whose choice comes from the file, and that this process has not met yet.
         refused: problems that Triton failed at in this process.
@@ -192,12 +195,16 @@ class Memory:
     def __init__(self, device: torch.device) -> None:
         name, capability = name_device(device)
         self.environment = {"device": name, "capability": capability} | versions()
-        digest = sha256(json.dumps(self.environment).encode()).hexdigest()[:16]
-        self.path = cache_folder() / f"tuned-{digest}.json"
+        self.name = f"tuned-{sha256(json.dumps(self.environment).encode()).hexdigest()[:16]}.json"
         self.lock = Lock()
         self.found = OrderedDict(self.read())
         self.unchecked = {*self.found}
         self.refused: set[str] = set()
+
+    @property
+    def path(self) -> Path:
+        """Where the file is; a RuntimeError where the user has no home."""
+        return cache_folder() / self.name
 
     def recall(self, problem: str) -> Measured | None:
         """Return the choice for a problem, and remember that it was met."""
@@ -224,7 +231,7 @@ class Memory:
                     name: {"backend": choice.backend, "milliseconds": times} for name, (choice, times) in kept.items()
                 }
                 write_json(self.path, {"environment": self.environment, "choices": choices})
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             warn("unwritten", f"odconv's choices of backends are not kept for other processes: {error}")
 
     def read(self) -> dict[str, Measured]:
@@ -234,9 +241,9 @@ class Memory:
                 return parse(file.read(LARGEST).decode(), self.environment)
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # a RecursionError, too
             reason = printable(error)[:200] or type(error).__name__
-            warn("unread", f"{self.path} is ignored, and odconv measures its backends again: {reason}")
+            warn("unread", f"{self.name} in odconv's cache folder is ignored, and backends are measured anew: {reason}")
             return {}
 
 
@@ -381,7 +388,7 @@ def norm(values: Tensor) -> float:
 def refuse(memory: Memory, problem: str, kind: str, what: str) -> None:
     """Never take Triton again for a problem in this process, and say so, once for each kind of failure."""
     memory.refused.add(problem)
-    warn(kind, f"backend 'triton' {what}; plain PyTorch computes this and whatever else that happens to: {problem}")
+    warn(kind, f"backend 'triton' {what}; it is not taken for this, nor for what else that happens to: {problem}")
 
 
 def timed(backends: Sequence[str], trial: Trial) -> dict[str, float]:
