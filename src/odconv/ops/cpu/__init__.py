@@ -20,7 +20,7 @@ from torch._prims_common import suggest_memory_format
 
 from odconv.ops import flops
 from odconv.ops.contract import Attentions, Geometry, is_transformed, output_size
-from odconv.ops.recompute import differentiable_gradients, mixture_gradients
+from odconv.ops.recompute import depthwise_gradients, differentiable_gradients, mixture_gradients
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)  # summed in float32
@@ -79,7 +79,7 @@ def _load() -> bool:
         return False
     from odconv.ops.cpu import library  # which is for Linux
 
-    if torch.backends.cpu.get_cpu_capability() not in library.VECTORS:
+    if library.variant() is None:
         return False
     try:
         library.load()
@@ -290,6 +290,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = differentiable_gradients(grad, tensors, ctx.geometry, needs)
     elif grad.dtype in HALF:
         found = mixture_gradients(grad, tensors, ctx.geometry, needs)
+    elif is_depthwise(tensors[1], ctx.geometry.groups):
+        found = depthwise_gradients(grad, tensors, ctx.geometry, needs)
     else:
         found = torch.ops.odconv.conv_backward(grad, *tensors, *ctx.geometry, needs[0], any(needs[1:]))
     to_bias = None

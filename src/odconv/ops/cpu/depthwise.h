@@ -116,7 +116,7 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
   const int64_t first = std::clamp<int64_t>(ceil_div(std::max<int64_t>(-phase.low[2], 0), phase.jump[2]), 0, count[2]);
   const int64_t last = std::clamp<int64_t>((size[2] - 1 - phase.high[2] + phase.jump[2]) / phase.jump[2], first, count[2]);
   const int64_t lines = count[0] * count[1], grain = std::max<int64_t>(1, 32768 / (count[2] * channels * taps));
-  at::parallel_for(0, batch * lines, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * lines, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> starts, from, some;  // of the line that a tap meets, and with the tap's place in it
     std::vector<const Tap*> met;
     std::vector<const Sum*> weights, chosen;
