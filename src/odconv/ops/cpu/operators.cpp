@@ -217,6 +217,11 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
   return is_channels_last(x) ? out : as_contiguous(out);
 }
 
+// Whether the vectors of a depth-wise layer run over channels.
+bool is_over_channels(const Tensor& x, const Tensor& weight, int64_t groups) {
+  return weight.size(1) == groups && weight.size(2) == 1 && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous());
+}
+
 // Depth-wise, on channels-last maps.
 Tensor conv_depthwise(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
                       const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g) {
@@ -229,8 +234,9 @@ Tensor conv_depthwise(const Tensor& x, const Tensor& weight, const Optional& ker
     using Sum = typename Stored<T>::Sum;
     const Gates<Sum> gates = {numbers<Sum>(shares), numbers<Sum>(taps), numbers<Sum>(rows), numbers<Sum>(lanes)};
     mix_taps<Sum>(kernels->const_data_ptr<Sum>(), weight.size(0), !kernel && weight.size(0) > 1, tap_count, g.groups, gates, x.size(0), mixed.mutable_data_ptr<Sum>());
-    convolve_depthwise<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), mixed.const_data_ptr<Sum>(), epilogue_of<Sum>(extras),
-                          g.groups, x.size(0), forward_phase(g, three(Shape(size).slice(2), 1)), out.mutable_data_ptr<T>());
+    const Axes y_size = three(Shape(size).slice(2), 1);
+    convolve_depthwise<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), mixed.const_data_ptr<Sum>(), tap_count,
+                          epilogue_of<Sum>(extras), g.groups, x.size(0), forward_phase(g, y_size), y_size, out.mutable_data_ptr<T>());
   });
   return is_channels_last(x) ? out : as_contiguous(out);
 }
@@ -299,8 +305,7 @@ std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, con
   require(!bias || (bias->dim() == 2 && (bias->size(0) == 1 || bias->size(0) == size[0]) && bias->size(1) == size[1] && is_plain(*bias, x)),
               "bias must be contiguous numbers (1 or B, O) in the dtype of x");
   const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
-  const bool depthwise = weight.size(1) == groups && weight.size(2) == 1;
-  const bool over_channels = depthwise && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous());
+  const bool over_channels = is_over_channels(x, weight, groups);
   if (is_half(x) && !over_channels && !on_matrix_units(x.scalar_type(), weight.size(2), groups)) {
     auto [y, found] = conv_fused(*in_sums(x), *in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), stride,
                                  padding, dilation, groups, in_sums(bias), activation, means, {});
@@ -409,12 +414,44 @@ std::tuple<Tensor, Tensor, Tensor> conv_cells_backward(const Tensor& grad, const
   return {x_grad, cells_grad, shares_grad};
 }
 
+// The gradients of x and of a depth-wise kernel for each sample, over channels.
+std::tuple<Tensor, Tensor> backward_over_channels(const Tensor& grad, const Tensor& x, const Tensor& weight, const Geometry& g, bool to_x,
+                                                  bool to_weights) {
+  const Tensor upstream = with_channels_last(grad), last = with_channels_last(x);
+  const Axes x_size = three(x.sizes().slice(2), 1), y_size = three(grad.sizes().slice(2), 1);
+  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], batch = x.size(0);
+  Tensor x_grad = empty({0}, x.scalar_type()), weight_grad = x_grad;
+  with_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using Sum = typename Stored<T>::Sum;
+    if (to_x) {
+      const Tensor kernels = *in_sums(weight), mixed = empty({batch, taps, g.groups}, sum_type(x));
+      mix_taps<Sum>(kernels.const_data_ptr<Sum>(), 1, batch > 1, taps, g.groups, {}, batch, mixed.mutable_data_ptr<Sum>());
+      const std::vector<Phase> phases = backward_phases(g, x_size);
+      x_grad = empty_gradient(x, phases);
+      Tensor out = with_channels_last(x_grad);  // itself, where that is how it lies in memory
+      for (const Phase& phase : phases)
+        convolve_depthwise<T>(upstream.const_data_ptr<T>(), y_size, mixed.const_data_ptr<Sum>(), taps, {}, g.groups, batch, phase, x_size,
+                              out.mutable_data_ptr<T>());
+      if (out.get() != x_grad.get()) torch::stable::copy_(x_grad, out);
+    }
+    if (to_weights) {
+      weight_grad = empty(weight.sizes(), x.scalar_type());
+      gradients_depthwise<T>(last.const_data_ptr<T>(), x_size, upstream.const_data_ptr<T>(), g.groups, batch, forward_phase(g, y_size),
+                             weight_grad.mutable_data_ptr<T>());
+    }
+  });
+  return {x_grad, weight_grad};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
     const Optional& channel, const Optional& filter, const Numbers& stride, const Numbers& padding,
     const Numbers& dilation, int64_t groups, bool to_x, bool to_weights) {
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
-  require(are_numbers(x) && grad.sizes() == Shape(size) && grad.scalar_type() == x.scalar_type() && is_strided(grad),
+  const bool plain = weight.size(0) == x.size(0) && !kernel && !spatial && !channel && !filter;
+  const bool over_channels = plain && is_over_channels(x, weight, groups);
+  require((are_numbers(x) || over_channels) && grad.sizes() == Shape(size) && grad.scalar_type() == x.scalar_type() && is_strided(grad),
               "grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
   const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
   const bool per_sample = !kernel && weight.size(0) > 1;
@@ -423,6 +460,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
   auto none = [&] { return empty({0}, x.scalar_type()); };
   Tensor x_grad = none(), weight_grad = none(), kernel_grad = none(), spatial_grad = none(), channel_grad = none(),
          filter_grad = none();
+  if (over_channels) {
+    std::tie(x_grad, weight_grad) = backward_over_channels(grad, x, weight, g, to_x, to_weights);
+    if (!to_weights) return {x_grad, weight_grad, kernel_grad, spatial_grad, channel_grad, filter_grad};
+    Numbers shape = {x.size(0)};  // of no attentions there is no gradient
+    for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
+    const ScalarType type = x.scalar_type();
+    return {x_grad, weight_grad, zeros({x.size(0), weight.size(0)}, type), zeros(shape, type), zeros({x.size(0), x.size(1)}, type),
+            zeros({x.size(0), weight.size(1)}, type)};
+  }
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const T* data = weight.const_data_ptr<T>();
