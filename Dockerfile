@@ -12,7 +12,7 @@ RUN apt-get update \
 
 # uv finds the builds of PyTorch without CUDA, which are gigabytes smaller
 RUN pip install --no-cache-dir uv
-COPY pyproject.toml README.md LICENSE /odconv/
+COPY pyproject.toml hatch_build.py README.md LICENSE /odconv/
 COPY src /odconv/src
 RUN uv pip install --system --no-cache --torch-backend cpu "/odconv[all]"
 

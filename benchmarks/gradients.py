@@ -21,13 +21,22 @@ from torch.nn import functional as F
 import odconv
 from odconv.app.data import normalise, open_data
 from odconv.layers import Attention, Attentions, DynamicConv
+from odconv.layers.starts import SETTLED
 
 STARTS: dict[str, tuple[dict[str, Any], list[float]]] = {  # options, and the temperatures to look at
     "published": ({"init": "published"}, [30, 5, 1]),
     "calm": ({}, [1]),
 }
-METHODS = {"static": ("", None), "CondConv": ("cond_", 8), "DyConv": ("dy_", 4), "ODConv 1x": ("od_", 1)}
-METHODS |= {"ODConv 4x": ("od_", 4), "ODConv 1x, settled": ("odl_", 1), "ODConv 4x, settled": ("odl_", 4)}
+METHODS: dict[str, tuple[str, int | None, dict[str, Any]]] = {  # prefix, number of kernels, options besides
+    "static": ("", None, {}),
+    "CondConv": ("cond_", 8, {}),
+    "DyConv": ("dy_", 4, {}),
+    "ODConv 1x": ("od_", 1, {}),
+    "ODConv 4x": ("od_", 4, {}),
+    "CondConv, settled": ("cond_", 8, SETTLED["condconv"]),
+    "ODConv 1x, settled": ("od_", 1, SETTLED["odconv"]),
+    "ODConv 4x, settled": ("od_", 4, SETTLED["odconv"]),
+}
 NUDGE = 1e-9
 """Of the pixels, relative to them: small enough that the answer is proportional."""
 
@@ -124,13 +133,14 @@ def main() -> None:
     x, labels = normalise(torch.stack([image for image, _ in batch])), torch.tensor([label for _, label in batch])
     rows = []
     for network in args.models:
-        for method, (prefix, n) in METHODS.items():
+        for method, (prefix, n, settled) in METHODS.items():
             for start, (options, temperatures) in STARTS.items() if prefix else [("", ({}, [1.0]))]:
-                if start == "published" and prefix == "odl_":
+                if start == "published" and settled:
                     continue
                 for temperature in temperatures if prefix != "cond_" else [1]:
                     torch.manual_seed(0)
-                    model = odconv.create_model(prefix + network, kernel_num=n, num_classes=10, **options).train()
+                    chosen = {"kernel_num": n, "num_classes": 10} | options | settled
+                    model = odconv.create_model(prefix + network, **chosen).train()
                     odconv.set_temperature(model, temperature)
                     row = {"network": network, "method": method, "start": start, "temperature": temperature}
                     row |= look(model, x)

@@ -297,7 +297,7 @@ def starts() -> str:
         found = {
             one["start"]: one["top1"] for one in rows("starts", method=method, optimizer="sgd", lr="0.1", steps="60")
         }
-        # the static network has no start, CondConv and KernelWarehouse no settled options: those of the layers are all
+        # the static network has no start, KernelWarehouse no settled options: those of the layers are all
         return fixed(found.get("") or found.get(start) or found["calm"], 1)
 
     return table(
@@ -320,7 +320,7 @@ def gradients() -> str:
     def line(one: Row) -> list[str]:
         same = {key: one[key] for key in ("method", "start", "temperature")}
         other = row("gradients", network="resnet18", **same)
-        temperature = "" if one["method"] in ("static", "CondConv") else one["temperature"]
+        temperature = "" if one["method"] == "static" or "CondConv" in one["method"] else one["temperature"]
         return [
             *(one["method"], one["start"], temperature),
             *(shown(one["logit_std"], ".2g"), one["entropy"], shown(one["common"], ".2g")),

@@ -91,7 +91,7 @@ def test_a_kernel_for_each_sample(groups, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [PROBLEMS[1], PROBLEMS[3], PROBLEMS[11]], ids=str)
+@pytest.mark.parametrize("shape", [PROBLEMS[1], PROBLEMS[3], *PROBLEMS[11:]], ids=str)
 def test_gradients_are_as_near_to_float64_as_rounding_allows(shape, dtype):
     *sizes, geometry = shape
     tensors = {name: t.requires_grad_() for name, t in problem(*sizes, geometry, dtype, True).items()}

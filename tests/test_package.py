@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from test_detect_training import make_coco
 
 from odconv import __version__
+from odconv.ops import cpu
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "odconv"
@@ -122,16 +124,52 @@ def test_one_version_everywhere(built: tuple[Path, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `odconv` of an environment with the wheel; other packages are those of this one."""
-    root = tmp_path_factory.mktemp("environment")
+    """The `odconv` of an environment with the wheel."""
+    return install(built[1], tmp_path_factory.mktemp("environment"))
+
+
+def install(wheel: Path, root: Path) -> Path:
+    """Make an environment with a wheel, whose other packages are those of this one, and return its `odconv`."""
     venv.create(root)
     folders = {name: sysconfig.get_path(name, "venv", {"base": str(root)}) for name in ("scripts", "purelib")}
     python = str(Path(folders["scripts"], "python"))
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, str(built[1])], check=True, timeout=120)
+    subprocess.run([*pip, str(wheel)], check=True, timeout=120)
     # behind its own, and without their .pth files, one of which leads to this tree
     Path(folders["purelib"], "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return Path(folders["scripts"], "odconv")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cpu.available(), reason="the compiled kernel is not here")
+def test_a_wheel_for_one_system_needs_no_compiler(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(build, env=environment | {"ODCONV_COMPILED": "1"}, check=True, capture_output=True, timeout=900)
+    (wheel,) = tmp_path.glob("odconv-*-py3-none-linux_*.whl")
+    python = install(wheel, tmp_path / "environment").with_name("python")
+    code = """
+import torch, odconv
+from odconv.ops import cpu
+assert cpu.available()
+layer, x = odconv.ODConv2d(32, 48, 3, padding=1).eval(), torch.randn(3, 32, 9, 9, requires_grad=True)
+assert odconv.explain(layer, (3, 32, 9, 9)).backend == "cpu"
+y = layer(x)
+y.square().sum().backward()
+a = layer.attention(x)
+wanted = odconv.functional.dynamic_conv(x, layer.weight, **a._asdict(), padding=1, backend="reference")
+torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+print(next(line.split()[-1] for line in open("/proc/self/maps") if "/compiled/" in line))
+"""
+    found = set()
+    for capability in ("avx2", "avx512"):
+        changes = {"CXX": "no-compiler", "ODCONV_CACHE": "/nonexistent", "ATEN_CPU_CAPABILITY": capability}
+        run = [str(python), "-W", "error", "-c", code]
+        done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment | changes, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.add(Path(done.stdout.strip()).name)
+    assert "avx2.so" in found
+    assert torch.backends.cpu.get_cpu_capability() != "AVX512" or len(found) == 2
 
 
 @pytest.mark.slow

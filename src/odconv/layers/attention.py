@@ -306,6 +306,9 @@ def pool(x: Tensor, extent: Tensor | None, dtype: torch.dtype) -> Tensor:
         return cpu.pool(x)
     if extent is None:
         axes = tuple(range(2, x.dim()))
+        if x.requires_grad and not (torch.compiler.is_compiling() or is_exporting()):
+            # the gradient of a sum is a view, to which that of mean would be a map
+            return x.sum(axes, dtype=dtype) / math.prod(x.shape[2:])
         return x.mean(axes) if x.dtype == dtype else x.mean(axes, dtype=dtype)  # some exporters know the first alone
     z = x.to(dtype)
     for share in reversed(extent.to(dtype).unbind(1)):

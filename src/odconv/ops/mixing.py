@@ -117,6 +117,7 @@ def backward(
     grad: Tensor, x: Tensor, mixed: Tensor, geometry: Geometry, to_x: bool, to_mixed: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of a kernel for each sample."""
-    if x.dtype not in cpu.HALF and cpu.fits(x, mixed, geometry, True):
+    whole = x.dtype in cpu.HALF or cpu.is_depthwise(mixed, geometry.groups)
+    if not whole and cpu.fits(x, mixed, geometry, True):
         return cpu.backward_per_sample(grad, x, mixed, geometry, to_x, to_mixed)
     return grouped_backward(grad, x, mixed, geometry, to_x, to_mixed)

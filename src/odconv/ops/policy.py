@@ -76,8 +76,9 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
     """Return the backend of a call that computes now, or is compiled; n is None per sample."""
     if x.shape[0] == 0:
         return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
-    if differentiated and x.dtype in cpu.HALF and not is_large_pointwise(x, weight, geometry):
-        return choose_plain(x, weight, geometry, n)  # the compiled kernel's backward pass in 16 bits is by groups
+    by_groups = not (is_large_pointwise(x, weight, geometry) or cpu.is_depthwise(weight, geometry.groups))
+    if differentiated and x.dtype in cpu.HALF and by_groups:  # so is the compiled kernel's backward pass in 16 bits
+        return choose_plain(x, weight, geometry, n)
     positions = (n or 1) * positions_of(x, geometry)
     few = n is not None and geometry.groups == 1 and positions <= FEWEST_POSITIONS
     # the batch is asked last: where torch.compile leaves it open, each question is another graph

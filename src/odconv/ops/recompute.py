@@ -98,6 +98,49 @@ def mixture_gradients(grad: Tensor, tensors: Tensors, geometry: Geometry, needs:
     return _gradients(step, grad, tensors, needs)
 
 
+def depthwise_gradients(
+    grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool], differentiate: Convolve
+) -> list[Tensor | None]:
+    """Return the gradients of a depth-wise mixture, whose kernels are small: they are mixed whole, in few steps.
+
+    Those of the kernels and of the attentions are computed if any of them is needed.
+
+    Args:
+        grad: gradient of the output.
+        tensors: x, the kernels and the attentions.
+        geometry: stride, padding, dilation and groups.
+        needs: whose gradients are wanted.
+        differentiate: what returns the gradients of x and of a kernel for each sample.
+    """
+    x, dtype = tensors[0], torch.promote_types(grad.dtype, torch.float32)
+    weight = tensors[1].to(dtype)
+    kernel, spatial, channel, filter = (None if t is None else t.to(dtype) for t in tensors[2:])
+    (batch, channels), taps = x.shape[:2], weight.shape[3:]
+    ones = weight.new_ones(1, 1)
+    by_tap = (ones if spatial is None else spatial.flatten(1))[:, None]  # (B or 1, 1, taps)
+    by_channel = (ones if channel is None else channel)[:, :, None]
+    by_filter = (ones if filter is None else filter)[:, :, None]
+    kernels = weight.flatten(1)
+    base = (kernels if kernel is None else kernel @ kernels).view(-1, channels, math.prod(taps))
+    mixed = (base * by_tap * by_channel * by_filter).expand(batch, -1, -1).reshape(batch, channels, 1, *taps)
+    x_grad, mixed_grad = differentiate(grad, x, mixed.to(x.dtype), geometry, needs[0], any(needs[1:]))
+    found: list[Tensor | None] = [x_grad.view_as(x) if needs[0] else None]
+    if not any(needs[1:]):
+        return [*found, *(None for _ in needs[1:])]
+    d = mixed_grad.view(batch, channels, -1).to(dtype)
+    to_base, to_gates = (d * by_tap * by_channel * by_filter).flatten(1), d * base
+    to_both = (to_gates * by_tap).sum(2)
+    to_weight = kernel.t() @ to_base if kernel is not None else to_base.sum(0) if len(weight) == 1 else to_base
+    found += [
+        to_weight.view_as(weight),
+        None if kernel is None else to_base @ kernels.t(),
+        None if spatial is None else (to_gates * by_channel * by_filter).sum(1).view_as(spatial),
+        None if channel is None else to_both * by_filter[:, :, 0],
+        None if filter is None else to_both * by_channel[:, :, 0],
+    ]
+    return [one if one is None else one.to(x.dtype) for one in found]
+
+
 def _gradients(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
     """Return the gradients of a step, a few samples at a time."""
     found: list[list[Tensor | None]] = []

@@ -1,9 +1,9 @@
 """The compiled backend for the CPU: C++ mixes a tile of kernels and multiplies it while it is in the cache.
 
-It is compiled at its first use, in about half a minute, kept in the cache folder (``$ODCONV_CACHE``, else
-``$XDG_CACHE_HOME/odconv``, else ``~/.cache/odconv``), and loaded from there ever after; library.py sees to that. Where
-there is no compiler, or the processor is another than x86 with AVX2, the backends in plain PyTorch give the same
-results, only slower. ``ODCONV_CPU_KERNEL=0`` asks for them.
+A wheel for Linux on x86 brings it along. Else it is compiled at its first use, in about half a minute, kept in the
+cache folder (``$ODCONV_CACHE``, else ``$XDG_CACHE_HOME/odconv``, else ``~/.cache/odconv``), and loaded from there ever
+after; library.py sees to that. Where there is no compiler, or the processor is another than x86 with AVX2, the
+backends in plain PyTorch give the same results, only slower. ``ODCONV_CPU_KERNEL=0`` asks for them.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch._prims_common import suggest_memory_format
 
 from odconv.ops import flops
 from odconv.ops.contract import Attentions, Geometry, is_transformed, output_size
-from odconv.ops.recompute import differentiable_gradients, mixture_gradients
+from odconv.ops.recompute import depthwise_gradients, differentiable_gradients, grouped_backward, mixture_gradients
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)  # summed in float32
@@ -79,7 +79,7 @@ def _load() -> bool:
         return False
     from odconv.ops.cpu import library  # which is for Linux
 
-    if torch.backends.cpu.get_cpu_capability() not in library.VECTORS:
+    if library.variant() is None:
         return False
     try:
         library.load()
@@ -102,7 +102,7 @@ def fits(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) ->
     """Return whether the compiled kernel can compute this, and does it faster than the other backends."""
     groups = geometry.groups
     if is_depthwise(weight, groups) and runs_over_channels(x):
-        return not differentiated and groups >= WIDE_GROUP and takes(x)
+        return groups >= WIDE_GROUP and takes(x)
     if is_depthwise(weight, groups):  # vectors run over the positions of a plane
         large = max(geometry.stride) == 1 and math.prod(x.shape[2:]) >= LARGE_PLANE
         return x.dim() < 5 and x.is_contiguous() and (x.shape[0] == 1 or large) and takes(x)
@@ -288,6 +288,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
     if torch.is_grad_enabled():
         found = differentiable_gradients(grad, tensors, ctx.geometry, needs)
+    elif is_depthwise(tensors[1], ctx.geometry.groups):
+        wide = ctx.geometry.groups >= WIDE_GROUP and runs_over_channels(tensors[0])
+        differentiate = backward_per_sample if wide else grouped_backward
+        found = depthwise_gradients(grad, tensors, ctx.geometry, needs, differentiate)
     elif grad.dtype in HALF:
         found = mixture_gradients(grad, tensors, ctx.geometry, needs)
     else:

@@ -1,9 +1,6 @@
 // The attention where no gradients are wanted.
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/movedim.h>
-
 #include <optional>
 
 #include "epilogue.h"
@@ -50,19 +47,17 @@ void softmax(T* x, int64_t count, T gain) {
 }
 
 // The mean of each channel, (B, C), of maps of any layout, in float32 or float64.
-inline at::Tensor pool(const at::Tensor& x) {
-  const at::Tensor last = x.movedim(1, -1);
-  const bool channels_last = last.is_contiguous();
-  const at::Tensor maps = channels_last ? last : x.contiguous();
+inline Tensor pool(const Tensor& x) {
+  const bool channels_last = has_channels_last(x);
+  const Tensor maps = channels_last ? x : as_contiguous(x);
   const int64_t batch = x.size(0), channels = x.size(1), positions = x.numel() / (batch * channels);
-  const bool half = x.element_size() == 2;
-  at::Tensor out = at::empty({batch, channels}, x.options().dtype(half ? at::kFloat : x.scalar_type()));
-  auto run = [&](auto zero) {
+  const Tensor out = empty({batch, channels}, sum_type(x));
+  with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using Sum = typename Stored<T>::Sum;
     const T* in = maps.const_data_ptr<T>();
     Sum* means = out.mutable_data_ptr<Sum>();
-    at::parallel_for(0, batch * (channels_last ? 1 : channels), std::max<int64_t>(1, 32768 / (positions * (channels_last ? channels : 1))),
+    parallel_for(0, batch * (channels_last ? 1 : channels), std::max<int64_t>(1, 32768 / (positions * (channels_last ? channels : 1))),
                      [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         if (channels_last)
@@ -72,31 +67,33 @@ inline at::Tensor pool(const at::Tensor& x) {
       const int64_t each = channels_last ? channels : 1;
       for (int64_t i = begin * each; i < end * each; ++i) means[i] /= Sum(positions);
     });
-  };
-  switch (x.scalar_type()) {
-    case at::kHalf: run(at::Half()); break;
-    case at::kBFloat16: run(at::BFloat16()); break;
-    case at::kDouble: run(double()); break;
-    default: run(float());
-  }
+  });
   return out;
 }
 
-// What follows the hidden layer's matrix, or the pool where there is none: nothing, a bias, group norm's weight and bias, or batch norm's running mean, running
-// variance, weight and bias.
+template <class M>
+std::vector<const M*> data_of(const std::vector<Tensor>& tensors) {
+  std::vector<const M*> data;
+  for (const Tensor& tensor : tensors) data.push_back(tensor.const_data_ptr<M>());
+  return data;
+}
+
+// What follows the hidden layer's matrix, or the pool where there is none: nothing, a bias, group norm's weight and bias, or batch
+// norm's running mean, running variance, weight and bias.
+template <class M>
 struct Norm {
-  const std::vector<at::Tensor>& numbers;
+  std::vector<const M*> data;
   int64_t groups;
   double eps;
 
-  template <class M, class T>
+  template <class T>
   void operator()(T* z, int64_t hidden) const {
-    auto of = [&](int i, int64_t h) { return T(numbers[i].template const_data_ptr<M>()[h]); };
-    if (numbers.size() == 1)
+    auto of = [&](int i, int64_t h) { return T(data[i][h]); };
+    if (data.size() == 1)
       for (int64_t h = 0; h < hidden; ++h) z[h] += of(0, h);
-    if (numbers.size() == 4)
+    if (data.size() == 4)
       for (int64_t h = 0; h < hidden; ++h) z[h] = (z[h] - of(0, h)) * (of(2, h) / std::sqrt(of(1, h) + T(eps))) + of(3, h);
-    if (numbers.size() != 2) return;
+    if (data.size() != 2) return;
     const int64_t count = hidden / groups;
     for (int64_t first = 0; first < hidden; first += count) {
       T mean = 0, variance = 0;
@@ -110,57 +107,56 @@ struct Norm {
 // What makes gates of the logits of heads, which are the rows of one matrix or a matrix each: sigmoids, or a softmax for the head of
 // that number, times a gain.
 struct Heads {
-  const std::vector<at::Tensor>&weights, &biases;  // (outputs, h) and (outputs)
-  at::IntArrayRef sizes;
-  at::ArrayRef<double> gains;
+  const std::vector<Tensor>&weights, &biases;  // (outputs, h) and (outputs)
+  const Numbers& sizes;
+  const std::vector<double>& gains;
   int64_t softmax;
 };
 
-// fc -> norm -> ReLU -> heads -> gates, without fc and ReLU where there is no hidden layer, for pooled inputs (B, C). Parameters of 16 bits are computed with in float32, in which the
-// inputs then are.
-inline std::vector<at::Tensor> attend(const at::Tensor& pooled, const std::optional<at::Tensor>& fc, const Norm& norm, const Heads& heads,
-                                      const std::optional<at::Tensor>& temperature) {
+// fc -> norm -> ReLU -> heads -> gates, without fc and ReLU where there is no hidden layer, for pooled inputs (B, C). Parameters of
+// 16 bits are computed with in float32, in which the inputs then are.
+inline std::vector<Tensor> attend(const Tensor& pooled, const Optional& fc, const std::vector<Tensor>& norm, int64_t groups, double eps,
+                                  const Heads& heads, const Optional& temperature) {
   const int64_t batch = pooled.size(0), channels = pooled.size(1), hidden = fc ? fc->size(0) : channels;
   const double divisor = temperature ? *temperature->const_data_ptr<float>() : 1;
   int64_t outputs = 0;
-  std::vector<at::Tensor> gates;
+  std::vector<Tensor> gates;
   for (int64_t size : heads.sizes) {
     outputs += size;
-    gates.push_back(at::empty({batch, size}, pooled.options()));
+    gates.push_back(empty({batch, size}, pooled.scalar_type()));
   }
   const int64_t work = hidden * (outputs + (fc ? channels : 0));
-  auto run = [&](auto zero) {
+  with_type(heads.weights[0].scalar_type(), [&](auto zero) {
     using M = decltype(zero);
     using T = typename Stored<M>::Sum;
     const T* x = pooled.const_data_ptr<T>();
-    at::parallel_for(0, batch, std::max<int64_t>(1, 65536 / work), [&](int64_t begin, int64_t end) {
+    const M* matrix = fc ? fc->const_data_ptr<M>() : nullptr;
+    const Norm<M> normalise = {data_of<M>(norm), groups, eps};
+    const std::vector<const M*> weights = data_of<M>(heads.weights), biases = data_of<M>(heads.biases);
+    std::vector<T*> out;
+    for (const Tensor& gate : gates) out.push_back(gate.mutable_data_ptr<T>());
+    parallel_for(0, batch, std::max<int64_t>(1, 65536 / work), [&](int64_t begin, int64_t end) {
       std::vector<T> z(hidden);
       for (int64_t b = begin; b < end; ++b) {
         const T* in = x + b * channels;
         if (fc)
-          apply<M>(fc->const_data_ptr<M>(), hidden, channels, in, nullptr, z.data());
+          apply<M>(matrix, hidden, channels, in, nullptr, z.data());
         else
           std::copy(in, in + channels, z.data());
-        norm.operator()<M>(z.data(), hidden);
+        normalise(z.data(), hidden);
         if (fc)
           for (T& one : z) one = one < 0 ? T(0) : one;  // as torch's ReLU, a NaN stays
         in = z.data();
         for (size_t i = 0, row = 0; i < gates.size(); row += heads.sizes[i++]) {
           const int64_t size = heads.sizes[i], own = heads.weights.size() > 1 ? i : 0, first = heads.weights.size() > 1 ? 0 : row;
-          T* gate = gates[i].mutable_data_ptr<T>() + b * size;
-          apply<M>(heads.weights[own].const_data_ptr<M>() + first * hidden, size, hidden, in, heads.biases[own].const_data_ptr<M>() + first, gate);
+          T* gate = out[i] + b * size;
+          apply<M>(weights[own] + first * hidden, size, hidden, in, biases[own] + first, gate);
           for (int64_t o = 0; o < size; ++o) gate[o] /= T(divisor);
           int64_t(i) == heads.softmax ? softmax(gate, size, T(heads.gains[i])) : sigmoid(gate, size, T(heads.gains[i]));
         }
       }
     });
-  };
-  switch (heads.weights[0].scalar_type()) {
-    case at::kHalf: run(at::Half()); break;
-    case at::kBFloat16: run(at::BFloat16()); break;
-    case at::kDouble: run(double()); break;
-    default: run(float());
-  }
+  });
   return gates;
 }
 

@@ -105,7 +105,7 @@ void cell_gradients(const Map<const T>& source, const Map<const T>& grad, const 
   const Cells<T>& cells = *kernels.cells;
   const int64_t n = kernels.n, taps = kernels.taps, parts = batch * taps * cells.blocks * n;
 
-  at::parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
     TileGradient<T> gradient(source, grad, phase);
     std::vector<int64_t> order;

@@ -211,7 +211,7 @@ struct Plan {
 
 template <class T>
 Plan plan_of(const Kernels<T>& kernels, const std::vector<Panel>& panels, int64_t groups, int64_t batch, int64_t blocks, int64_t tiles) {
-  const int64_t threads = at::get_num_threads(), count = panels.size();
+  const int64_t threads = int64_t(get_num_threads()), count = panels.size();
   int64_t outputs = 0;
   for (const Panel& panel : panels) outputs += panel.positions();
   int64_t sides = std::min(blocks, std::max(ceil_div(blocks, tiles), ceil_div(threads, groups * count)));
@@ -231,7 +231,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
               const Epilogue<T>& epilogue, int64_t batch, const std::vector<Phase>& phases) {
   constexpr int L = Simd<T>::LANES;
   const std::vector<Span> rows = row_blocks(kernels, 1), lanes = lane_blocks(kernels);
-  const int64_t n = kernels.n, taps = kernels.taps, blocks = lanes.size(), threads = at::get_num_threads();
+  const int64_t n = kernels.n, taps = kernels.taps, blocks = lanes.size(), threads = int64_t(get_num_threads());
   const int64_t size = (kernels.cells ? n : (n + 1) * taps) * rows[0].count * VECTORS * L;  // numbers of a block, packed and mixed
   const bool fits = taps == 1 && !kernels.cells && size * int64_t(rows.size()) <= HELD_NUMBERS;  // of more taps, what is mixed would be read too often
   const int64_t deep = fits ? rows.size() : RUN_BLOCKS;
@@ -244,7 +244,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
   const int64_t sides = plan.lanes.size(), pieces = plan.panels.size(), packs = plan.blended ? 1 : n;
 
   const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_positions<T, decltype(activate)>; });
-  at::parallel_for(0, groups * sides * pieces, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * sides * pieces, 1, [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
     Operands<T> operands;
     std::vector<int64_t> order;
@@ -325,7 +325,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
 
 // The sums that the gradients of the attentions are made of, one slice for each block of tiles that shares them.
 struct Partial {
-  at::Tensor shares, taps, rows, lanes;  // (tiles, B, n), (tiles, B, taps), (blocks of lanes, B, C), (blocks of rows, B, O)
+  Tensor shares, taps, rows, lanes;  // (tiles, B, n), (tiles, B, taps), (blocks of lanes, B, C), (blocks of rows, B, O)
 };
 
 // Where one tile and sample add to those sums.
@@ -433,7 +433,7 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
   const Sums<T> all = plain ? Sums<T>{} : Sums<T>{partial.shares.template mutable_data_ptr<T>(), partial.taps.template mutable_data_ptr<T>(),
                        partial.rows.template mutable_data_ptr<T>(), partial.lanes.template mutable_data_ptr<T>()};
 
-  at::parallel_for(0, groups * count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * count, 1, [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
     TileGradient<T> gradient(source, grad, phase);
     std::vector<int64_t> order;

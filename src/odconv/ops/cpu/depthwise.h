@@ -32,10 +32,10 @@ void mix_taps(const T* kernels, int64_t n, bool per_sample, int64_t taps, int64_
 }
 
 // The sums of P positions, each `jump` numbers after the one before, for V vectors of channels: taps at `from` a position.
-// What is written is added to `line` too.
+// They are written `step` numbers apart, and added to `line` too.
 template <class T, class In, int P, int V, class A>
 void multiply_taps(const In* x, int64_t jump, const std::vector<int64_t>& from, const typename Stored<T>::Sum* const* kernels,
-                   const typename Stored<T>::Sum* bias, T* y, int64_t channels, typename Stored<T>::Sum* line) {
+                   const typename Stored<T>::Sum* bias, T* y, int64_t step, typename Stored<T>::Sum* line) {
   using S = Stored<T>;
   constexpr int L = Simd<typename S::Sum>::LANES;
   typename S::Vec sums[P][V] = {};
@@ -55,7 +55,7 @@ void multiply_taps(const In* x, int64_t jump, const std::vector<int64_t>& from, 
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
       const typename S::Vec sum = A()(bias ? sums[p][v] + Simd<typename S::Sum>::load(bias + v * L) : sums[p][v]);
-      S::store(y + p * channels + v * L, sum);
+      S::store(y + p * step + v * L, sum);
       all += sum;
     }
     Simd<typename S::Sum>::store(line + v * L, all);
@@ -95,10 +95,10 @@ class Lines {
 };
 
 // Convolve each channel of a map, [sample][position][channel], with its own kernel, [sample][tap][channel], of at least a
-// vector of channels. The last vector may overlap the one before.
+// vector of channels, into the positions of a phase. The last vector may overlap the one before.
 template <class T>
-void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::Sum* kernels, const Epilogue<typename Stored<T>::Sum>& epilogue,
-                        int64_t channels, int64_t batch, const Phase& phase, T* y) {
+void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::Sum* kernels, int64_t taps,
+                        const Epilogue<typename Stored<T>::Sum>& epilogue, int64_t channels, int64_t batch, const Phase& phase, const Axes& y_size, T* y) {
   using Sum = typename Stored<T>::Sum;
   constexpr bool widens = !std::is_same_v<T, Sum>;
   using In = std::conditional_t<widens, Sum, T>;
@@ -111,12 +111,12 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
   });
   const Axes& count = phase.count;
   const Axes step = {size[1] * size[2] * channels, size[2] * channels, channels};
-  const int64_t taps = phase.taps.size(), jump = phase.jump[2] * channels;
+  const int64_t jump = phase.jump[2] * channels, apart = phase.stride[2] * channels;
   // the outputs of a line between which every tap lies inside it
   const int64_t first = std::clamp<int64_t>(ceil_div(std::max<int64_t>(-phase.low[2], 0), phase.jump[2]), 0, count[2]);
   const int64_t last = std::clamp<int64_t>((size[2] - 1 - phase.high[2] + phase.jump[2]) / phase.jump[2], first, count[2]);
-  const int64_t lines = count[0] * count[1], grain = std::max<int64_t>(1, 32768 / (count[2] * channels * taps));
-  at::parallel_for(0, batch * lines, grain, [&](int64_t begin, int64_t end) {
+  const int64_t lines = count[0] * count[1], grain = std::max<int64_t>(1, 32768 / (count[2] * channels * int64_t(phase.taps.size())));
+  parallel_for(0, batch * lines, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> starts, from, some;  // of the line that a tap meets, and with the tap's place in it
     std::vector<const Tap*> met;
     std::vector<const Sum*> weights, chosen;
@@ -130,7 +130,8 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
         lines_at = widened->data();
       else
         lines_at = map;
-      T* out = y + task * count[2] * channels;
+      const int64_t line_of_y = (b * y_size[0] + phase.origin[0] + i * phase.stride[0]) * y_size[1] + phase.origin[1] + j * phase.stride[1];
+      T* out = y + (line_of_y * y_size[2] + phase.origin[2]) * channels;
       met.clear(), starts.clear();
       for (const Tap& tap : phase.taps) {
         const int64_t row = i * phase.jump[0] + tap.offset[0], column = j * phase.jump[1] + tap.offset[1];
@@ -150,9 +151,9 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
         }
         auto run = [&](int64_t k, bool block, const std::vector<int64_t>& at, const std::vector<const Sum*>& of) {
           const In* a = lines_at + k * jump + c;
-          T* to = out + k * channels + c;
+          T* to = out + k * apart + c;
           const Sum* add = epilogue.bias.data ? epilogue.bias.of_sample(b) + c : nullptr;
-          multiply[block][vectors == V](a, jump, at, of.data(), add, to, channels, line);
+          multiply[block][vectors == V](a, jump, at, of.data(), add, to, apart, line);
         };
         auto border = [&](int64_t k) {
           some.clear(), chosen.clear();
@@ -169,6 +170,63 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
         for (; k < count[2]; ++k) border(k);
         if (Sum* sums = epilogue.line(b, task % lines)) std::copy_n(line, vectors * L, sums + c);
         c += vectors * L;
+      }
+    }
+  });
+}
+
+// Add to V vectors of sums the products of `count` positions of two lines.
+template <class T, int V>
+void add_products(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t count, typename Stored<T>::Sum* sums) {
+  using S = Simd<typename Stored<T>::Sum>;
+  typename S::Vec even[V] = {}, odd[V] = {};
+  int64_t k = 0;
+  for (; k + 2 <= count; k += 2, a += 2 * a_step, b += 2 * b_step)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      even[v] += Stored<T>::load(a + v * S::LANES) * Stored<T>::load(b + v * S::LANES);
+      odd[v] += Stored<T>::load(a + a_step + v * S::LANES) * Stored<T>::load(b + b_step + v * S::LANES);
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    if (k < count) even[v] += Stored<T>::load(a + v * S::LANES) * Stored<T>::load(b + v * S::LANES);
+    S::store(sums + v * S::LANES, S::load(sums + v * S::LANES) + even[v] + odd[v]);
+  }
+}
+
+// The gradient of each sample's kernel, [sample][channel][tap]: over all outputs, what a tap met times the output's gradient.
+template <class T>
+void gradients_depthwise(const T* x, const Axes& size, const T* grad, int64_t channels, int64_t batch, const Phase& phase, T* out) {
+  using Sum = typename Stored<T>::Sum;
+  constexpr int L = Simd<Sum>::LANES, V = 4;
+  const std::vector<Span> blocks = split(channels, ceil_div(channels, V * L), L);
+  const int64_t taps = phase.taps.size(), jump = phase.jump[2], lines = phase.count[0] * phase.count[1];
+  parallel_for(0, batch * blocks.size(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<Sum> sums;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / int64_t(blocks.size());
+      const Span& block = blocks[task % blocks.size()];
+      for (int64_t done = 0; done < block.count;) {  // the last vector may overlap the one before
+        const int vectors = block.count - done >= V * L ? V : 1;
+        const int64_t width = vectors * L, own = block.first + done, c = std::min(own, channels - width);
+        sums.assign(taps * width, Sum(0));
+        for (int64_t line = 0; line < lines; ++line) {
+          const int64_t i = line / phase.count[1], j = line % phase.count[1];
+          const T* to = grad + (b * lines + line) * phase.count[2] * channels + c;
+          for (int64_t t = 0; t < taps; ++t) {
+            const Axes& offset = phase.taps[t].offset;
+            const int64_t row = i * phase.jump[0] + offset[0], column = j * phase.jump[1] + offset[1];
+            if (row < 0 || row >= size[0] || column < 0 || column >= size[1]) continue;
+            const int64_t first = std::max<int64_t>(0, ceil_div(-std::min<int64_t>(offset[2], 0), jump));
+            const int64_t last = offset[2] < size[2] ? std::min(phase.count[2], (size[2] - 1 - offset[2]) / jump + 1) : 0;
+            const T* from = x + (((b * size[0] + row) * size[1] + column) * size[2] + first * jump + offset[2]) * channels + c;
+            const auto add = vectors == V ? &add_products<T, V> : &add_products<T, 1>;
+            if (first < last) add(from, jump * channels, to + first * channels, channels, last - first, &sums[t * width]);
+          }
+        }
+        for (int64_t l = own - c; l < width; ++l)
+          for (int64_t t = 0; t < taps; ++t) out[(b * channels + c + l) * taps + phase.taps[t].index] = T(sums[t * width + l]);
+        done = c + width - block.first;
       }
     }
   });

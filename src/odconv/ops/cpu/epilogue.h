@@ -2,8 +2,6 @@
 // next layer's pooling is made.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <cmath>
 #include <limits>
 #include <string_view>
@@ -73,7 +71,7 @@ auto with_activation(std::string_view name, F body) {
   if (name == "relu") return body(ReLU());
   if (name == "relu6") return body(ReLU6());
   if (name == "hardswish") return body(Hardswish());
-  TORCH_CHECK(name == "silu", "odconv: activation must be none, relu, relu6, hardswish or silu, got ", name);
+  require(name == "silu", "activation must be none, relu, relu6, hardswish or silu, got ", name);
   return body(SiLU());
 }
 

@@ -5,14 +5,29 @@
 // the microkernel wants them: [tap][channel / 2][filter][2].
 #pragma once
 
-#include <ATen/native/CPUBlas.h>
-#include <ATen/ops/empty.h>
-
 #include <cstring>
 
 #include "convolve.h"
 
+// oneDNN's microkernel as PyTorch exports it, which is no part of the stable ABI: where there is none of that name, it is null.
+namespace at::native::cpublas {
+__attribute__((weak)) bool could_pack(c10::ScalarType dtype);
+__attribute__((weak)) void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C, const c10::BFloat16* A,
+                                  const c10::BFloat16* B, float* C, bool is_vnni = true);
+__attribute__((weak)) void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C, const c10::Half* A,
+                                  const c10::Half* B, float* C, bool is_vnni = true);
+__attribute__((weak)) void brgemm_release(bool is_vnni = true);
+}  // namespace at::native::cpublas
+
 namespace odconv {
+
+// Whether matrix units multiply in a dtype.
+inline bool has_matrix_units(ScalarType dtype) {
+  using at::native::cpublas::brgemm;
+  void (*by_bfloat16)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const c10::BFloat16*, const c10::BFloat16*, float*, bool) = &brgemm;
+  void (*by_half)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const c10::Half*, const c10::Half*, float*, bool) = &brgemm;
+  return by_bfloat16 && by_half && at::native::cpublas::could_pack && at::native::cpublas::brgemm_release && at::native::cpublas::could_pack(dtype);
+}
 
 constexpr int64_t POSITIONS = 256;        // of one product: their sums stay in the cache
 constexpr int64_t FEW = 32;               // a rest of fewer positions is a product of its own, so that few kinds are generated
@@ -232,7 +247,7 @@ void pack_half(const Kernels<T>& kernels, int64_t groups, T* out) {
   constexpr int L = Simd<float>::LANES;
   const Packed packed = packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps);
   const int64_t blocks = packed.blocks.size();
-  at::parallel_for(0, groups * blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const Span& filters = packed.blocks[task % blocks];
       const Block block = {filters, ceil_div(filters.count, L) * L, kernels.rows, kernels.taps};
@@ -265,7 +280,7 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, cons
     else
       runs.push_back({padding.from[t], t, 1});
 
-  const int64_t threads = at::get_num_threads(), n = kernels.n;
+  const int64_t threads = int64_t(get_num_threads()), n = kernels.n;
   const bool few = batch * groups * ceil_div(kernels.lanes, FILTERS) < threads;  // tasks, of whole blocks
   const int64_t wide = few ? FILTERS / 2 : block_width(n, kernels.rows, taps);
   const T* given = few ? nullptr : packed_before;
@@ -273,20 +288,19 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, cons
   const std::vector<Span> blocks = given ? before.blocks : split(kernels.lanes, ceil_div(kernels.lanes, wide), L);
   const int64_t at_once = std::clamp<int64_t>(PADDED_BYTES / (padded * sizeof(T)), 1, batch);
   const bool packs_first = given || (!kernels.per_sample() && at_once >= std::max<int64_t>(n, 2));  // n kernels once, not one a sample
-  at::Tensor buffer;
-  if (padding.copied) buffer = at::empty({at_once * padded}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
+  const Tensor buffer = empty({padding.copied ? at_once * padded : 0}, torch::headeronly::CppTypeToScalarType<T>::value);
 
   for (int64_t start = 0; start < batch; start += at_once) {
     const int64_t samples = std::min(at_once, batch - start);
     const T* maps = x + start * positions * channels;
     if (padding.copied) {
       T* copies = buffer.mutable_data_ptr<T>();
-      at::parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) pad<T>(maps + b * positions * channels, size, channels, phase, padding, copies + b * padded);
       });
       maps = copies;
     }
-    at::parallel_for(0, groups * blocks.size() * samples, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, groups * blocks.size() * samples, 1, [&](int64_t begin, int64_t end) {
       Scratch<float>& scratch = Scratch<float>::mine();
       for (int64_t task = begin; task < end; ++task) {  // samples of one block follow each other
         const int64_t sample = start + task % samples, group = task / samples / int64_t(blocks.size()), own = sample * groups + group;

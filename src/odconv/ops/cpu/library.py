@@ -1,4 +1,4 @@
-"""The compiled library: made once for this processor and this torch, kept in the cache, checked before it is loaded."""
+"""The compiled library: brought along by a wheel, or made once for this processor, kept in the cache and checked."""
 
 import ctypes
 import hashlib
@@ -17,79 +17,99 @@ import torch
 from odconv.system.files import alone, cache_folder, open_regular, replacing
 
 SOURCES = Path(__file__).parent
-VECTORS = {  # by what torch says of the processor
-    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
-    "AVX512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
+SHIPPED = SOURCES / "compiled"
+"""Where a wheel for one system has the library of each variant."""
+VARIANTS = {  # flags of the compiler, by what torch says of the processor
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
 }
-HALF = ("-mavx512bf16",)
+VARIANTS["avx512_bf16"] = (*VARIANTS["avx512"], "-mavx512bf16")
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020c000000000000")
+"""Flags of all. What is compiled runs with PyTorch from 2.12 on, since it uses the stable ABI of that version."""
 LARGEST = 10**8
 """Bytes of a library, which has less than a hundredth of that."""
 
 logger = logging.getLogger(__name__)
 
 
+def variant() -> str | None:
+    """Return which variant this processor runs, or None."""
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    if name == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        name = "avx512_bf16"
+    return name if name in VARIANTS else None
+
+
 def load() -> None:
-    """Load the library, compiling it where there is none in the cache, or one that is not what was compiled.
+    """Load the library that came with the package, or else compile it, unless that was done before.
 
     Raises:
         OSError, RuntimeError: as :func:`build`, or it cannot be loaded.
     """
+    shipped = SHIPPED / f"{variant()}.so"
+    if shipped.is_file():
+        with suppress(OSError):  # a PyTorch that it does not fit
+            ctypes.CDLL(str(shipped))
+            return
     with _open(build()) as file:  # the very file that was checked, even if another one takes its name
         ctypes.CDLL(f"/proc/self/fd/{file.fileno()}")
 
 
 def build() -> Path:
-    """Compile the kernel for this processor and this torch, unless that was done before.
+    """Compile the kernel for this processor into the cache, unless there is one that is what was compiled.
 
     Returns:
         The compiled library.
 
     Raises:
         OSError: there is no compiler, or the cache folder cannot be written.
-        RuntimeError: the compiler failed; the message holds what it said.
+        RuntimeError: no variant is for this processor, or the compiler failed; the message holds what it said.
     """
-    compiler = os.environ.get("CXX", "g++")
-    root = Path(torch.__file__).parent
-    flags = [
-        *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"),
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *VECTORS[torch.backends.cpu.get_cpu_capability()],
-        *(
-            HALF
-            if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-            else ()
-        ),
-    ]
-    made_of = [
-        *(file.read_text() for file in sorted(SOURCES.glob("*.[hc]*"))),
-        torch.__version__,
-        sys.platform,
-        compiler,
-        *flags,
-    ]
+    name = variant()
+    if name is None:
+        raise RuntimeError(f"no variant of the kernel is for this processor, only {[*VARIANTS]}")
+    command = command_for(name)
+    sources = [file.read_text() for file in sorted(SOURCES.glob("*.[hc]*"))]
+    made_of = [*sources, sys.platform, command[0], *FLAGS, *VARIANTS[name]]
     library = cache_folder() / f"cpu-{hashlib.sha256(' '.join(made_of).encode()).hexdigest()[:16]}.so"
     if _is_sound(library):
         return library
-    if shutil.which(compiler) is None:
-        raise FileNotFoundError(f"no C++ compiler {compiler!r} (environment variable CXX names another)")
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(f"no C++ compiler {command[0]!r} (environment variable CXX names another)")
     library.parent.mkdir(parents=True, exist_ok=True)
     with alone(library):
         if not _is_sound(library):  # nobody was quicker
             logger.warning("compiling odconv's kernel for the CPU into %s, once; this takes a while", library)
             for left_over in library.parent.glob(f".{library.name}*.partial"):  # by a process that was killed
                 left_over.unlink(missing_ok=True)
-            includes = [f"-I{root / path}" for path in ("include", "include/torch/csrc/api/include")]
-            link = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
             with replacing(library) as partial:
-                command = [compiler, *flags, *includes, str(SOURCES / "operators.cpp"), "-o", str(partial), *link]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[:2000]}")
+                compile_to(partial, command)
                 partial.chmod(0o755)  # whatever the umask is, the group shall not write to it
                 digest = hashlib.sha256(partial.read_bytes()).hexdigest()
             with replacing(_record_of(library)) as partial:
                 partial.write_text(digest)
     return library
+
+
+def command_for(name: str) -> list[str]:
+    """Return the compiler and its arguments for a variant, but for where to write."""
+    root = Path(torch.__file__).parent
+    places = (f"-I{root / 'include'}", f"-L{root / 'lib'}")
+    return [
+        *(os.environ.get("CXX", "g++"), *FLAGS, *VARIANTS[name]),
+        *(*places, str(SOURCES / "operators.cpp"), "-ltorch_cpu"),
+    ]
+
+
+def compile_to(path: Path, command: list[str]) -> None:
+    """Run a command of :func:`command_for`.
+
+    Raises:
+        RuntimeError: the compiler failed; the message holds what it said.
+    """
+    done = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[:2000]}")
 
 
 def _is_sound(library: Path) -> bool:

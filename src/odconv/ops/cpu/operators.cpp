@@ -16,17 +16,6 @@
 // one tap on contiguous maps, points.h, depth-wise layers, planes.h, and those on channels-last maps, depthwise.h. cells.h has the
 // gradients of cells, attend.h the attention; this file makes operators of them.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/movedim.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/view.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
-
 #include "attend.h"
 #include "cells.h"
 #include "depthwise.h"
@@ -37,11 +26,8 @@
 namespace odconv {
 namespace {
 
-using at::Tensor;
-using Optional = std::optional<Tensor>;
-
 // The spatial axes of a shape: a map of one, two or three axes as one of three, the first of them first.
-Axes three(at::IntArrayRef values, int64_t fill) {
+Axes three(Shape values, int64_t fill) {
   Axes out = {fill, fill, fill};
   out[0] = values[0];
   if (values.size() > 1) out[2] = values[values.size() - 1];
@@ -64,7 +50,7 @@ Bias<T> bias_of(const Optional& bias) {
   return {numbers<T>(bias), bias && bias->size(0) > 1 ? bias->size(1) : 0};
 }
 
-Geometry geometry_of(at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+Geometry geometry_of(Shape kernel, Shape stride, Shape padding, Shape dilation,
                      int64_t groups) {
   return {three(kernel, 1), three(stride, 1), three(padding, 0), three(dilation, 1), groups};
 }
@@ -72,33 +58,33 @@ Geometry geometry_of(at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArra
 // Python has checked the arguments of layers and says what is wrong with them; these checks keep a direct call of an operator,
 // with whatever arguments, from dividing by zero and from reading or writing elsewhere.
 bool is_plain(const Tensor& tensor, const Tensor& x) {
-  return tensor.is_contiguous() && tensor.dtype() == x.dtype() && tensor.device() == x.device();
+  return tensor.is_contiguous() && tensor.scalar_type() == x.scalar_type() && tensor.is_cpu();
 }
 
-bool is_half(const Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf; }
-
 // As it is computed with: numbers of 16 bits in float32.
-Optional in_sums(const Optional& tensor) { return tensor && is_half(*tensor) ? Optional(tensor->to(at::kFloat)) : tensor; }
+Optional in_sums(const Optional& tensor) { return tensor ? Optional(converted(*tensor, sum_type(*tensor))) : tensor; }
+
+bool is_strided(const Tensor& x) { return x.layout() == torch::headeronly::Layout::Strided && x.is_cpu(); }
 
 bool are_numbers(const Tensor& x) {
-  return x.layout() == at::kStrided && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
+  return is_strided(x) && (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double);
 }
 
 // The shape of the output, of a geometry that was checked.
-std::vector<int64_t> check_geometry(const Tensor& x, int64_t filters, at::IntArrayRef kernel, at::IntArrayRef stride,
-                                    at::IntArrayRef padding, at::IntArrayRef dilation) {
+std::vector<int64_t> check_geometry(const Tensor& x, int64_t filters, Shape kernel, Shape stride,
+                                    Shape padding, Shape dilation) {
   const size_t axes = x.dim() - 2;
   constexpr int64_t MOST = int64_t(1) << 31;  // no sum or product of two overflows
-  auto within = [&](at::IntArrayRef values, int64_t least) {
+  auto within = [&](Shape values, int64_t least) {
     return values.size() == axes && std::all_of(values.begin(), values.end(), [&](int64_t v) { return least <= v && v < MOST; });
   };
-  TORCH_CHECK(within(kernel, 1) && within(stride, 1) && within(padding, 0) && within(dilation, 1), "odconv: kernel size ", kernel,
+  require(within(kernel, 1) && within(stride, 1) && within(padding, 0) && within(dilation, 1), "kernel size ", kernel,
               ", stride ", stride, ", padding ", padding, " and dilation ", dilation, " must have ", axes,
               " numbers each, of at least 1, 1, 0 and 1");
   std::vector<int64_t> size = {x.size(0), filters};
   for (size_t a = 0; a < axes; ++a) {
     const int64_t reach = dilation[a] * (kernel[a] - 1) + 1, extent = x.size(a + 2) + 2 * padding[a];
-    TORCH_CHECK(x.size(a + 2) < MOST && reach <= extent, "odconv: a kernel that reaches over ", reach, " does not fit a padded map of ",
+    require(x.size(a + 2) < MOST && reach <= extent, "a kernel that reaches over ", reach, " does not fit a padded map of ",
                 extent);
     size.push_back((extent - reach) / stride[a] + 1);
   }
@@ -107,26 +93,26 @@ std::vector<int64_t> check_geometry(const Tensor& x, int64_t filters, at::IntArr
 
 // The same, of arguments that were checked.
 std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
-                           const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
-                           at::IntArrayRef dilation, int64_t groups) {
-  TORCH_CHECK((are_numbers(x) || (is_half(x) && x.layout() == at::kStrided)) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0,
-              "odconv: x must have 1, 2 or 3 axes of space, numbers of floating point, and some of them, got shape ", x.sizes());
-  TORCH_CHECK(weight.dim() == x.dim() + 1 && weight.numel() > 0 && is_plain(weight, x) && groups > 0 &&
+                           const Optional& channel, const Optional& filter, const Numbers& stride, const Numbers& padding,
+                           const Numbers& dilation, int64_t groups) {
+  require((are_numbers(x) || (is_half(x) && is_strided(x))) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0,
+              "x must have 1, 2 or 3 axes of space, numbers of floating point, and some of them, got shape ", x.sizes());
+  require(weight.dim() == x.dim() + 1 && weight.numel() > 0 && is_plain(weight, x) && groups > 0 &&
                   weight.size(1) % groups == 0 && x.size(1) == weight.size(2) * groups,
-              "odconv: x of shape ", x.sizes(), " does not fit a contiguous weight of shape ", weight.sizes(), " and its dtype, in ",
+              "x of shape ", x.sizes(), " does not fit a contiguous weight of shape ", weight.sizes(), " and its dtype, in ",
               groups, " groups");
   const int64_t batch = x.size(0), taps = weight.numel() / (weight.size(0) * weight.size(1) * weight.size(2));
   auto fits = [&](const Optional& tensor, int64_t size) {
     return !tensor || (tensor->dim() > 1 && tensor->size(0) == batch && tensor->numel() == batch * size && is_plain(*tensor, x));
   };
-  TORCH_CHECK(fits(kernel, weight.size(0)) && fits(spatial, taps) && fits(channel, x.size(1)) && fits(filter, weight.size(1)) &&
+  require(fits(kernel, weight.size(0)) && fits(spatial, taps) && fits(channel, x.size(1)) && fits(filter, weight.size(1)) &&
                   (kernel || weight.size(0) == 1 || weight.size(0) == batch),
-              "odconv: attentions do not fit x of shape ", x.sizes(), " and a weight of shape ", weight.sizes());
+              "attentions do not fit x of shape ", x.sizes(), " and a weight of shape ", weight.sizes());
   return check_geometry(x, weight.size(1), weight.sizes().slice(3), stride, padding, dilation);
 }
 
 // Of all heads together, or 0 where one has none or there are more than a matrix may have rows.
-int64_t outputs_of(at::IntArrayRef sizes) {
+int64_t outputs_of(const Numbers& sizes) {
   int64_t outputs = 0;
   for (int64_t size : sizes) {
     if (size < 1 || size > (int64_t(1) << 31)) return 0;
@@ -136,18 +122,18 @@ int64_t outputs_of(at::IntArrayRef sizes) {
 }
 
 Tensor pool_checked(const Tensor& x) {
-  TORCH_CHECK((are_numbers(x) || is_half(x)) && x.layout() == at::kStrided && x.dim() > 2 && x.numel() > 0,
-              "odconv: x must be a map of numbers of floating point, got shape ", x.sizes());
+  require((are_numbers(x) || (is_half(x) && is_strided(x))) && x.dim() > 2 && x.numel() > 0,
+              "x must be a map of numbers of floating point, got shape ", x.sizes());
   return pool(x);
 }
 
 std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, const std::vector<Tensor>& norm, int64_t groups, double eps,
-                                   const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, at::IntArrayRef sizes,
-                                   at::ArrayRef<double> gains, int64_t softmax, const Optional& temperature) {
-  TORCH_CHECK(are_numbers(pooled) && pooled.dim() == 2 && pooled.size(1) > 0 && pooled.is_contiguous(),
-              "odconv: pooled must be contiguous numbers (B, C), got shape ", pooled.sizes());
-  TORCH_CHECK(!weights.empty() && (weights[0].dtype() == pooled.dtype() || (is_half(weights[0]) && pooled.scalar_type() == at::kFloat)),
-              "odconv: the layers of the attention must have the dtype of pooled, or 16 bits beside float32");
+                                   const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Numbers& sizes,
+                                   const std::vector<double>& gains, int64_t softmax, const Optional& temperature) {
+  require(are_numbers(pooled) && pooled.dim() == 2 && pooled.size(1) > 0 && pooled.is_contiguous(),
+              "pooled must be contiguous numbers (B, C), got shape ", pooled.sizes());
+  require(!weights.empty() && (weights[0].scalar_type() == pooled.scalar_type() || (is_half(weights[0]) && pooled.scalar_type() == ScalarType::Float)),
+              "the layers of the attention must have the dtype of pooled, or 16 bits beside float32");
   const int64_t hidden = fc && fc->dim() > 0 ? fc->size(0) : pooled.size(1), outputs = outputs_of(sizes);
   auto fits = [&](const Tensor& tensor, int64_t rows, int64_t columns) {
     return tensor.dim() > 0 && tensor.size(0) == rows && rows > 0 && tensor.numel() == rows * columns && is_plain(tensor, weights[0]);
@@ -160,10 +146,10 @@ std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, con
     const int64_t rows = weights.size() == 1 ? outputs : sizes[i];
     all = fits(weights[i], rows, hidden) && fits(biases[i], rows, 1);
   }
-  TORCH_CHECK(all, "odconv: the layers of the attention do not fit pooled of shape ", pooled.sizes(), " and each other");
-  TORCH_CHECK(!temperature || (temperature->scalar_type() == at::kFloat && temperature->numel() == 1 && temperature->is_cpu()),
-              "odconv: temperature must be one number in float32");
-  return attend(pooled, fc, {norm, groups, eps}, {weights, biases, sizes, gains, softmax}, temperature);
+  require(all, "the layers of the attention do not fit pooled of shape ", pooled.sizes(), " and each other");
+  require(!temperature || (temperature->scalar_type() == ScalarType::Float && temperature->numel() == 1 && temperature->is_cpu()),
+              "temperature must be one number in float32");
+  return attend(pooled, fc, norm, groups, eps, {weights, biases, sizes, gains, softmax}, temperature);
 }
 
 // What is done to the outputs, in the dtype of sums: the bias, the activation, and where the sums of lines go, or nowhere.
@@ -180,17 +166,9 @@ Epilogue<T> epilogue_of(const Extras& extras) {
           sums.defined() ? sums.size(1) : 0, sums.defined() ? sums.size(2) : 0};
 }
 
-// A map of that shape, (B, O, *map), in memory with its channels last.
-Tensor empty_channels_last(at::IntArrayRef size, const at::TensorOptions& options) {
-  std::vector<int64_t> shape = {size[0]};
-  shape.insert(shape.end(), size.begin() + 2, size.end());
-  shape.push_back(size[1]);
-  return at::empty(shape, options);
-}
-
 // Whether matrix units convolve in this dtype with so many channels a group.
-bool on_matrix_units(at::ScalarType dtype, int64_t channels, int64_t groups) {
-  return at::native::cpublas::could_pack(dtype) && (groups == 1 || channels % 2 == 0);
+bool on_matrix_units(ScalarType dtype, int64_t channels, int64_t groups) {
+  return has_matrix_units(dtype) && (groups == 1 || channels % 2 == 0);
 }
 
 // The kernels of a weight of 16 bits.
@@ -203,19 +181,19 @@ Kernels<T> kernels_of(const Tensor& weight, int64_t groups, bool per_sample) {
 
 // Kernels packed for conv_half, or nothing where that does not take them.
 Tensor pack_kernels(const Tensor& weight, int64_t groups) {
-  TORCH_CHECK(weight.dim() > 3 && weight.dim() < 7 && weight.numel() > 0 && is_half(weight) && weight.is_contiguous() && groups > 0 &&
+  require(weight.dim() > 3 && weight.dim() < 7 && weight.numel() > 0 && is_half(weight) && weight.is_contiguous() && groups > 0 &&
                   weight.size(1) % groups == 0,
-              "odconv: weight must be contiguous numbers of 16 bits (n, O, C / groups, ...), got shape ", weight.sizes());
+              "weight must be contiguous numbers of 16 bits (n, O, C / groups, ...), got shape ", weight.sizes());
   if (!on_matrix_units(weight.scalar_type(), weight.size(2), groups) || (weight.size(1) == groups && weight.size(2) == 1))
-    return at::empty({0}, weight.options());
+    return empty({0}, weight.scalar_type());
   Tensor out;
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_of<T>(weight, groups, false);
-    out = at::empty({groups * packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps).from.back()}, weight.options());
+    out = empty({groups * packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps).from.back()}, weight.scalar_type());
     pack_half<T>(kernels, groups, out.mutable_data_ptr<T>());
   };
-  weight.scalar_type() == at::kHalf ? run(at::Half()) : run(at::BFloat16());
+  weight.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
   return out;
 }
 
@@ -225,18 +203,23 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
   const bool per_sample = !kernel && weight.size(0) > 1;
   const Optional shares = in_sums(kernel), by_tap = in_sums(spatial), by_channel = in_sums(channel), by_filter = in_sums(filter);
   const Gates<float> gates = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
-  const Tensor last = x.movedim(1, -1).contiguous(), out = empty_channels_last(size, x.options());
+  const Tensor last = with_channels_last(x), out = empty_map(size, x.scalar_type(), true);
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_of<T>(weight, g.groups, per_sample);
-    TORCH_CHECK(!packed || (!per_sample && is_plain(*packed, x) &&
+    require(!packed || (!per_sample && is_plain(*packed, x) &&
                             packed->numel() == g.groups * packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps).from.back()),
-                "odconv: packed must be what pack makes of weight");
+                "packed must be what pack makes of weight");
     convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, numbers<T>(packed), g.groups, gates, epilogue_of<float>(extras),
-                     x.size(0), forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
+                     x.size(0), forward_phase(g, three(Shape(size).slice(2), 1)), out.mutable_data_ptr<T>());
   };
-  x.scalar_type() == at::kHalf ? run(at::Half()) : run(at::BFloat16());
-  return out.movedim(-1, 1).contiguous(x.suggest_memory_format());
+  x.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
+  return is_channels_last(x) ? out : as_contiguous(out);
+}
+
+// Whether the vectors of a depth-wise layer run over channels.
+bool is_over_channels(const Tensor& x, const Tensor& weight, int64_t groups) {
+  return weight.size(1) == groups && weight.size(2) == 1 && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous());
 }
 
 // Depth-wise, on channels-last maps.
@@ -244,30 +227,25 @@ Tensor conv_depthwise(const Tensor& x, const Tensor& weight, const Optional& ker
                       const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g) {
   const Optional kernels = in_sums(weight), shares = in_sums(kernel), taps = in_sums(spatial), rows = in_sums(channel), lanes = in_sums(filter);
   const int64_t tap_count = g.kernel[0] * g.kernel[1] * g.kernel[2];
-  const Tensor last = x.movedim(1, -1).contiguous(), out = empty_channels_last(size, x.options());
-  const Tensor mixed = at::empty({x.size(0), tap_count, g.groups}, kernels->options());
-  auto run = [&](auto zero) {
+  const Tensor last = with_channels_last(x), out = empty_map(size, x.scalar_type(), true);
+  const Tensor mixed = empty({x.size(0), tap_count, g.groups}, sum_type(x));
+  with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using Sum = typename Stored<T>::Sum;
     const Gates<Sum> gates = {numbers<Sum>(shares), numbers<Sum>(taps), numbers<Sum>(rows), numbers<Sum>(lanes)};
     mix_taps<Sum>(kernels->const_data_ptr<Sum>(), weight.size(0), !kernel && weight.size(0) > 1, tap_count, g.groups, gates, x.size(0), mixed.mutable_data_ptr<Sum>());
-    convolve_depthwise<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), mixed.const_data_ptr<Sum>(), epilogue_of<Sum>(extras),
-                          g.groups, x.size(0), forward_phase(g, three(at::IntArrayRef(size).slice(2), 1)), out.mutable_data_ptr<T>());
-  };
-  switch (x.scalar_type()) {
-    case at::kHalf: run(at::Half()); break;
-    case at::kBFloat16: run(at::BFloat16()); break;
-    case at::kDouble: run(double()); break;
-    default: run(float());
-  }
-  return out.movedim(-1, 1).contiguous(x.suggest_memory_format());
+    const Axes y_size = three(Shape(size).slice(2), 1);
+    convolve_depthwise<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), mixed.const_data_ptr<Sum>(), tap_count,
+                          epilogue_of<Sum>(extras), g.groups, x.size(0), forward_phase(g, y_size), y_size, out.mutable_data_ptr<T>());
+  });
+  return is_channels_last(x) ? out : as_contiguous(out);
 }
 
 // What the vectors run over in float32 and float64: a channel's positions, depth-wise or with one tap, or filters.
 enum class Layout { planes, points, filters };
 
 Layout layout_of(const Tensor& x, const Tensor& weight, const Geometry& g) {
-  if (x.suggest_memory_format() != at::MemoryFormat::Contiguous || !x.is_contiguous()) return Layout::filters;
+  if (is_channels_last(x) || !x.is_contiguous()) return Layout::filters;
   if (by_plane(x, weight, g.groups)) return Layout::planes;
   return by_point(x, g) ? Layout::points : Layout::filters;
 }
@@ -275,7 +253,7 @@ Layout layout_of(const Tensor& x, const Tensor& weight, const Geometry& g) {
 // In float32 and float64.
 Tensor conv_dense(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
                   const Optional& filter, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g, Layout layout) {
-  Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
+  const Tensor y = empty_map(size, x.scalar_type(), is_channels_last(x));
   const int64_t filters = weight.size(1) / g.groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
   const bool per_sample = !kernel && weight.size(0) > 1;
@@ -284,61 +262,60 @@ Tensor conv_dense(const Tensor& x, const Tensor& weight, const Optional& kernel,
     using T = decltype(zero);
     const T* data = weight.const_data_ptr<T>();
     const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
-    const Phase phase = forward_phase(g, three(at::IntArrayRef(size).slice(2), 1));
+    const Phase phase = forward_phase(g, three(Shape(size).slice(2), 1));
     if (layout == Layout::planes)
       return convolve_planes<T>(x.const_data_ptr<T>(), three(x.sizes().slice(2), 1), data, n, per_sample, g.groups, gates,
                                 epilogue_of<T>(extras), x.size(0), phase, g.stride, y.mutable_data_ptr<T>());
     const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
     if (layout == Layout::points)
-      return convolve_points<T>(x.const_data_ptr<T>(), kernels, g.groups, gates, epilogue_of<T>(extras), x.size(0), x[0][0].numel(),
+      return convolve_points<T>(x.const_data_ptr<T>(), kernels, g.groups, gates, epilogue_of<T>(extras), x.size(0), x.numel() / (x.size(0) * x.size(1)),
                                 y.mutable_data_ptr<T>());
     convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), map_of<T>(y, y.mutable_data_ptr<T>()), kernels, g.groups, gates,
                 epilogue_of<T>(extras), x.size(0), {phase});
   };
-  x.scalar_type() == at::kDouble ? run(double()) : run(float());
+  with_sum_type(x, run);
   return y;
 }
 
 // The means of maps, (B, O), of the sums of their lines, which are in one order.
 Tensor means_of(const Tensor& line_sums, int64_t positions) {
   const int64_t lines = line_sums.size(1), filters = line_sums.size(2);
-  Tensor means = at::empty({line_sums.size(0), filters}, line_sums.options());
+  const Tensor means = empty({line_sums.size(0), filters}, line_sums.scalar_type());
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const T* in = line_sums.const_data_ptr<T>();
     T* out = means.mutable_data_ptr<T>();
-    at::parallel_for(0, line_sums.size(0), std::max<int64_t>(1, 32768 / (lines * filters)), [&](int64_t begin, int64_t end) {
+    parallel_for(0, line_sums.size(0), std::max<int64_t>(1, 32768 / (lines * filters)), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         sum_channels<T>(in + b * lines * filters, lines, filters, out + b * filters);
         for (int64_t o = 0; o < filters; ++o) out[b * filters + o] /= T(positions);
       }
     });
   };
-  line_sums.scalar_type() == at::kDouble ? run(double()) : run(float());
+  with_sum_type(line_sums, run);
   return means;
 }
 
 // The convolution and its epilogue; the means are undefined where they are not wanted.
 std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
-                                      const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
-                                      at::IntArrayRef dilation, int64_t groups, const Optional& bias, std::string_view activation,
+                                      const Optional& channel, const Optional& filter, const Numbers& stride, const Numbers& padding,
+                                      const Numbers& dilation, int64_t groups, const Optional& bias, std::string_view activation,
                                       bool means, const Optional& packed) {
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
-  TORCH_CHECK(!bias || (bias->dim() == 2 && (bias->size(0) == 1 || bias->size(0) == size[0]) && bias->size(1) == size[1] && is_plain(*bias, x)),
-              "odconv: bias must be contiguous numbers (1 or B, O) in the dtype of x");
+  require(!bias || (bias->dim() == 2 && (bias->size(0) == 1 || bias->size(0) == size[0]) && bias->size(1) == size[1] && is_plain(*bias, x)),
+              "bias must be contiguous numbers (1 or B, O) in the dtype of x");
   const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
-  const bool depthwise = weight.size(1) == groups && weight.size(2) == 1;
-  const bool over_channels = depthwise && groups >= VECTOR_BYTES / 4 && (is_half(x) || !x.is_contiguous());
+  const bool over_channels = is_over_channels(x, weight, groups);
   if (is_half(x) && !over_channels && !on_matrix_units(x.scalar_type(), weight.size(2), groups)) {
-    auto [y, found] = conv_fused(x.to(at::kFloat), *in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), stride,
+    auto [y, found] = conv_fused(*in_sums(x), *in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), stride,
                                  padding, dilation, groups, in_sums(bias), activation, means, {});
-    return {y.to(x.scalar_type()), found};
+    return {converted(y, x.scalar_type()), found};
   }
   const Layout layout = over_channels || is_half(x) ? Layout::filters : layout_of(x, weight, g);
-  const Axes count = three(at::IntArrayRef(size).slice(2), 1);
+  const Axes count = three(Shape(size).slice(2), 1);
   Extras extras = {in_sums(bias), activation, {}};
   const bool by_line = means && count[1] * count[2] > 1;  // a map of one axis has no lines to sum
-  if (by_line) extras.line_sums = at::empty({size[0], layout == Layout::filters ? count[0] * count[1] : 1, size[1]}, x.options().dtype(is_half(x) ? at::kFloat : x.scalar_type()));
+  if (by_line) extras.line_sums = empty({size[0], layout == Layout::filters ? count[0] * count[1] : 1, size[1]}, sum_type(x));
   const Tensor y = over_channels ? conv_depthwise(x, weight, kernel, spatial, channel, filter, extras, size, g)
                    : is_half(x)  ? conv_half(x, weight, kernel, spatial, channel, filter, packed, extras, size, g)
                                  : conv_dense(x, weight, kernel, spatial, channel, filter, extras, size, g, layout);
@@ -346,25 +323,25 @@ std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, con
 }
 
 Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
-            const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+            const Optional& filter, const Numbers& stride, const Numbers& padding, const Numbers& dilation, int64_t groups,
             const Optional& bias) {
   return std::get<0>(conv_fused(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups, bias, "none", false, {}));
 }
 
 // Arguments of kernels that are put together of cells, (n, co, ci, 1, ...), by shares, (B, taps * (O / co) * (C / ci), n).
-std::vector<int64_t> check_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, int64_t filters, at::IntArrayRef kernel,
-                                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
-  TORCH_CHECK(are_numbers(x) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0, "odconv: x must have 1, 2 or 3 axes of space, "
+std::vector<int64_t> check_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, int64_t filters, const Numbers& kernel,
+                                 const Numbers& stride, const Numbers& padding, const Numbers& dilation) {
+  require(are_numbers(x) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0, "x must have 1, 2 or 3 axes of space, "
               "numbers in float32 or float64, and some of them, got shape ", x.sizes());
   const std::vector<int64_t> size = check_geometry(x, filters, kernel, stride, padding, dilation);
-  TORCH_CHECK(cells.dim() == x.dim() + 1 && cells.numel() > 0 && cells.numel() == cells.size(0) * cells.size(1) * cells.size(2) &&
+  require(cells.dim() == x.dim() + 1 && cells.numel() > 0 && cells.numel() == cells.size(0) * cells.size(1) * cells.size(2) &&
                   is_plain(cells, x) && filters > 0 && filters % cells.size(1) == 0 && x.size(1) % cells.size(2) == 0,
-              "odconv: cells of shape ", cells.sizes(), " do not make kernels of ", filters, " filters for x of shape ", x.sizes());
+              "cells of shape ", cells.sizes(), " do not make kernels of ", filters, " filters for x of shape ", x.sizes());
   int64_t pieces = filters / cells.size(1) * (x.size(1) / cells.size(2));
   for (int64_t taps : kernel) pieces *= taps;
-  TORCH_CHECK(shares.dim() == 3 && shares.size(0) == x.size(0) && shares.size(1) == pieces && shares.size(2) == cells.size(0) &&
+  require(shares.dim() == 3 && shares.size(0) == x.size(0) && shares.size(1) == pieces && shares.size(2) == cells.size(0) &&
                   is_plain(shares, x),
-              "odconv: shares must have shape (B, ", pieces, ", ", cells.size(0), "), got ", shares.sizes());
+              "shares must have shape (B, ", pieces, ", ", cells.size(0), "), got ", shares.sizes());
   return size;
 }
 
@@ -377,19 +354,19 @@ Kernels<T> kernels_of_cells(const Tensor& cells, const Tensor& shares, int64_t f
   return {data, n, co * ci, filters, channels, taps, ci, 1, 0, Cells<T>{rows, co, ci, across, 1, blocks}};
 }
 
-Tensor conv_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, int64_t filters, at::IntArrayRef kernel,
-                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+Tensor conv_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, int64_t filters, const Numbers& kernel,
+                  const Numbers& stride, const Numbers& padding, const Numbers& dilation) {
   const std::vector<int64_t> size = check_cells(x, cells, shares, filters, kernel, stride, padding, dilation);
   const Geometry g = geometry_of(kernel, stride, padding, dilation, 1);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
-  Tensor y = at::empty(size, x.options().memory_format(x.suggest_memory_format()));
+  const Tensor y = empty_map(size, x.scalar_type(), is_channels_last(x));
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_of_cells<T>(cells, shares, filters, x.size(1), taps, true);
     convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), map_of<T>(y, y.mutable_data_ptr<T>()), kernels, 1, {}, {}, x.size(0),
-                {forward_phase(g, three(at::IntArrayRef(size).slice(2), 1))});
+                {forward_phase(g, three(Shape(size).slice(2), 1))});
   };
-  x.scalar_type() == at::kDouble ? run(double()) : run(float());
+  with_sum_type(x, run);
   return y;
 }
 
@@ -397,21 +374,22 @@ Tensor conv_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, in
 Tensor empty_gradient(const Tensor& x, const std::vector<Phase>& phases) {
   int64_t met = 0;
   for (const Phase& phase : phases) met += phase.count[0] * phase.count[1] * phase.count[2];
-  return met * x.size(0) * x.size(1) == x.numel() ? at::empty_like(x) : at::zeros_like(x);
+  Tensor made = torch::stable::empty_like(x);
+  return met * x.size(0) * x.size(1) == x.numel() ? made : torch::stable::zero_(made);
 }
 
 // The gradients of x, of the cells and of the shares; what is not asked for is empty.
 std::tuple<Tensor, Tensor, Tensor> conv_cells_backward(const Tensor& grad, const Tensor& x, const Tensor& cells, const Tensor& shares,
-                                                       at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                                                       at::IntArrayRef dilation, bool to_x, bool to_kernels) {
-  TORCH_CHECK(grad.dim() == x.dim() && grad.dtype() == x.dtype() && grad.layout() == at::kStrided && grad.device() == x.device(),
-              "odconv: grad must be numbers in the dtype of x and with its axes, got shape ", grad.sizes());
+                                                       const Numbers& kernel, const Numbers& stride, const Numbers& padding,
+                                                       const Numbers& dilation, bool to_x, bool to_kernels) {
+  require(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() && is_strided(grad),
+              "grad must be numbers in the dtype of x and with its axes, got shape ", grad.sizes());
   const int64_t filters = grad.size(1), channels = x.size(1), batch = x.size(0);
   const std::vector<int64_t> size = check_cells(x, cells, shares, filters, kernel, stride, padding, dilation);
-  TORCH_CHECK(grad.sizes() == size, "odconv: grad must have shape ", size, ", got ", grad.sizes());
+  require(grad.sizes() == Shape(size), "grad must have shape ", size, ", got ", grad.sizes());
   const Geometry g = geometry_of(kernel, stride, padding, dilation, 1);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
-  auto none = [&] { return at::empty({0}, x.options()); };
+  auto none = [&] { return empty({0}, x.scalar_type()); };
   Tensor x_grad = none(), cells_grad = none(), shares_grad = none();
   auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -425,33 +403,72 @@ std::tuple<Tensor, Tensor, Tensor> conv_cells_backward(const Tensor& grad, const
     if (to_kernels) {
       const Kernels<T> kernels = kernels_of_cells<T>(cells, shares, filters, channels, taps, true);
       const std::vector<Tile> tiles = cell_tiles(kernels);
-      cells_grad = at::empty_like(cells);
-      Tensor parts = at::empty({int64_t(tiles.size()), batch, shares.size(1), shares.size(2)}, x.options());
+      cells_grad = empty(cells.sizes(), x.scalar_type());
+      const Tensor parts = empty({int64_t(tiles.size()), batch, shares.size(1), shares.size(2)}, x.scalar_type());
       cell_gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, batch, forward_phase(g, upstream.size), tiles,
                         cells_grad.mutable_data_ptr<T>(), parts.mutable_data_ptr<T>());
-      shares_grad = parts.sum(0);
+      shares_grad = sum_first(parts);
     }
   };
-  x.scalar_type() == at::kDouble ? run(double()) : run(float());
+  with_sum_type(x, run);
   return {x_grad, cells_grad, shares_grad};
 }
 
-Gradients conv_backward(
+// The gradients of x and of a depth-wise kernel for each sample, over channels.
+std::tuple<Tensor, Tensor> backward_over_channels(const Tensor& grad, const Tensor& x, const Tensor& weight, const Geometry& g, bool to_x,
+                                                  bool to_weights) {
+  const Tensor upstream = with_channels_last(grad), last = with_channels_last(x);
+  const Axes x_size = three(x.sizes().slice(2), 1), y_size = three(grad.sizes().slice(2), 1);
+  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], batch = x.size(0);
+  Tensor x_grad = empty({0}, x.scalar_type()), weight_grad = x_grad;
+  with_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using Sum = typename Stored<T>::Sum;
+    if (to_x) {
+      const Tensor kernels = *in_sums(weight), mixed = empty({batch, taps, g.groups}, sum_type(x));
+      mix_taps<Sum>(kernels.const_data_ptr<Sum>(), 1, batch > 1, taps, g.groups, {}, batch, mixed.mutable_data_ptr<Sum>());
+      const std::vector<Phase> phases = backward_phases(g, x_size);
+      x_grad = empty_gradient(x, phases);
+      Tensor out = with_channels_last(x_grad);  // itself, where that is how it lies in memory
+      for (const Phase& phase : phases)
+        convolve_depthwise<T>(upstream.const_data_ptr<T>(), y_size, mixed.const_data_ptr<Sum>(), taps, {}, g.groups, batch, phase, x_size,
+                              out.mutable_data_ptr<T>());
+      if (out.get() != x_grad.get()) torch::stable::copy_(x_grad, out);
+    }
+    if (to_weights) {
+      weight_grad = empty(weight.sizes(), x.scalar_type());
+      gradients_depthwise<T>(last.const_data_ptr<T>(), x_size, upstream.const_data_ptr<T>(), g.groups, batch, forward_phase(g, y_size),
+                             weight_grad.mutable_data_ptr<T>());
+    }
+  });
+  return {x_grad, weight_grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
-    const Optional& channel, const Optional& filter, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, bool to_x, bool to_weights) {
+    const Optional& channel, const Optional& filter, const Numbers& stride, const Numbers& padding,
+    const Numbers& dilation, int64_t groups, bool to_x, bool to_weights) {
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
-  TORCH_CHECK(are_numbers(x) && grad.sizes() == size && grad.dtype() == x.dtype() && grad.layout() == at::kStrided && grad.device() == x.device(),
-              "odconv: grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
-  if (weight.size(1) == groups && weight.size(2) == 1)
-    return depthwise_backward(grad, x, weight, kernel, spatial, channel, filter, stride, padding, dilation, to_x, to_weights);
+  const bool plain = weight.size(0) == x.size(0) && !kernel && !spatial && !channel && !filter;
+  const bool over_channels = plain && is_over_channels(x, weight, groups);
+  require((are_numbers(x) || over_channels) && grad.sizes() == Shape(size) && grad.scalar_type() == x.scalar_type() && is_strided(grad),
+              "grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
   const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
   const bool per_sample = !kernel && weight.size(0) > 1;
   const int64_t n = per_sample ? 1 : weight.size(0), batch = x.size(0), filters = weight.size(1) / groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
-  auto none = [&] { return at::empty({0}, x.options()); };
+  auto none = [&] { return empty({0}, x.scalar_type()); };
   Tensor x_grad = none(), weight_grad = none(), kernel_grad = none(), spatial_grad = none(), channel_grad = none(),
          filter_grad = none();
+  if (over_channels) {
+    std::tie(x_grad, weight_grad) = backward_over_channels(grad, x, weight, g, to_x, to_weights);
+    if (!to_weights) return {x_grad, weight_grad, kernel_grad, spatial_grad, channel_grad, filter_grad};
+    Numbers shape = {x.size(0)};  // of no attentions there is no gradient
+    for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
+    const ScalarType type = x.scalar_type();
+    return {x_grad, weight_grad, zeros({x.size(0), weight.size(0)}, type), zeros(shape, type), zeros({x.size(0), x.size(1)}, type),
+            zeros({x.size(0), weight.size(1)}, type)};
+  }
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const T* data = weight.const_data_ptr<T>();
@@ -462,54 +479,54 @@ Gradients conv_backward(
       const Kernels<T> kernels = {data, n, one, filters, channels, taps, channels * taps, taps, per_sample ? one : 0};
       const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
       if (x_grad.is_contiguous() && grad.is_contiguous() && by_point(grad, g))
-        convolve_points<T>(upstream.data, kernels, groups, gates, {}, batch, grad[0][0].numel(), x_grad.mutable_data_ptr<T>());
+        convolve_points<T>(upstream.data, kernels, groups, gates, {}, batch, grad.numel() / (grad.size(0) * grad.size(1)), x_grad.mutable_data_ptr<T>());
       else
         convolve<T>(upstream, map_of<T>(x_grad, x_grad.mutable_data_ptr<T>()), kernels, groups, gates, {}, batch, phases);
     }
     if (to_weights) {
-      weight_grad = at::empty_like(weight);
+      weight_grad = empty(weight.sizes(), x.scalar_type());
       const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
       const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
       const std::vector<Span> lanes = lane_blocks(kernels);
       const int64_t wide = lanes.size();
-      const std::vector<Span> rows = row_blocks(kernels, ceil_div(4 * at::get_num_threads(), wide * groups));
+      const std::vector<Span> rows = row_blocks(kernels, ceil_div(4 * int64_t(get_num_threads()), wide * groups));
       const int64_t high = rows.size(), count = groups * wide * high;
-      Partial partial = {at::zeros({count, batch, n}, x.options()), at::zeros({count, batch, taps}, x.options()),
-                            at::zeros({wide, batch, groups * channels}, x.options()),
-                            at::zeros({high, batch, groups * filters}, x.options())};
+      Partial partial = {zeros({count, batch, n}, x.scalar_type()), zeros({count, batch, taps}, x.scalar_type()),
+                            zeros({wide, batch, groups * channels}, x.scalar_type()),
+                            zeros({high, batch, groups * filters}, x.scalar_type())};
       gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, groups, gates,
                    batch, forward_phase(g, upstream.size), rows, lanes, weight_grad.mutable_data_ptr<T>(), partial);
-      kernel_grad = per_sample ? at::zeros({batch, batch}, x.options()) : partial.shares.sum(0);
+      kernel_grad = per_sample ? zeros({batch, batch}, x.scalar_type()) : sum_first(partial.shares);
       std::vector<int64_t> shape = {batch};
       for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
-      spatial_grad = partial.taps.sum(0).view(shape);
-      channel_grad = partial.rows.sum(0);
-      filter_grad = partial.lanes.sum(0);
+      spatial_grad = torch::stable::view(sum_first(partial.taps), shape);
+      channel_grad = sum_first(partial.rows);
+      filter_grad = sum_first(partial.lanes);
     }
   };
-  x.scalar_type() == at::kDouble ? run(double()) : run(float());
+  with_sum_type(x, run);
   return {x_grad, weight_grad, kernel_grad, spatial_grad, channel_grad, filter_grad};
 }
 
 // As the operator's schema has it: an operator returns no undefined tensor.
 std::tuple<Tensor, Tensor> conv_fused_checked(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
-                                              const Optional& channel, const Optional& filter, at::IntArrayRef stride,
-                                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, const Optional& bias,
-                                              std::string_view activation, bool means, const Optional& packed) {
+                                              const Optional& channel, const Optional& filter, const Numbers& stride,
+                                              const Numbers& padding, const Numbers& dilation, int64_t groups, const Optional& bias,
+                                              const std::string& activation, bool means, const Optional& packed) {
   auto [y, found] = conv_fused(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups, bias, activation, means, packed);
-  return {y, means ? found : at::empty({0}, x.options())};
+  return {y, means ? found : empty({0}, x.scalar_type())};
 }
 
 }  // namespace
 }  // namespace odconv
 
-TORCH_LIBRARY_IMPL(odconv, CPU, library) {
-  library.impl("conv", odconv::conv);
-  library.impl("conv_fused", odconv::conv_fused_checked);
-  library.impl("conv_cells", odconv::conv_cells);
-  library.impl("conv_cells_backward", odconv::conv_cells_backward);
-  library.impl("conv_backward", odconv::conv_backward);
-  library.impl("pack", odconv::pack_kernels);
-  library.impl("pool", odconv::pool_checked);
-  library.impl("attend", odconv::attend_checked);
+STABLE_TORCH_LIBRARY_IMPL(odconv, CPU, library) {
+  library.impl("conv", TORCH_BOX(&odconv::conv));
+  library.impl("conv_fused", TORCH_BOX(&odconv::conv_fused_checked));
+  library.impl("conv_cells", TORCH_BOX(&odconv::conv_cells));
+  library.impl("conv_cells_backward", TORCH_BOX(&odconv::conv_cells_backward));
+  library.impl("conv_backward", TORCH_BOX(&odconv::conv_backward));
+  library.impl("pack", TORCH_BOX(&odconv::pack_kernels));
+  library.impl("pool", TORCH_BOX(&odconv::pool_checked));
+  library.impl("attend", TORCH_BOX(&odconv::attend_checked));
 }

@@ -1,21 +1,5 @@
-// Depth-wise layers: forward by planes, backward by PyTorch's convolution.
+// Depth-wise layers, by planes.
 #pragma once
-
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/reshape.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/unsqueeze.h>
-#include <ATen/ops/view.h>
-#include <ATen/ops/zeros.h>
-
-#include <optional>
-#include <tuple>
 
 #include "convolve.h"
 
@@ -53,7 +37,7 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
                        std::min(pitch, ceil_div(size[2] - shift, stride[2])), shift});
   }
   const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_run<T, decltype(activate)>; });
-  at::parallel_for(0, batch * channels, std::max<int64_t>(1, 32768 / (plane + outputs * taps)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * channels, std::max<int64_t>(1, 32768 / (plane + outputs * taps)), [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
     const int64_t numbers = stride[0] * stride[2] * part;
     const int64_t reach = numbers + pitch + BLOCK * L;  // the last block reads beyond, for sums that are not used
@@ -103,45 +87,8 @@ void convolve_planes(const T* x, const Axes& size, const T* kernels, int64_t n, 
   });
 }
 
-inline bool by_plane(const at::Tensor& x, const at::Tensor& weight, int64_t groups) {
+inline bool by_plane(const Tensor& x, const Tensor& weight, int64_t groups) {
   return weight.size(1) == groups && weight.size(2) == 1 && x.dim() < 5 && x.is_contiguous();
-}
-
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-// A depth-wise layer's kernels are small: they are mixed whole, and PyTorch's convolution does the rest.
-inline Gradients depthwise_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& kernel,
-                             const std::optional<at::Tensor>& spatial, const std::optional<at::Tensor>& channel, const std::optional<at::Tensor>& filter,
-                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool to_x,
-                             bool to_weights) {
-  const int64_t n = weight.size(0), batch = x.size(0), channels = weight.size(1), taps = weight[0][0].numel();
-  const at::Tensor ones = at::ones({1, 1}, x.options());
-  const at::Tensor by_tap = (spatial ? spatial->reshape({batch, taps}) : ones).unsqueeze(1);  // (B or 1, 1, taps)
-  const at::Tensor rows = (channel ? *channel : ones).unsqueeze(2), lanes = (filter ? *filter : ones).unsqueeze(2);
-  const at::Tensor kernels = weight.reshape({n, channels * taps});
-  const at::Tensor base = kernel ? kernel->mm(kernels).view({batch, channels, taps}) : kernels.view({n, channels, taps});
-  std::vector<int64_t> shape = {batch * channels, 1}, all = {1, batch * channels}, out = all;
-  for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
-  for (int64_t size : x.sizes().slice(2)) all.push_back(size);
-  for (int64_t size : grad.sizes().slice(2)) out.push_back(size);
-  const at::Tensor mixed = (base * by_tap * rows * lanes).expand({batch, channels, taps}).reshape(shape);
-  const auto found = at::convolution_backward(grad.reshape(out), x.reshape(all), mixed, c10::nullopt, stride, padding,
-                                              dilation, false, std::vector<int64_t>(stride.size(), 0), batch * channels,
-                                              {to_x, to_weights, false});
-  auto none = [&] { return at::empty({0}, x.options()); };
-  at::Tensor x_grad = to_x ? std::get<0>(found).view(x.sizes()) : none();
-  if (to_x && !x.is_contiguous()) x_grad = at::empty_like(x).copy_(x_grad);  // laid out as x, which torch.compile relies on
-  if (!to_weights) return {x_grad, none(), none(), none(), none(), none()};
-  const at::Tensor d = std::get<1>(found).view({batch, channels, taps}), to_base = (d * by_tap * rows * lanes).flatten(1);
-  const at::Tensor to_gates = d * base, to_rows = (to_gates * by_tap).sum(2);
-  std::vector<int64_t> spatial_shape = {batch};
-  for (int64_t size : weight.sizes().slice(3)) spatial_shape.push_back(size);
-  return {x_grad,
-          (kernel ? kernel->t().mm(to_base) : n == 1 ? to_base.sum(0) : to_base).view(weight.sizes()),
-          kernel || n == 1 ? to_base.mm(kernels.t()) : at::zeros({batch, n}, x.options()),
-          (to_gates * rows * lanes).sum(1).view(spatial_shape),
-          to_rows * lanes.squeeze(2),
-          to_rows * rows.squeeze(2)};
 }
 
 }  // namespace odconv

@@ -15,8 +15,8 @@ namespace odconv {
 constexpr int64_t BLOCK_LANES = 12;  // that are written at a time: few enough to be written while the next ones are computed
 
 // Whether one tap meets each position of a contiguous map, of so many positions that vectors over them are full enough.
-inline bool by_point(const at::Tensor& x, const Geometry& g) {
-  const int64_t positions = x[0][0].numel(), lanes = VECTOR_BYTES / x.element_size();
+inline bool by_point(const Tensor& x, const Geometry& g) {
+  const int64_t positions = x.numel() / (x.size(0) * x.size(1)), lanes = VECTOR_BYTES / int64_t(x.element_size());
   const Axes ones = {1, 1, 1};
   return g.kernel == ones && g.stride == ones && g.padding == Axes() && 5 * ceil_div(positions, lanes) * lanes <= 6 * positions;
 }
@@ -39,13 +39,13 @@ template <class T>
 void convolve_points(const T* x, const Kernels<T>& kernels, int64_t groups, const Gates<T>& gates, const Epilogue<T>& epilogue, int64_t batch,
                      int64_t positions, T* y) {
   constexpr int L = Simd<T>::LANES;
-  const int64_t rows = kernels.rows, threads = at::get_num_threads(), vectors = ceil_div(positions, L);
+  const int64_t rows = kernels.rows, threads = int64_t(get_num_threads()), vectors = ceil_div(positions, L);
   const int64_t held = std::max<int64_t>(L, HELD_NUMBERS / ((kernels.n + 1) * rows));  // lanes of a task, at most
   const int64_t apart = std::min(ceil_div(kernels.lanes, L), std::max(ceil_div(kernels.lanes, held), ceil_div(threads, batch * groups)));
   const std::vector<Span> sides = split(kernels.lanes, apart, L), row_blocks = split(rows, ceil_div(rows, TILE_ROWS)),
                           panels = split(vectors, ceil_div(vectors, VECTORS));
   const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_run<T, decltype(activate)>; });
-  at::parallel_for(0, groups * apart * batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * apart * batch, 1, [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
     T* window = scratch.window.get(rows * VECTORS * L);
     T* sums = scratch.out.get(BLOCK_LANES * VECTORS * L);

@@ -1,8 +1,6 @@
 // Vectors, the microkernel, and moving numbers about.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <immintrin.h>
 
 #include <algorithm>
@@ -11,6 +9,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "tensor.h"
 
 namespace odconv {
 
@@ -57,12 +57,12 @@ struct Half {
 };
 
 template <>
-struct Stored<at::BFloat16> : Half<at::BFloat16> {
-  static Vec load(const at::BFloat16* p) { return Vec(__builtin_convertvector(read(p), Bits) << 16); }
+struct Stored<c10::BFloat16> : Half<c10::BFloat16> {
+  static Vec load(const c10::BFloat16* p) { return Vec(__builtin_convertvector(read(p), Bits) << 16); }
   static Vec low(Bits pairs) { return Vec(pairs << 16); }
   static Vec high(Bits pairs) { return Vec(pairs & 0xffff0000); }
 #if defined(__AVX512BF16__)
-  static void store(at::BFloat16* p, Vec v) { write(p, Short(_mm512_cvtneps_pbh(__m512(v)))); }
+  static void store(c10::BFloat16* p, Vec v) { write(p, Short(_mm512_cvtneps_pbh(__m512(v)))); }
   static Bits pairs(Vec low, Vec high) {
     typedef uint16_t Both __attribute__((vector_size(VECTOR_BYTES)));
     const Both both = Both(_mm512_cvtne2ps_pbh(__m512(high), __m512(low)));
@@ -73,13 +73,13 @@ struct Stored<at::BFloat16> : Half<at::BFloat16> {
     const Bits word = Bits(v), nan = Bits(v != v);
     return ((word + 0x7fff + (word >> 16 & 1)) >> 16 & ~nan) | (nan & 0x7fc0);
   }
-  static void store(at::BFloat16* p, Vec v) { write(p, __builtin_convertvector(bits(v), Short)); }
+  static void store(c10::BFloat16* p, Vec v) { write(p, __builtin_convertvector(bits(v), Short)); }
   static Bits pairs(Vec low, Vec high) { return bits(low) | bits(high) << 16; }
 #endif
 };
 
 template <>
-struct Stored<at::Half> : Half<at::Half> {
+struct Stored<c10::Half> : Half<c10::Half> {
 #if defined(__AVX512F__)
   static Vec widen(Short v) { return Vec(_mm512_cvtph_ps(__m256i(v))); }
   static Short shorts(Vec v) { return Short(_mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT)); }
@@ -87,11 +87,11 @@ struct Stored<at::Half> : Half<at::Half> {
   static Vec widen(Short v) { return Vec(_mm256_cvtph_ps(__m128i(v))); }
   static Short shorts(Vec v) { return Short(_mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT)); }
 #endif
-  static Vec load(const at::Half* p) { return widen(read(p)); }
+  static Vec load(const c10::Half* p) { return widen(read(p)); }
   static Vec low(Bits pairs) { return widen(__builtin_convertvector(pairs, Short)); }
   static Vec high(Bits pairs) { return widen(__builtin_convertvector(pairs >> 16, Short)); }
   static Bits pairs(Vec low, Vec high) { return __builtin_convertvector(shorts(low), Bits) | __builtin_convertvector(shorts(high), Bits) << 16; }
-  static void store(at::Half* p, Vec v) { write(p, shorts(v)); }
+  static void store(c10::Half* p, Vec v) { write(p, shorts(v)); }
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -173,7 +173,7 @@ class Buffer {
       std::free(data_);
       size_ = ceil_div(numbers * sizeof(T), 4096) * 4096 / sizeof(T);
       data_ = static_cast<T*>(std::aligned_alloc(4096, size_ * sizeof(T)));
-      TORCH_CHECK(data_ != nullptr, "odconv: out of memory for a working space of ", size_ * sizeof(T), " bytes");
+      require(data_ != nullptr, "out of memory for a working space of ", size_ * sizeof(T), " bytes");
     }
     return data_;
   }
