@@ -87,8 +87,8 @@ def applies(x: Tensor, weight: Tensor, device: torch.device) -> bool:
     Compiled graphs take the policy's choice: what is measured are backends by themselves, which a compiler fuses.
     """
     return (
-        not (torch.compiler.is_compiling() or is_exporting())
-        and is_timed(device)
+        is_timed(device)
+        and not (torch.compiler.is_compiling() or is_exporting())
         and is_on()
         and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x, weight))  # no fake and no sharded ones
         and x.numel() > 0
