@@ -16,7 +16,11 @@ from odconv.ops import BACKENDS, cpu
 # Triton's form has tests of its own; without a compiler there is no "cpu".
 FORMS = [
     "auto",
-    *(name for name in BACKENDS if name not in {"reference", "triton"} and (name != "cpu" or cpu.available())),
+    *(
+        name
+        for name in BACKENDS
+        if name not in {"reference", "triton", "pointwise"} and (name != "cpu" or cpu.available())
+    ),
 ]
 
 
@@ -49,6 +53,21 @@ def test_every_form_is_the_reference(problem, seed):
             continue
         for value, wanted in zip(outcome(dynamic_conv, tensors, **geometry, backend=form), expected, strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10, msg=lambda m, form=form: f"{form}: {m}")
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("present", [[], ["kernel"], ["channel", "spatial"], ATTENTIONS])
+@pytest.mark.parametrize(("size", "stride"), [((5,), 1), ((4, 3), (2, 1)), ((4, 1, 3), (1, 1, 2)), ((1, 1), 1)])
+def test_kernels_of_one_tap_are_matrix_products(size, stride, present, last):
+    torch.manual_seed(0)
+    tensors = arguments(3, 5, 4, 2 if "kernel" in present else 1, (1,) * len(size), size, 1, present, "static")
+    if last:
+        tensors["x"] = tensors["x"].detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
+    results = [outcome(dynamic_conv, tensors, stride=stride, backend=form) for form in ("reference", "pointwise")]
+    for value, wanted in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="backend 'pointwise' needs kernels of one tap without groups and padding"):
+        dynamic_conv(**tensors, stride=stride, padding=1, backend="pointwise")
 
 
 @pytest.mark.parametrize("form", ["reference", *FORMS])

@@ -21,7 +21,8 @@ from odconv.ops.dynamic_conv import PER_SAMPLE
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 ATTENTIONS = ("spatial", "channel", "filter")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-NAMES = ["auto", *(name for name in PER_SAMPLE if name != "triton" and (name != "cpu" or cpu.available()))]
+SPECIAL = {"triton", "pointwise"}  # not for all shapes
+NAMES = ["auto", *(name for name in PER_SAMPLE if name not in SPECIAL and (name != "cpu" or cpu.available()))]
 
 
 def loop(x, weight, *, channel=None, filter=None, spatial=None, bias=None, **geometry):
@@ -334,3 +335,16 @@ def test_mixtures_that_do_not_fit_are_named():
     x, shares = tensors["x"], tensors["shares"]
     with pytest.raises(ValueError, match=r"mix must make kernels of \('B', 6, 4, 3, 3\), got \(5, 6, 3, 3\)"):
         mixed_conv(x, lambda parts, _: parts, torch.zeros(5, 6, 3, 3).to(x), shares, (6, 4, 3, 3), groups=2)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_kernels_of_one_tap_are_matrix_products(stride):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 6, 5, 1, 1, dtype=torch.float64, requires_grad=True)
+    results = []
+    for backend in ("reference", "pointwise"):
+        y = per_sample_conv(x, weight, stride=stride, backend=backend)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
+    for value, wanted in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from odconv.ops import cpu, eager, flops, traced, tuning
 from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, per_axis
 from odconv.ops.epilogue import NO_EPILOGUE, Epilogue, Finished, activate, finish
-from odconv.ops.policy import EAGER, choose, is_differentiated, log_choice
+from odconv.ops.policy import EAGER, choose, is_differentiated, is_pointwise, log_choice
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
 from odconv.ops.triton import triton_conv
@@ -21,6 +21,7 @@ BACKENDS = {
     "single": eager.single,
     "shared": eager.shared,
     "product": eager.product,
+    "pointwise": eager.pointwise,
     "grouped": eager.grouped,
     "traced": traced.convolve,
 }
@@ -61,8 +62,8 @@ def dynamic_conv(
         dilation: distance between taps, an int or one an axis.
         groups: blocks of channels and filters that are convolved apart; divides C and O.
         backend: "auto" chooses by shape and device, on CUDA by measuring. A named one is strict: "reference" (the
-            definition, a loop), "single" (B = 1 only), "shared", "product" or "grouped" (B > 0), described in
-            :mod:`odconv.ops.eager`; "cpu" (float32 and float64, compiled C++); "triton" (CUDA, 1-d and 2-d); "traced"
+            definition, a loop), "single" (B = 1 only), "shared", "product", "pointwise" (one tap) or "grouped"
+            (B > 0), described in :mod:`odconv.ops.eager`; "cpu" (compiled C++); "triton" (CUDA, 1-d and 2-d); "traced"
             (for torch.jit.trace).
 
     Returns:
@@ -180,7 +181,7 @@ def compute(
         log_choice(choice, x, weight)
         backend = choice.backend
     else:
-        check_backend(backend, x, per_sample)
+        check_backend(backend, x, weight, geometry, per_sample)
     bias = None if bias is None else bias.to(dtype)
     packed = packed if packed is not None and packed.dtype == dtype else None
     if backend == "cpu" and (epilogue.activation or packed is not None) and not torch.is_grad_enabled():
@@ -209,8 +210,8 @@ def compute_by(
     return run(x, weight, attentions, geometry)
 
 
-def check_backend(backend: str, x: Tensor, per_sample: bool) -> None:
-    """Raise a ValueError unless there is a backend of that name for such a batch."""
+def check_backend(backend: str, x: Tensor, weight: Tensor, geometry: Geometry, per_sample: bool) -> None:
+    """Raise a ValueError unless there is a backend of that name for such a call."""
     backends = PER_SAMPLE if per_sample else BACKENDS
     if backend not in backends:
         raise ValueError(f"backend must be 'auto' or one of {sorted(backends)}, got {backend!r}")
@@ -218,6 +219,11 @@ def check_backend(backend: str, x: Tensor, per_sample: bool) -> None:
         raise ValueError(f"backend 'single' needs a batch of one, got x of shape {tuple(x.shape)}")
     if backend == "grouped" and x.shape[0] == 0:
         raise ValueError(f"backend 'grouped' needs at least one sample, got x of shape {tuple(x.shape)}")
+    if backend == "pointwise" and not is_pointwise(weight, geometry):
+        raise ValueError(
+            "backend 'pointwise' needs kernels of one tap without groups and padding, got weight of shape "
+            f"{tuple(weight.shape)}, groups {geometry.groups} and padding {geometry.padding}"
+        )
 
 
 def mixed_bias(bias: Tensor | None, kernel: Tensor | None) -> Tensor | None:

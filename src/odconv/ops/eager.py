@@ -3,8 +3,9 @@
 Every one takes the reference's arguments, checked already, and returns the same up to rounding. Weight has n kernels,
 which :func:`mix` makes one for each sample of; or, without a kernel attention, one for all samples or one for each.
 Each backend rests on one identity: a batch of one needs one ordinary convolution (`single`), one kernel needs no mixing
-(`shared`), a small map makes a batched matrix product (`product`), and a large map a convolution whose groups are the
-samples (`grouped`, which is also the depth-wise one). :func:`~odconv.ops.policy.choose` picks one by shape.
+(`shared`), a small map makes a batched matrix product (`product`), as a kernel of one tap does without columns
+(`pointwise`), and a large map a convolution whose groups are the samples (`grouped`, which is also the depth-wise one).
+:func:`~odconv.ops.policy.choose` picks one by shape.
 
 In shapes: B batch, n kernels, O filters, C channels, g groups, k taps of a kernel, L output positions.
 """
@@ -105,6 +106,26 @@ def grouped(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometr
     return y.view(batch, -1, *y.shape[2:])
 
 
+def pointwise(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
+    """Multiply the map of each sample with its mixed kernel of one tap, without groups and padding, in x's layout."""
+    for axis, stride in enumerate(geometry.stride, start=2):
+        x = x[(slice(None),) * axis + (slice(None, None, stride),)] if stride > 1 else x
+    mixed = mixed_kernels(weight, attentions, 1).flatten(2).expand(x.shape[0], -1, -1)  # (B, O, C)
+    if has_channels_last(x):
+        return (rows_of(x) @ mixed.mT).unflatten(1, x.shape[2:]).movedim(-1, 1)
+    return (mixed @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def has_channels_last(x: Tensor) -> bool:
+    """Return whether the channels of a map lie next to each other in memory, and it is not contiguous too."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return the positions of a map as rows of channels, (B, positions, C)."""
+    return x.movedim(1, -1).flatten(1, -2)
+
+
 def mix(weight: Tensor, kernel: Tensor | None) -> Tensor:
     """Mix a kernel for each sample, (B, O, C/g, *k), as one matrix product; weight itself without shares."""
     return weight if kernel is None else (kernel @ weight.flatten(1)).unflatten(1, weight.shape[1:])
@@ -114,14 +135,29 @@ def mixed_kernels(weight: Tensor, attentions: Attentions, groups: int, mix: Mix 
     """Return kernels that hold all four attentions, (B, O, C/g, *k), so that the maps need no further pass."""
     kernel, spatial, channel, filter = attentions
     mixed = mix(weight, kernel)
-    if spatial is not None:
-        mixed = mixed * spatial[:, None, None]
-    if channel is not None:
-        by_group = channel.unflatten(1, (groups, 1, -1))  # (B, g, 1, C/g)
-        mixed = (mixed.unflatten(1, (groups, -1)) * over_map(by_group, mixed[:, None])).flatten(1, 2)
+    if spatial is not None or channel is not None:
+        gate = row_gate(spatial, channel, groups, mixed)
+        mixed = (mixed.unflatten(1, (groups, -1)) * gate).flatten(1, 2)
     if filter is not None:
         mixed = mixed * over_map(filter[..., None], mixed)
     return mixed
+
+
+def row_gate(spatial: Tensor | None, channel: Tensor | None, groups: int, mixed: Tensor) -> Tensor:
+    """Return what all filters of a group are multiplied by, (B, g or 1, 1, C/g or 1, *k or 1).
+
+    It is as long as they are, since to multiply by a few taps at a time is slow.
+    """
+    dims = mixed.dim() - 3
+    ones = (1,) * dims
+    rows = None if channel is None else channel.reshape(channel.shape[0], groups, 1, mixed.shape[2], *ones)
+    if spatial is None:
+        assert rows is not None
+        return rows
+    taps = spatial[:, None, None, None]
+    if rows is None:
+        rows = taps.new_ones(1, 1, 1, mixed.shape[2], *ones)
+    return rows * taps
 
 
 def over_map(scale: Tensor, like: Tensor) -> Tensor:

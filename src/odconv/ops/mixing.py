@@ -9,8 +9,8 @@ from torch import Tensor
 from odconv.ops import cpu, eager
 from odconv.ops.contract import Attentions, Geometry, check_shapes, is_exporting, is_traced
 from odconv.ops.dynamic_conv import add_bias, checked_geometry, compute, compute_dtype
-from odconv.ops.policy import is_differentiated
-from odconv.ops.recompute import Backend, Step, apply, grouped_backward
+from odconv.ops.policy import choose_plain, is_differentiated
+from odconv.ops.recompute import Backend, Step, apply, grouped_backward, pointwise_backward
 
 PART = 24 * 2**20
 """Bytes of kernels that are mixed at a time on the CPU without gradients: the C library gets blocks of 32 MiB and more
@@ -120,4 +120,6 @@ def backward(
     whole = x.dtype in cpu.HALF or cpu.is_depthwise(mixed, geometry.groups)
     if not whole and cpu.fits(x, mixed, geometry, True):
         return cpu.backward_per_sample(grad, x, mixed, geometry, to_x, to_mixed)
-    return grouped_backward(grad, x, mixed, geometry, to_x, to_mixed)
+    pointwise = choose_plain(x, mixed, geometry, None).backend == "pointwise"
+    differentiate = pointwise_backward if pointwise else grouped_backward
+    return differentiate(grad, x, mixed, geometry, to_x, to_mixed)

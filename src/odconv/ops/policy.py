@@ -5,6 +5,7 @@ Every limit names the rows of benchmarks/results it comes from; ``odconv.explain
 
 import logging
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ LARGE_KERNEL = 2**20
 Rows: layers_inference.csv, n = 1, batch 1, "2048->512 7x7 k1 s1 g1" and "512->2048 7x7 k1 s1 g1".
 """
 
-EAGER = ("single", "shared", "product", "grouped")
+EAGER = ("single", "shared", "product", "pointwise", "grouped")
 """Backends in plain PyTorch, which autograd would differentiate by keeping every mixed kernel."""
 
 logger = logging.getLogger("odconv.ops")
@@ -76,8 +77,7 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
     """Return the backend of a call that computes now, or is compiled; n is None per sample."""
     if x.shape[0] == 0:
         return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
-    by_groups = not (is_large_pointwise(x, weight, geometry) or cpu.is_depthwise(weight, geometry.groups))
-    if differentiated and x.dtype in cpu.HALF and by_groups:  # so is the compiled kernel's backward pass in 16 bits
+    if x.dtype in cpu.HALF and is_better_in_plain(x, weight, geometry, differentiated):
         return choose_plain(x, weight, geometry, n)
     positions = (n or 1) * positions_of(x, geometry)
     few = n is not None and geometry.groups == 1 and positions <= FEWEST_POSITIONS
@@ -103,6 +103,8 @@ def choose_plain(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None) -
         if n == 1 and small:
             return Choice("shared", "one kernel: the small map's columns are scaled, and no kernel")
         return Choice("single", "a batch of one is one ordinary convolution")
+    if x.dtype in cpu.HALF and x.device.type == "cpu" and is_pointwise(weight, geometry):
+        return Choice("pointwise", "one tap: a matrix product for each sample")
     if not small:
         return Choice("grouped", "a large map, or few filters a group: unfolding would cost more than a group a sample")
     if n is not None and n * positions_of(x, geometry) <= FEW_POSITIONS:
@@ -138,9 +140,35 @@ def is_small(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     return positions_of(x, geometry) < weight.shape[1] // geometry.groups
 
 
-def is_large_pointwise(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Return whether a kernel has one tap, and the map at least as many positions as a group has filters."""
-    return math.prod(weight.shape[3:]) == 1 and x.shape[0] > 1 and not is_small(x, weight, geometry)
+def is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
+    """Return whether a kernel has one tap, no groups and no padding."""
+    return math.prod(weight.shape[3:]) == geometry.groups == 1 and not any(geometry.padding)
+
+
+def is_better_in_plain(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) -> bool:
+    """Return whether PyTorch, by oneDNN, computes in 16 bits faster than the compiled kernel, which is not depth-wise.
+
+    That has matrix units (AMX) forward alone; without them it computes in float32, and oneDNN in bfloat16 where the
+    processor does.
+    """
+    if torch.compiler.is_compiling() or cpu.is_depthwise(weight, geometry.groups):
+        return False
+    if x.dtype == torch.bfloat16 and has_bfloat16():
+        return differentiated or not has_matrix_units()
+    large_pointwise = math.prod(weight.shape[3:]) == 1 and x.shape[0] > 1 and not is_small(x, weight, geometry)
+    return differentiated and not large_pointwise
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Return whether the processor multiplies numbers in bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+@cache
+def has_matrix_units() -> bool:
+    """Return whether the processor multiplies matrices in bfloat16 (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:

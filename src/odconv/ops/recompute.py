@@ -49,7 +49,7 @@ def recomputed(
     run: Backend, x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry, per_sample: bool = False
 ) -> Tensor:
     """Compute what a backend does, in chunks of samples and with a backward pass that computes it again."""
-    differentiate = grouped_backward if run is eager.grouped else None
+    differentiate = BACKWARD.get(run)
     numbers = math.prod(weight.shape[1:])
     if run is eager.shared:  # which mixes no kernels, but n outputs
         numbers = math.prod(weight.shape[:2]) * math.prod(x.shape[2:])
@@ -193,6 +193,35 @@ def grouped_backward(
         stride, padding, dilation, False, [0] * len(stride), x.shape[0] * groups, [to_x, to_mixed, False],
     )  # fmt: skip
     return x_grad, mixed_grad
+
+
+def pointwise_backward(
+    grad: Tensor, x: Tensor, mixed: Tensor, geometry: Geometry, to_x: bool, to_mixed: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of a kernel of one tap for each sample, without groups, by matrix products."""
+    kernels, none = mixed.flatten(2), x.new_empty(0)
+    every: Any = (..., *(slice(None, None, stride) for stride in geometry.stride))  # position that the tap meets
+    met = x[every]
+    last = eager.has_channels_last(x)
+    x_grad = mixed_grad = none
+    if to_x and last:
+        x_grad = (eager.rows_of(grad) @ kernels).unflatten(1, grad.shape[2:]).movedim(-1, 1)
+    elif to_x:
+        x_grad = (kernels.mT @ grad.flatten(2)).unflatten(2, grad.shape[2:])
+    if to_x and met.shape != x.shape:
+        whole = torch.zeros_like(x)
+        whole[every] = x_grad
+        x_grad = whole
+    if to_mixed:
+        mixed_grad = eager.rows_of(grad).mT @ eager.rows_of(met) if last else grad.flatten(2) @ met.flatten(2).mT
+    return x_grad, mixed_grad
+
+
+BACKWARD: dict[Backend, Convolve] = {
+    eager.grouped: grouped_backward,
+    eager.pointwise: pointwise_backward,
+}
+"""What differentiates by x and by the mixed kernels, for the backends that convolve with them."""
 
 
 def _arguments(tensors: Tensors) -> tuple[Tensor, Tensor, Attentions]:

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from odconv import __version__
 from odconv.ops import triton
 from odconv.ops.contract import Attentions, Geometry, is_exporting, is_transformed, output_size
-from odconv.ops.policy import EAGER, Choice
+from odconv.ops.policy import EAGER, Choice, is_pointwise
 from odconv.system.files import alone, cache_folder, open_regular, write_json
 from odconv.system.text import printable
 
@@ -136,7 +136,12 @@ def is_on() -> bool:
 def candidates_for(call: Call) -> list[str]:
     """Return the backends that can compute a call and leave its output as others do."""
     x = call.x
-    names = [name for name in EAGER if (name != "single" or len(x) == 1) and (name != "shared" or not call.per_sample)]
+    fits = {
+        "single": len(x) == 1,
+        "shared": not call.per_sample,
+        "pointwise": is_pointwise(call.weight, call.geometry),
+    }
+    names = [name for name in EAGER if fits.get(name, True)]
     # its output is channels-last; where the input is not, whoever takes the output may not expect that
     last = x.movedim(1, -1).is_contiguous()
     return [*names, TRITON] if triton.takes(x) and last and not call.per_sample else names

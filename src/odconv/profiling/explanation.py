@@ -104,6 +104,7 @@ def explain(
     made = {
         "single": one,
         "grouped": batch * one,
+        "pointwise": batch * one,
         "product": batch * channels * math.prod(layer.kernel_size) * math.prod(y[2:]),
         "dense": batch * math.prod(y[:2]) * math.prod(layer.kernel_size) * math.prod(shape[2:]),
     }
