@@ -22,10 +22,12 @@ SHIPPED = SOURCES / "compiled"
 """Where a wheel for one system has the library of each variant."""
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq")
-VARIANTS: dict[str, tuple[str, ...]] = {  # flags of the compiler; those for x86 by what torch says of the processor
+MACHINES: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")},
     "aarch64": {"neon": ()},  # which all of them have
-}.get(platform.machine(), {})
+}
+VARIANTS = MACHINES.get(platform.machine(), {})
+"""Flags of the compiler for each variant on machines of this kind; those of x86 are what torch calls the processor."""
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020c000000000000")
 """Flags of all. What is compiled runs with PyTorch from 2.12 on, since it uses the stable ABI of that version."""
 LARGEST = 10**8

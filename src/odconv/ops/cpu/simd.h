@@ -230,7 +230,7 @@ template <class T, int H, int... L>
 template <class T>
 [[gnu::always_inline]] inline void transpose(typename Simd<T>::Vec* rows) {
   constexpr int L = Simd<T>::LANES;
-  constexpr std::make_integer_sequence<int, L> lanes;
+  constexpr std::make_integer_sequence<int, L> lanes{};
   transpose_step<T, 1>(rows, lanes);
   if constexpr (L > 2) transpose_step<T, 2>(rows, lanes);
   if constexpr (L > 4) transpose_step<T, 4>(rows, lanes);
