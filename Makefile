@@ -9,11 +9,18 @@ BIN := $(VENV)/$(PROGRAMS)
 OLDEST := torch==2.12.0 torchvision==0.27.0
 # Core ML's converter knows the engine itself on Apple's systems alone
 ENGINES := coremltools litert-torch ncnn pnnx torchao
+# apt and pip as on a Debian for ARM that is in a folder, without root
+ARM := $(CURDIR)/.venv-arm
+ARM_APT := apt-get $(addprefix --option ,APT::Architecture=arm64 APT::Architectures=arm64 Debug::NoLocking=1 \
+	Dir::State=$(ARM)/apt Dir::State::status=$(ARM)/apt/status Dir::Cache=$(ARM)/apt)
+ARM_PYTHON := qemu-aarch64 -L $(ARM)/system $(ARM)/system/usr/bin/python3
+ARM_PIP := $(BIN)/python -m pip install --only-binary :all: --platform manylinux2014_aarch64 \
+	$(foreach glibc,17 18 19 20 21 22 23 24 25 26 27 28,--platform manylinux_2_$(glibc)_aarch64)
 # the site; ruff formats its signatures
 SITE := "mkdocs-material>=9.7" "mkdocstrings-python>=2" ruff
 SOON := 2 minutes on a fast line, a quarter of an hour on a slow one
 
-.PHONY: demo test test-oldest slow yolo engines docs lint format clean
+.PHONY: demo test test-oldest slow yolo engines arm docs lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --out demo
@@ -29,6 +36,10 @@ yolo: .venv-yolo/installed
 # what they bring along (JAX, TensorFlow's converter) is large and holds older packages than ours
 engines: .venv-engines/installed
 	OMP_NUM_THREADS=1 .venv-engines/$(PROGRAMS)/python -m pytest tests/test_engines.py -m slow
+
+# the compiled kernel on 64-bit ARM, in emulation: on Debian, with g++-aarch64-linux-gnu and qemu-user
+arm: $(VENV)/installed .venv-arm/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_arm.py -m slow
 
 # what is compiled and exported depends most on PyTorch
 test-oldest: .venv-oldest/installed
@@ -72,6 +83,21 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/$(PROGRAMS)/python -m pip install --quiet --upgrade pip
 	$(@D)/$(PROGRAMS)/python -m pip install --editable ".[train]" pytest $(ENGINES)
+	touch $@
+
+# PyTorch reads the file in proc, and crashes where that is about another kind of processor
+.venv-arm/installed: Makefile | $(VENV)/installed
+	@echo "$(@D): fetching Debian's Python and PyTorch for ARM with CUDA, about 3 GB, 5 GB on the disk. Once; it takes $(SOON)."
+	rm -rf $(@D)
+	mkdir -p $(@D)/apt/lists/partial $(@D)/apt/archives/partial $(@D)/system/proc
+	touch $(@D)/apt/status
+	$(ARM_APT) --quiet update
+	$(ARM_APT) --quiet install --yes --download-only --no-install-recommends python3 libstdc++6
+	for package in $(@D)/apt/archives/*.deb; do dpkg -x $$package $(@D)/system; done
+	printf '%s\n' 'processor: 0' 'Features: fp asimd' 'CPU implementer: 0x41' 'CPU architecture: 8' \
+		'CPU variant: 0x3' 'CPU part: 0xd0c' 'CPU revision: 1' > $(@D)/system/proc/cpuinfo
+	$(ARM_PIP) --quiet --target $(@D)/packages "torch>=2.12" numpy platformdirs pytest hypothesis \
+		--python-version $$($(ARM_PYTHON) -c 'import platform; print(platform.python_version())')
 	touch $@
 
 .venv-oldest/installed: pyproject.toml Makefile

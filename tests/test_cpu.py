@@ -1,6 +1,7 @@
 """The compiled CPU form: registered as an operator should be, the same on any machine, and dispensable."""
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -20,7 +21,7 @@ from odconv.ops.cpu import library
 from odconv.ops.policy import choose
 from odconv.system.files import cache_folder
 
-NEEDS_KERNEL = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler, or not x86 with AVX2")
+NEEDS_KERNEL = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler, or no processor for it")
 
 
 def problem(batch, channels, filters, n, side, taps=3, stride=1, groups=1, dtype=torch.float64):
@@ -515,12 +516,15 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 @pytest.mark.slow
 @NEEDS_KERNEL
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="no wider vectors than the tests have")
-def test_narrower_vectors_too(tmp_path):
-    """The kernel as a processor without AVX-512 compiles it, in a process that PyTorch takes for one."""
+@pytest.mark.parametrize(("compiler", "capability"), [("g++", "avx2"), ("clang++", "avx2"), ("clang++", "avx512")])
+def test_narrower_vectors_and_clang_too(compiler, capability, tmp_path):
+    """The kernel as clang or a processor without AVX-512 compiles it, in a process that PyTorch takes for one."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} here")
     tests = [f"{__file__}::test_large_problems_are_the_reference", f"{__file__}::test_any_strides"]
     tests += [str(Path(__file__).with_name(name)) for name in ("test_half.py", "test_cells.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    changes = {"ATEN_CPU_CAPABILITY": "avx2", "ODCONV_CACHE": str(tmp_path)}
+    changes = {"CXX": compiler, "ATEN_CPU_CAPABILITY": capability, "ODCONV_CACHE": str(tmp_path)}
     run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout
     assert "skipped" not in run.stdout

@@ -8,7 +8,7 @@ from odconv.functional import dynamic_conv, per_sample_conv
 from odconv.ops import cpu
 from odconv.ops.contract import Attentions, Geometry
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler, or not x86 with AVX2")
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler, or no processor for it")
 DTYPES = [torch.bfloat16, torch.float16]
 
 # batch, channels, filters, n, map, taps, geometry: odd channels, groups, several blocks of filters and of positions,

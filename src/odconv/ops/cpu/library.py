@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -19,11 +20,14 @@ from odconv.system.files import alone, cache_folder, open_regular, replacing
 SOURCES = Path(__file__).parent
 SHIPPED = SOURCES / "compiled"
 """Where a wheel for one system has the library of each variant."""
-VARIANTS = {  # flags of the compiler, by what torch says of the processor
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq")
+MACHINES: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")},
+    "aarch64": {"neon": ()},  # which all of them have
 }
-VARIANTS["avx512_bf16"] = (*VARIANTS["avx512"], "-mavx512bf16")
+VARIANTS = MACHINES.get(platform.machine(), {})
+"""Flags of the compiler for each variant on machines of this kind; those of x86 are what torch calls the processor."""
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020c000000000000")
 """Flags of all. What is compiled runs with PyTorch from 2.12 on, since it uses the stable ABI of that version."""
 LARGEST = 10**8
@@ -34,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 def variant() -> str | None:
     """Return which variant this processor runs, or None."""
+    if "neon" in VARIANTS:
+        return "neon"
     name = torch.backends.cpu.get_cpu_capability().lower()
     if name == "avx512" and torch.cpu._is_avx512_bf16_supported():
         name = "avx512_bf16"

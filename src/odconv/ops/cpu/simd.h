@@ -1,7 +1,11 @@
 // Vectors, the microkernel, and moving numbers about.
 #pragma once
 
+#if defined(__AVX2__)
 #include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -16,13 +20,25 @@ namespace odconv {
 
 using Axes = std::array<int64_t, 3>;
 
+// How many vectors a tile of the microkernel has at most, and most rows for 1, 2, 3 and 4 of them: the sums and their factors fill
+// the registers, of which AVX2 has 16, AVX-512 and NEON 32. On NEON each row's own factor takes one as well.
 #if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, VECTORS = 4;
-constexpr int ROWS[] = {12, 12, 8, 6};  // most rows for 1, 2, 3 and 4 vectors: the sums and their factors fill 32 registers
+constexpr int VECTOR_BYTES = 64, VECTORS = 4, ROWS[] = {12, 12, 8, 6};
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32, VECTORS = 2, ROWS[] = {6, 6, 4, 3};
 #else
-constexpr int VECTOR_BYTES = 32, VECTORS = 2;
-constexpr int ROWS[] = {6, 6};
+constexpr int VECTOR_BYTES = 16, VECTORS = 4, ROWS[] = {12, 10, 7, 5};
 #endif
+
+// These lanes of a and then b, counted through both.
+template <int... L, class V>
+[[gnu::always_inline]] inline V shuffle(V a, V b) {
+#if defined(__clang__)  // GCC has it too, but only from 12 on
+  return __builtin_shufflevector(a, b, L...);
+#else
+  return __builtin_shuffle(a, b, decltype(a < b){L...});
+#endif
+}
 
 template <class T>
 struct Simd {
@@ -30,7 +46,6 @@ struct Simd {
   typedef T Loose __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
   static constexpr int LANES = VECTOR_BYTES / sizeof(T);
   typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Mask __attribute__((vector_size(VECTOR_BYTES)));
-  static Vec shuffle(Vec a, Vec b, Mask mask) { return __builtin_shuffle(a, b, mask); }
   static Vec load(const T* p) { return *reinterpret_cast<const Loose*>(p); }
   static void store(T* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 };
@@ -66,7 +81,7 @@ struct Stored<c10::BFloat16> : Half<c10::BFloat16> {
   static Bits pairs(Vec low, Vec high) {
     typedef uint16_t Both __attribute__((vector_size(VECTOR_BYTES)));
     const Both both = Both(_mm512_cvtne2ps_pbh(__m512(high), __m512(low)));
-    return Bits(__builtin_shuffle(both, Both{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}));
+    return Bits(shuffle<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31>(both, both));
   }
 #else
   static Bits bits(Vec v) {  // rounded to the nearest, of two to the even one; a NaN stays one
@@ -83,9 +98,12 @@ struct Stored<c10::Half> : Half<c10::Half> {
 #if defined(__AVX512F__)
   static Vec widen(Short v) { return Vec(_mm512_cvtph_ps(__m256i(v))); }
   static Short shorts(Vec v) { return Short(_mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT)); }
-#else
+#elif defined(__AVX2__)
   static Vec widen(Short v) { return Vec(_mm256_cvtph_ps(__m128i(v))); }
   static Short shorts(Vec v) { return Short(_mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT)); }
+#else
+  static Vec widen(Short v) { return Vec(vcvt_f32_f16(float16x4_t(v))); }
+  static Short shorts(Vec v) { return Short(vcvt_f16_f32(float32x4_t(v))); }
 #endif
   static Vec load(const c10::Half* p) { return widen(read(p)); }
   static Vec low(Bits pairs) { return widen(__builtin_convertvector(pairs, Short)); }
@@ -142,10 +160,10 @@ Multiply<T> pick(int64_t rows, std::integer_sequence<int, M...>) {
 template <class T>
 Multiply<T> pick(int64_t rows, int vectors) {
   if (vectors == 1) return pick<T, 1>(rows, std::make_integer_sequence<int, ROWS[0]>());
-#if defined(__AVX512F__)
-  if (vectors == 3) return pick<T, 3>(rows, std::make_integer_sequence<int, ROWS[2]>());
-  if (vectors == 4) return pick<T, 4>(rows, std::make_integer_sequence<int, ROWS[3]>());
-#endif
+  if constexpr (VECTORS > 2) {
+    if (vectors == 3) return pick<T, 3>(rows, std::make_integer_sequence<int, ROWS[2]>());
+    if (vectors == 4) return pick<T, 4>(rows, std::make_integer_sequence<int, ROWS[3]>());
+  }
   return pick<T, 2>(rows, std::make_integer_sequence<int, ROWS[1]>());
 }
 
@@ -197,31 +215,26 @@ struct Scratch {
 };
 
 // Swap the H x H blocks off the diagonal of each 2H x 2H square; H = 1, 2, 4 ... together transpose the rows.
-template <class T, int H>
-[[gnu::always_inline]] inline void transpose_step(typename Simd<T>::Vec* rows) {
+template <class T, int H, int... L>
+[[gnu::always_inline]] inline void transpose_step(typename Simd<T>::Vec* rows, std::integer_sequence<int, L...>) {
   using S = Simd<T>;
-  typename S::Mask low, high;
-#pragma GCC unroll 16
-  for (int l = 0; l < S::LANES; ++l) {
-    low[l] = l & H ? S::LANES + l - H : l;
-    high[l] = l & H ? S::LANES + l : l + H;
-  }
 #pragma GCC unroll 16
   for (int i = 0; i < S::LANES; ++i)
     if (!(i & H)) {
       const typename S::Vec a = rows[i], b = rows[i + H];
-      rows[i] = S::shuffle(a, b, low);
-      rows[i + H] = S::shuffle(a, b, high);
+      rows[i] = shuffle<(L & H ? S::LANES + L - H : L)...>(a, b);
+      rows[i + H] = shuffle<(L & H ? S::LANES + L : L + H)...>(a, b);
     }
 }
 
 template <class T>
 [[gnu::always_inline]] inline void transpose(typename Simd<T>::Vec* rows) {
   constexpr int L = Simd<T>::LANES;
-  transpose_step<T, 1>(rows);
-  if constexpr (L > 2) transpose_step<T, 2>(rows);
-  if constexpr (L > 4) transpose_step<T, 4>(rows);
-  if constexpr (L > 8) transpose_step<T, 8>(rows);
+  constexpr std::make_integer_sequence<int, L> lanes{};
+  transpose_step<T, 1>(rows, lanes);
+  if constexpr (L > 2) transpose_step<T, 2>(rows, lanes);
+  if constexpr (L > 4) transpose_step<T, 4>(rows, lanes);
+  if constexpr (L > 8) transpose_step<T, 8>(rows, lanes);
 }
 
 // out[c * out_step + r] = in[r * in_step + c]
