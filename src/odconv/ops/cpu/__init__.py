@@ -1,6 +1,6 @@
 """The compiled backend for the CPU: C++ mixes a tile of kernels and multiplies it while it is in the cache.
 
-A wheel for Linux on x86 brings it along. Else it is compiled at its first use, in about half a minute, kept in the
+A wheel for Linux brings it along. Else it is compiled at its first use, in about half a minute, kept in the
 cache folder (``$ODCONV_CACHE``, else ``$XDG_CACHE_HOME/odconv``, else ``~/.cache/odconv``), and loaded from there
 ever after; library.py sees to that. Where there is no compiler, or the processor is neither x86 with AVX2 nor 64-bit
 ARM, or the system is not Linux, the backends in plain PyTorch give the same results, only slower.
