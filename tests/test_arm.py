@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARM = ROOT / ".venv-arm"
 TESTS = {  # what computes; not what starts processes, compiles networks, or wants packages
-    "test_cpu.py": "large_problems or float32 or threads or strides or operators or attention",
+    "test_cpu.py": "large_problems or float32 or threads or strides or depth_wise or operators or attention",
     "test_half.py": "",
     "test_cells.py": "tile_by_tile or any_cells or gradients or threads or operator",
     "test_dynamic_conv.py": "every_form_is_the_reference or (gradcheck and cpu) or (low_precision and cpu)",

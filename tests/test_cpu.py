@@ -521,7 +521,8 @@ def test_narrower_vectors_and_clang_too(compiler, capability, tmp_path):
     """The kernel as clang or a processor without AVX-512 compiles it, in a process that PyTorch takes for one."""
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler} here")
-    tests = [f"{__file__}::test_large_problems_are_the_reference", f"{__file__}::test_any_strides"]
+    names = ("large_problems_are_the_reference", "any_strides", "depth_wise_layers_train_on_channels_last_maps")
+    tests = [f"{__file__}::test_{name}" for name in names]
     tests += [str(Path(__file__).with_name(name)) for name in ("test_half.py", "test_cells.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     changes = {"CXX": compiler, "ATEN_CPU_CAPABILITY": capability, "ODCONV_CACHE": str(tmp_path)}
