@@ -386,7 +386,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_cells_backward(const Tensor& grad, const
               "grad must be numbers in the dtype of x and with its axes, got shape ", grad.sizes());
   const int64_t filters = grad.size(1), channels = x.size(1), batch = x.size(0);
   const std::vector<int64_t> size = check_cells(x, cells, shares, filters, kernel, stride, padding, dilation);
-  require(grad.sizes() == Shape(size), "grad must have shape ", size, ", got ", grad.sizes());
+  require(is_same(grad.sizes(), size), "grad must have shape ", size, ", got ", grad.sizes());
   const Geometry g = geometry_of(kernel, stride, padding, dilation, 1);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2];
   auto none = [&] { return empty({0}, x.scalar_type()); };
@@ -451,7 +451,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
   const bool plain = weight.size(0) == x.size(0) && !kernel && !spatial && !channel && !filter;
   const bool over_channels = plain && is_over_channels(x, weight, groups);
-  require((are_numbers(x) || over_channels) && grad.sizes() == Shape(size) && grad.scalar_type() == x.scalar_type() && is_strided(grad),
+  require((are_numbers(x) || over_channels) && is_same(grad.sizes(), size) && grad.scalar_type() == x.scalar_type() && is_strided(grad),
               "grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
   const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
   const bool per_sample = !kernel && weight.size(0) > 1;

@@ -32,6 +32,8 @@ inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   return out << "]";
 }
 
+inline bool is_same(const Shape& one, const Shape& other) { return std::equal(one.begin(), one.end(), other.begin(), other.end()); }
+
 // Throw what Python knows as a RuntimeError, unless it holds.
 template <class... Parts>
 void require(bool holds, const Parts&... parts) {
@@ -85,8 +87,8 @@ inline Tensor empty(Shape shape, ScalarType type, Shape order = {}) {
   for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(1, shape[order.empty() ? i : order[i]])) strides[order.empty() ? i : order[i]] = stride;
   AtenTensorHandle made;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  const auto error = aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made);
+  require(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of shape ", shape);
   return Tensor(made);
 }
 
