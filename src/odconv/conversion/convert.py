@@ -98,9 +98,9 @@ def convert(
             name and module. Default: all but stem and shortcuts.
         exclude: which of these to leave, likewise. Default none.
         warm_start: start from the trained weights. False for freshly drawn layers, with the options with which these
-            learn best (:data:`odconv.layers.starts.SETTLED`) where `to` is a word: ODConv with layer norm in the
-            attention and gain 2, ODConv and DyConv with shares times sqrt(n). What you choose goes before, and
-            ``init="published"`` takes none of them.
+            learn best (:data:`odconv.layers.starts.SETTLED`) where `to` is a word: ODConv and CondConv with layer norm
+            in the attention, ODConv with gain 2, ODConv and DyConv with shares times sqrt(n). What you choose goes
+            before, and ``init="published"`` takes none of them.
         **layer_options: options of the layers: `kernel_num`, `reduction`, `attentions`, `norm`, `init` and so on.
 
     Returns:

@@ -35,7 +35,9 @@ itself. Batch norm spreads the images of a batch however alike they are; the oth
 ROUTED = 2.0
 """Squared length of what a router behind layer norm reads: that of 16 hidden units of ODConv at their pace.
 
-Without the norm the pooled features have up to some hundred, and the routing runs away at usual learning rates.
+Without the norm it grows with the number of features, and the routing runs away at usual learning rates.
+
+Rows: accuracy.csv, method=condconv, "start=calm" against "start=settled".
 """
 
 BIAS = 3.0
