@@ -2,13 +2,16 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.detecting runs/static runs/od --data ../shared/data/coco-mini
 
-Each detector's last weights are measured on the images it was trained on. A row for each run goes to
-results/detect_evaluated.csv, and one for each of its epochs, measured on what the run was told to, to
+    python -m benchmarks.detecting --choose large.json --data ../shared/data/coco-mini     # for trainings from nothing
+
+Each detector's last weights are measured on the images it was trained on; `--annotations` says which. A row for each
+run goes to results/detect_evaluated.csv, and one for each of its epochs, measured on what the run was told to, to
 results/detect_training.csv. Machine, versions and commit are those of this command: call it where the run was trained.
 """
 
 import argparse
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from odconv.models.build import split_name
 
 SCORES = ("ap", "ap50", "mask_ap", "mask_ap50")
 KINDS = ("detector", "backbone", "kernel_num", "conventions", "start")
+CLASSES = ("person", "cat", "dog", "train", "pizza", "zebra", "cow", "bed")
+LARGE = 24 / 128
+"""Side of a square as large as an object, over that of the image, from which the object is large."""
 DIGITS = {
     "epoch": 0, "steps": 0, "lr": 6, "temperature": 1, "train_loss": 6, "ap": 4, "ap50": 4, "mask_ap": 4,
     "train_seconds": 6, "val_seconds": 6,
@@ -39,6 +45,22 @@ def describe(options: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def choose_large(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a file of COCO's annotations in which all objects of CLASSES are large, and no crowds."""
+    wanted = {one["id"] for one in content["categories"] if one["name"] in CLASSES}
+    area = {one["id"]: one["width"] * one["height"] for one in content["images"]}
+    large: dict[int, bool] = {}
+    for one in content["annotations"]:
+        if one["category_id"] in wanted:
+            fits = not one["iscrowd"] and one["area"] >= LARGE**2 * area[one["image_id"]]
+            large[one["image_id"]] = fits and large.get(one["image_id"], True)
+    kept = {image for image, fits in large.items() if fits}
+    return content | {
+        "images": [one for one in content["images"] if one["id"] in kept],
+        "annotations": [one for one in content["annotations"] if one["image_id"] in kept],
+    }
+
+
 def epochs(folder: Path) -> list[dict[str, str]]:
     """Return a row for each epoch of a run."""
     with (folder / "metrics.csv").open(newline="") as file:
@@ -50,12 +72,16 @@ def epochs(folder: Path) -> list[dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
+    parser.add_argument("--choose", type=Path, help="where to write the annotations of images of large objects alone")
     parser.add_argument("--data", required=True, help="folder of a data set in COCO's format")
     parser.add_argument("--images", default="train2017", help="folder of the images that are measured on")
     parser.add_argument("--annotations", default="annotations/instances_train2017.json", help="annotations of these")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the two CSV files")
     args = parser.parse_args()
+    if args.choose:
+        args.choose.write_text(json.dumps(choose_large(json.loads((Path(args.data) / args.annotations).read_text()))))
+        return
     evaluated = Sheet(args.results / "detect_evaluated.csv", KINDS)
     training = Sheet(args.results / "detect_training.csv", (*KINDS, "epoch"))
     for folder in args.runs:

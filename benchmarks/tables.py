@@ -149,15 +149,17 @@ def detectors() -> str:
 
 
 def detect_evaluated() -> str:
-    """Detectors trained on a hundred images, and measured on the same."""
-    starts = {"pretrained": "static, pretrained", "warm": "ODConv 4x, warm start"}
+    """Detectors trained on some images, and measured on the same."""
+    starts = {"pretrained": "pretrained", "warm": "warm start", "new": "from nothing"}
 
     def line(one: Row) -> list[str]:
+        backbone = f"{'ODConv 4x' if one['kernel_num'] else 'static'}, {starts[one['start']]}"
         scores = [fixed(one[name], 1) for name in ("ap", "ap50", "mask_ap", "mask_ap50")]
-        return [starts[one["start"]], fixed(one["train_loss"], 2), *scores, fixed(one["fastest_epoch_seconds"], 0)]
+        seconds = fixed(one["fastest_epoch_seconds"], 0)
+        return [backbone, one["images"], one["epochs"], fixed(one["train_loss"], 2), *scores, seconds]
 
-    columns = ["backbone", "loss at the end", "box AP", "AP50", "mask AP", "AP50", "seconds of its fastest epoch"]
-    return table(columns, map(line, rows("detect_evaluated")))
+    columns = ["backbone", "images", "epochs", "loss at the end", "box AP", "AP50", "mask AP", "AP50"]
+    return table([*columns, "seconds of its fastest epoch"], map(line, rows("detect_evaluated")))
 
 
 def accelerating() -> str:
