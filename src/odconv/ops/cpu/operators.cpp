@@ -79,13 +79,13 @@ std::vector<int64_t> check_geometry(const Tensor& x, int64_t filters, Shape kern
     return values.size() == axes && std::all_of(values.begin(), values.end(), [&](int64_t v) { return least <= v && v < MOST; });
   };
   require(within(kernel, 1) && within(stride, 1) && within(padding, 0) && within(dilation, 1), "kernel size ", kernel,
-              ", stride ", stride, ", padding ", padding, " and dilation ", dilation, " must have ", axes,
-              " numbers each, of at least 1, 1, 0 and 1");
+          ", stride ", stride, ", padding ", padding, " and dilation ", dilation, " must have ", axes,
+          " numbers each, of at least 1, 1, 0 and 1");
   std::vector<int64_t> size = {x.size(0), filters};
   for (size_t a = 0; a < axes; ++a) {
     const int64_t reach = dilation[a] * (kernel[a] - 1) + 1, extent = x.size(a + 2) + 2 * padding[a];
     require(x.size(a + 2) < MOST && reach <= extent, "a kernel that reaches over ", reach, " does not fit a padded map of ",
-                extent);
+            extent);
     size.push_back((extent - reach) / stride[a] + 1);
   }
   return size;
@@ -96,18 +96,18 @@ std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional
                            const Optional& channel, const Optional& filter, const Numbers& stride, const Numbers& padding,
                            const Numbers& dilation, int64_t groups) {
   require((are_numbers(x) || (is_half(x) && is_strided(x))) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0,
-              "x must have 1, 2 or 3 axes of space, numbers of floating point, and some of them, got shape ", x.sizes());
+          "x must have 1, 2 or 3 axes of space, numbers of floating point, and some of them, got shape ", x.sizes());
   require(weight.dim() == x.dim() + 1 && weight.numel() > 0 && is_plain(weight, x) && groups > 0 &&
-                  weight.size(1) % groups == 0 && x.size(1) == weight.size(2) * groups,
-              "x of shape ", x.sizes(), " does not fit a contiguous weight of shape ", weight.sizes(), " and its dtype, in ",
-              groups, " groups");
+              weight.size(1) % groups == 0 && x.size(1) == weight.size(2) * groups,
+          "x of shape ", x.sizes(), " does not fit a contiguous weight of shape ", weight.sizes(), " and its dtype, in ",
+          groups, " groups");
   const int64_t batch = x.size(0), taps = weight.numel() / (weight.size(0) * weight.size(1) * weight.size(2));
   auto fits = [&](const Optional& tensor, int64_t size) {
     return !tensor || (tensor->dim() > 1 && tensor->size(0) == batch && tensor->numel() == batch * size && is_plain(*tensor, x));
   };
   require(fits(kernel, weight.size(0)) && fits(spatial, taps) && fits(channel, x.size(1)) && fits(filter, weight.size(1)) &&
-                  (kernel || weight.size(0) == 1 || weight.size(0) == batch),
-              "attentions do not fit x of shape ", x.sizes(), " and a weight of shape ", weight.sizes());
+              (kernel || weight.size(0) == 1 || weight.size(0) == batch),
+          "attentions do not fit x of shape ", x.sizes(), " and a weight of shape ", weight.sizes());
   return check_geometry(x, weight.size(1), weight.sizes().slice(3), stride, padding, dilation);
 }
 
@@ -123,7 +123,7 @@ int64_t outputs_of(const Numbers& sizes) {
 
 Tensor pool_checked(const Tensor& x) {
   require((are_numbers(x) || (is_half(x) && is_strided(x))) && x.dim() > 2 && x.numel() > 0,
-              "x must be a map of numbers of floating point, got shape ", x.sizes());
+          "x must be a map of numbers of floating point, got shape ", x.sizes());
   return pool(x);
 }
 
@@ -131,9 +131,9 @@ std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, con
                                    const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Numbers& sizes,
                                    const std::vector<double>& gains, int64_t softmax, const Optional& temperature) {
   require(are_numbers(pooled) && pooled.dim() == 2 && pooled.size(1) > 0 && pooled.is_contiguous(),
-              "pooled must be contiguous numbers (B, C), got shape ", pooled.sizes());
+          "pooled must be contiguous numbers (B, C), got shape ", pooled.sizes());
   require(!weights.empty() && (weights[0].scalar_type() == pooled.scalar_type() || (is_half(weights[0]) && pooled.scalar_type() == ScalarType::Float)),
-              "the layers of the attention must have the dtype of pooled, or 16 bits beside float32");
+          "the layers of the attention must have the dtype of pooled, or 16 bits beside float32");
   const int64_t hidden = fc && fc->dim() > 0 ? fc->size(0) : pooled.size(1), outputs = outputs_of(sizes);
   auto fits = [&](const Tensor& tensor, int64_t rows, int64_t columns) {
     return tensor.dim() > 0 && tensor.size(0) == rows && rows > 0 && tensor.numel() == rows * columns && is_plain(tensor, weights[0]);
@@ -148,7 +148,7 @@ std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, con
   }
   require(all, "the layers of the attention do not fit pooled of shape ", pooled.sizes(), " and each other");
   require(!temperature || (temperature->scalar_type() == ScalarType::Float && temperature->numel() == 1 && temperature->is_cpu()),
-              "temperature must be one number in float32");
+          "temperature must be one number in float32");
   return attend(pooled, fc, norm, groups, eps, {weights, biases, sizes, gains, softmax}, temperature);
 }
 
@@ -182,8 +182,8 @@ Kernels<T> kernels_of(const Tensor& weight, int64_t groups, bool per_sample) {
 // Kernels packed for conv_half, or nothing where that does not take them.
 Tensor pack_kernels(const Tensor& weight, int64_t groups) {
   require(weight.dim() > 3 && weight.dim() < 7 && weight.numel() > 0 && is_half(weight) && weight.is_contiguous() && groups > 0 &&
-                  weight.size(1) % groups == 0,
-              "weight must be contiguous numbers of 16 bits (n, O, C / groups, ...), got shape ", weight.sizes());
+              weight.size(1) % groups == 0,
+          "weight must be contiguous numbers of 16 bits (n, O, C / groups, ...), got shape ", weight.sizes());
   if (!on_matrix_units(weight.scalar_type(), weight.size(2), groups) || (weight.size(1) == groups && weight.size(2) == 1))
     return empty({0}, weight.scalar_type());
   Tensor out;
@@ -208,8 +208,8 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_of<T>(weight, g.groups, per_sample);
     require(!packed || (!per_sample && is_plain(*packed, x) &&
-                            packed->numel() == g.groups * packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps).from.back()),
-                "packed must be what pack makes of weight");
+                        packed->numel() == g.groups * packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps).from.back()),
+            "packed must be what pack makes of weight");
     convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, numbers<T>(packed), g.groups, gates, epilogue_of<float>(extras),
                      x.size(0), forward_phase(g, three(Shape(size).slice(2), 1)), out.mutable_data_ptr<T>());
   };
@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, con
                                       bool means, const Optional& packed) {
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
   require(!bias || (bias->dim() == 2 && (bias->size(0) == 1 || bias->size(0) == size[0]) && bias->size(1) == size[1] && is_plain(*bias, x)),
-              "bias must be contiguous numbers (1 or B, O) in the dtype of x");
+          "bias must be contiguous numbers (1 or B, O) in the dtype of x");
   const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
   const bool over_channels = is_over_channels(x, weight, groups);
   if (is_half(x) && !over_channels && !on_matrix_units(x.scalar_type(), weight.size(2), groups)) {
@@ -332,16 +332,16 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Optional& kernel, const
 std::vector<int64_t> check_cells(const Tensor& x, const Tensor& cells, const Tensor& shares, int64_t filters, const Numbers& kernel,
                                  const Numbers& stride, const Numbers& padding, const Numbers& dilation) {
   require(are_numbers(x) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0, "x must have 1, 2 or 3 axes of space, "
-              "numbers in float32 or float64, and some of them, got shape ", x.sizes());
+          "numbers in float32 or float64, and some of them, got shape ", x.sizes());
   const std::vector<int64_t> size = check_geometry(x, filters, kernel, stride, padding, dilation);
   require(cells.dim() == x.dim() + 1 && cells.numel() > 0 && cells.numel() == cells.size(0) * cells.size(1) * cells.size(2) &&
-                  is_plain(cells, x) && filters > 0 && filters % cells.size(1) == 0 && x.size(1) % cells.size(2) == 0,
-              "cells of shape ", cells.sizes(), " do not make kernels of ", filters, " filters for x of shape ", x.sizes());
+              is_plain(cells, x) && filters > 0 && filters % cells.size(1) == 0 && x.size(1) % cells.size(2) == 0,
+          "cells of shape ", cells.sizes(), " do not make kernels of ", filters, " filters for x of shape ", x.sizes());
   int64_t pieces = filters / cells.size(1) * (x.size(1) / cells.size(2));
   for (int64_t taps : kernel) pieces *= taps;
   require(shares.dim() == 3 && shares.size(0) == x.size(0) && shares.size(1) == pieces && shares.size(2) == cells.size(0) &&
-                  is_plain(shares, x),
-              "shares must have shape (B, ", pieces, ", ", cells.size(0), "), got ", shares.sizes());
+              is_plain(shares, x),
+          "shares must have shape (B, ", pieces, ", ", cells.size(0), "), got ", shares.sizes());
   return size;
 }
 
@@ -383,7 +383,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_cells_backward(const Tensor& grad, const
                                                        const Numbers& kernel, const Numbers& stride, const Numbers& padding,
                                                        const Numbers& dilation, bool to_x, bool to_kernels) {
   require(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() && is_strided(grad),
-              "grad must be numbers in the dtype of x and with its axes, got shape ", grad.sizes());
+          "grad must be numbers in the dtype of x and with its axes, got shape ", grad.sizes());
   const int64_t filters = grad.size(1), channels = x.size(1), batch = x.size(0);
   const std::vector<int64_t> size = check_cells(x, cells, shares, filters, kernel, stride, padding, dilation);
   require(is_same(grad.sizes(), size), "grad must have shape ", size, ", got ", grad.sizes());
@@ -452,7 +452,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
   const bool plain = weight.size(0) == x.size(0) && !kernel && !spatial && !channel && !filter;
   const bool over_channels = plain && is_over_channels(x, weight, groups);
   require((are_numbers(x) || over_channels) && is_same(grad.sizes(), size) && grad.scalar_type() == x.scalar_type() && is_strided(grad),
-              "grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
+          "grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
   const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
   const bool per_sample = !kernel && weight.size(0) > 1;
   const int64_t n = per_sample ? 1 : weight.size(0), batch = x.size(0), filters = weight.size(1) / groups, channels = weight.size(2);
