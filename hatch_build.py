@@ -16,6 +16,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 class CompiledKernels(BuildHookInterface):
     """Puts a library of each variant of the kernel into the wheel."""
 
+    folder: tempfile.TemporaryDirectory[str] | None = None
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and say for which system the wheel is."""
         if version != "standard" or os.environ.get("ODCONV_COMPILED") != "1":
@@ -23,10 +25,16 @@ class CompiledKernels(BuildHookInterface):
         sys.path.insert(0, str(Path(self.root, "src")))
         from odconv.ops.cpu import library
 
-        folder = Path(tempfile.mkdtemp())
+        self.folder = tempfile.TemporaryDirectory()  # until the wheel is written
+        folder = Path(self.folder.name)
         for name in library.VARIANTS:
             library.compile_to(folder / f"{name}.so", library.command_for(name))
             place = (library.SHIPPED / f"{name}.so").relative_to(Path(self.root, "src"))
             build_data["force_include"][str(folder / f"{name}.so")] = str(place)
         system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data |= {"pure_python": False, "tag": f"py3-none-{system}"}
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove what was compiled, which the wheel holds now."""
+        if self.folder is not None:
+            self.folder.cleanup()

@@ -11,7 +11,8 @@ In shapes: B batch, n kernels, O filters, C channels, g groups, k taps of a kern
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,12 +109,16 @@ def grouped(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometr
 
 def pointwise(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
     """Multiply the map of each sample with its mixed kernel of one tap, without groups and padding, in x's layout."""
-    for axis, stride in enumerate(geometry.stride, start=2):
-        x = x[(slice(None),) * axis + (slice(None, None, stride),)] if stride > 1 else x
+    x = x[every(geometry.stride)]
     mixed = mixed_kernels(weight, attentions, 1).flatten(2).expand(x.shape[0], -1, -1)  # (B, O, C)
     if has_channels_last(x):
         return (rows_of(x) @ mixed.mT).unflatten(1, x.shape[2:]).movedim(-1, 1)
     return (mixed @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def every(stride: Sequence[int]) -> Any:
+    """Return an index of the positions of a map that one tap meets."""
+    return (..., *(slice(None, None, step) for step in stride))
 
 
 def has_channels_last(x: Tensor) -> bool:

@@ -200,8 +200,7 @@ def pointwise_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of a kernel of one tap for each sample, without groups, by matrix products."""
     kernels, none = mixed.flatten(2), x.new_empty(0)
-    every: Any = (..., *(slice(None, None, stride) for stride in geometry.stride))  # position that the tap meets
-    met = x[every]
+    met = x[eager.every(geometry.stride)]
     last = eager.has_channels_last(x)
     x_grad = mixed_grad = none
     if to_x and last:
@@ -210,7 +209,7 @@ def pointwise_backward(
         x_grad = (kernels.mT @ grad.flatten(2)).unflatten(2, grad.shape[2:])
     if to_x and met.shape != x.shape:
         whole = torch.zeros_like(x)
-        whole[every] = x_grad
+        whole[eager.every(geometry.stride)] = x_grad
         x_grad = whole
     if to_mixed:
         mixed_grad = eager.rows_of(grad).mT @ eager.rows_of(met) if last else grad.flatten(2) @ met.flatten(2).mT

@@ -17,7 +17,6 @@
 
 namespace odconv {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::get_num_threads;
 using torch::stable::parallel_for;
