@@ -28,7 +28,9 @@ class CompiledKernels(BuildHookInterface):
         self.folder = tempfile.TemporaryDirectory()  # until the wheel is written
         folder = Path(self.folder.name)
         for name in library.VARIANTS:
-            library.compile_to(folder / f"{name}.so", library.command_for(name))
+            command = library.command_for(name)
+            library.check_compiler(command)
+            library.compile_to(folder / f"{name}.so", command)
             place = (library.SHIPPED / f"{name}.so").relative_to(Path(self.root, "src"))
             build_data["force_include"][str(folder / f"{name}.so")] = str(place)
         system = sysconfig.get_platform().replace("-", "_").replace(".", "_")

@@ -80,8 +80,7 @@ def build() -> Path:
     library = cache_folder() / f"cpu-{hashlib.sha256(' '.join(made_of).encode()).hexdigest()[:16]}.so"
     if _is_sound(library):
         return library
-    if shutil.which(command[0]) is None:
-        raise FileNotFoundError(f"no C++ compiler {command[0]!r} (environment variable CXX names another)")
+    check_compiler(command)
     library.parent.mkdir(parents=True, exist_ok=True)
     with alone(library):
         if not _is_sound(library):  # nobody was quicker
@@ -105,6 +104,12 @@ def command_for(name: str) -> list[str]:
         *(os.environ.get("CXX", "g++"), *FLAGS, *VARIANTS[name]),
         *(*places, str(SOURCES / "operators.cpp"), "-ltorch_cpu"),
     ]
+
+
+def check_compiler(command: list[str]) -> None:
+    """Raise a FileNotFoundError unless there is the compiler of a command."""
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(f"no C++ compiler {command[0]!r} (environment variable CXX names another)")
 
 
 def compile_to(path: Path, command: list[str]) -> None:
