@@ -1,11 +1,13 @@
 """The compiled kernel in bfloat16 and float16: as near to float64 as rounding allows, in any layout, for any batch."""
 
+import copy
+
 import pytest
 import torch
 
 import odconv
 from odconv.functional import dynamic_conv, per_sample_conv
-from odconv.ops import cpu
+from odconv.ops import cpu, policy
 from odconv.ops.contract import Attentions, Geometry
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler, or no processor for it")
@@ -90,18 +92,69 @@ def test_a_kernel_for_each_sample(groups, dtype):
     assert error(per_sample_conv(x, weight, bias=bias, **given, backend="cpu"), exact) < torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [PROBLEMS[1], PROBLEMS[3], *PROBLEMS[11:]], ids=str)
-def test_gradients_are_as_near_to_float64_as_rounding_allows(shape, dtype):
+def test_gradients_are_as_near_to_float64_as_rounding_allows(shape, dtype, backend):
     *sizes, geometry = shape
     tensors = {name: t.requires_grad_() for name, t in problem(*sizes, geometry, dtype, True).items()}
     exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
     wanted = dynamic_conv(**exact, **geometry, backend="reference")
     upstream = torch.randn_like(wanted)
-    found = torch.autograd.grad(dynamic_conv(**tensors, **geometry), list(tensors.values()), upstream.to(dtype))
+    y = dynamic_conv(**tensors, **geometry, backend=backend)
+    found = torch.autograd.grad(y, list(tensors.values()), upstream.to(dtype))
     for value, gradient in zip(found, torch.autograd.grad(wanted, list(exact.values()), upstream), strict=True):
         assert value.dtype == dtype
         assert error(value, gradient) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("processor", "backends"),
+    [
+        # large and small map of 3x3 taps, few positions, large and small map of one tap, a batch of one
+        ({"has_bfloat16": False, "has_matrix_units": False}, ["cpu"] * 6),
+        (
+            {"has_bfloat16": True, "has_matrix_units": False},
+            ["grouped", "cpu", "shared", "pointwise", "cpu", "single"],
+        ),
+        (
+            {"has_bfloat16": True, "has_matrix_units": True},
+            ["grouped", "product", "shared", "pointwise", "pointwise", "single"],
+        ),
+    ],
+    ids=["neither", "bfloat16", "matrix units"],
+)
+def test_the_backend_of_a_training_in_bfloat16_is_that_of_the_processor(processor, backends, monkeypatch):
+    for name, value in processor.items():
+        monkeypatch.setattr(policy.cpu if name == "has_matrix_units" else policy, name, lambda value=value: value)
+    weight = torch.zeros(2, 256, 64, 3, 3, dtype=torch.bfloat16)
+    calls = [(8, 20, 3), (8, 12, 3), (8, 4, 3), (8, 20, 1), (8, 12, 1), (1, 20, 3)]
+    for (batch, size, taps), backend in zip(calls, backends, strict=True):
+        x = torch.zeros(batch, 64, size, size, dtype=torch.bfloat16)
+        geometry = Geometry((1, 1), (taps // 2,) * 2, (1, 1), 1)
+        kernels = weight[..., :taps, :taps]
+        assert policy.choose(x, kernels, geometry, True).backend == backend
+        assert policy.choose(x.half(), kernels.half(), geometry, True).backend == "cpu"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [20, 12, 4])
+def test_autocast_rounds_kernels_in_training_no_more_than_it_must(size, dtype):
+    torch.manual_seed(0)
+    layer = odconv.ODConv2d(64, 256, 3, padding=1, kernel_num=2, norm="layer")
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(8, 64, size, size)
+    upstream = torch.randn(8, 256, size, size).to(dtype)
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    y.backward(upstream)
+    wanted = exact(x.double())
+    wanted.backward(upstream.double())
+    assert error(y, wanted.detach()) < torch.finfo(dtype).eps
+    for parameter, like in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert parameter.grad.dtype == torch.float32
+        assert error(parameter.grad, like.grad) < 4 * torch.finfo(dtype).eps
 
 
 def test_not_a_number_stays_one():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from odconv.ops import cpu, eager, flops, traced, tuning
 from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, per_axis
 from odconv.ops.epilogue import NO_EPILOGUE, Epilogue, Finished, activate, finish
-from odconv.ops.policy import EAGER, choose, is_differentiated, is_pointwise, log_choice
+from odconv.ops.policy import EAGER, choose, is_better_unrounded, is_differentiated, is_pointwise, log_choice
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
 from odconv.ops.triton import triton_conv
@@ -168,11 +168,16 @@ def compute(
     """
     flops.watch()
     dtype = compute_dtype(x, weight)
+    differentiated = is_differentiated(x, weight, *attentions)
+    n = None if per_sample else weight.shape[0]
+    if differentiated and backend == "auto" and is_better_unrounded(x, weight, geometry, n, dtype):
+        with torch.autocast(x.device.type, enabled=False):
+            y = compute(x.float(), weight, attentions, bias, geometry, per_sample=per_sample, epilogue=epilogue)
+        return y.to(dtype)
     if x.dtype != dtype or weight.dtype != dtype:
         x, weight = x.to(dtype), weight.to(dtype)
     attentions = Attentions(*(a if a is None or a.dtype == dtype else a.to(dtype) for a in attentions))
 
-    differentiated = is_differentiated(x, weight, *attentions)
     if backend == "auto":
         choice = choose(x, weight, geometry, differentiated, per_sample)
         if tuning.applies(x, weight, x.device):

@@ -77,7 +77,7 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
     """Return the backend of a call that computes now, or is compiled; n is None per sample."""
     if x.shape[0] == 0:
         return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
-    if x.dtype in cpu.HALF and is_better_in_plain(x, weight, geometry, differentiated):
+    if x.dtype in cpu.HALF and is_better_in_plain(x, weight, geometry, n, x.dtype, differentiated):
         return choose_plain(x, weight, geometry, n)
     positions = (n or 1) * positions_of(x, geometry)
     few = n is not None and geometry.groups == 1 and positions <= FEWEST_POSITIONS
@@ -145,30 +145,44 @@ def is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
     return math.prod(weight.shape[3:]) == geometry.groups == 1 and not any(geometry.padding)
 
 
-def is_better_in_plain(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) -> bool:
+def is_better_in_plain(
+    x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, dtype: torch.dtype, differentiated: bool
+) -> bool:
     """Return whether PyTorch, by oneDNN, computes in 16 bits faster than the compiled kernel, which is not depth-wise.
 
-    That has matrix units (AMX) forward alone; without them it computes in float32, and oneDNN in bfloat16 where the
-    processor does.
+    That has matrix units (AMX) forward alone, and else computes in float32, where oneDNN multiplies in bfloat16 if the
+    processor does. What is gained by it plain PyTorch loses again on small maps, unless they have few positions.
     """
     if torch.compiler.is_compiling() or cpu.is_depthwise(weight, geometry.groups):
         return False
-    if x.dtype == torch.bfloat16 and has_bfloat16():
-        return differentiated or not has_matrix_units()
-    large_pointwise = math.prod(weight.shape[3:]) == 1 and x.shape[0] > 1 and not is_small(x, weight, geometry)
-    return differentiated and not large_pointwise
+    if dtype != torch.bfloat16 or not has_bfloat16():
+        return False
+    if cpu.has_matrix_units():
+        return differentiated
+    kernels = n if n is not None and differentiated else 1
+    few = kernels * positions_of(x, geometry) <= FEW_POSITIONS and not is_pointwise(weight, geometry)
+    return x.shape[0] == 1 or few or not is_small(x, weight, geometry)
+
+
+def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, dtype: torch.dtype) -> bool:
+    """Return whether a training in 16 bits computes a layer in float32, for which autocast need not round its kernels.
+
+    Args:
+        x, weight, geometry: those of the operator, before they are cast.
+        n: kernels that are mixed; None if each sample has its own.
+        dtype: what autocast wants.
+    """
+    if dtype not in cpu.HALF or weight.dtype != torch.float32 or x.shape[0] == 0:
+        return False
+    if (dtype == torch.bfloat16 and cpu.has_matrix_units()) or cpu.is_depthwise(weight, geometry.groups):
+        return False
+    return cpu.fits(x, weight, geometry, True) and not is_better_in_plain(x, weight, geometry, n, dtype, True)
 
 
 @cache
 def has_bfloat16() -> bool:
     """Return whether the processor multiplies numbers in bfloat16."""
     return torch.cpu._is_avx512_bf16_supported()
-
-
-@cache
-def has_matrix_units() -> bool:
-    """Return whether the processor multiplies matrices in bfloat16 (AMX)."""
-    return torch.cpu._is_amx_tile_supported()
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:

@@ -111,6 +111,12 @@ def fits(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) ->
     return (groups == 1 or min(weight.shape[1] // groups, weight.shape[2]) >= WIDE_GROUP) and takes(x)
 
 
+@cache
+def has_matrix_units() -> bool:
+    """Return whether the processor multiplies matrices in bfloat16 (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def is_depthwise(weight: Tensor, groups: int) -> bool:
     """Return whether each group has one channel and one filter."""
     return groups == weight.shape[1] and weight.shape[2] == 1
@@ -293,10 +299,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wide = ctx.geometry.groups >= WIDE_GROUP and runs_over_channels(tensors[0])
         differentiate = backward_per_sample if wide else grouped_backward
         found = depthwise_gradients(grad, tensors, ctx.geometry, needs, differentiate)
-    elif grad.dtype in HALF:
+    elif grad.dtype == torch.bfloat16 and has_matrix_units():
         found = mixture_gradients(grad, tensors, ctx.geometry, needs)
     else:
-        found = torch.ops.odconv.conv_backward(grad, *tensors, *ctx.geometry, needs[0], any(needs[1:]))
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        operands = [None if tensor is None else tensor.to(exact) for tensor in (grad, *tensors)]
+        found = torch.ops.odconv.conv_backward(*operands, *ctx.geometry, needs[0], any(needs[1:]))
+        found = [tensor.to(grad.dtype) for tensor in found]
     to_bias = None
     if ctx.needs_input_grad[10]:
         to_bias = grad.flatten(2).sum(2)
