@@ -5,6 +5,8 @@
     python benchmarks/layers.py --forms cpu product grouped    named backends of the operator beside the chosen one
     python benchmarks/layers.py --models od_resnet18 --size 32 --batch 8 64 --forms cpu shared product grouped \\
         --out benchmarks/results/layers_small_maps.csv         the maps of small images
+    python benchmarks/layers.py --models od_resnet18 od_mobilenetv2_100 --batch 4 16 --dtype bfloat16 --train \\
+        --forms cpu grouped product pointwise --out benchmarks/results/layers_bfloat16.csv
 
 What is timed is the operator, its attentions given. Rows whose attentions are "kernel" have no other: ours is compared
 with timm's CondConv2d there, where timm is installed. Rows go to results/layers_MODE.csv as they come, the picture
@@ -30,8 +32,9 @@ from odconv.layers import DynamicConv
 from odconv.ops import BACKENDS
 from odconv.ops.contract import Attentions, Geometry
 from odconv.ops.dynamic_conv import compute
+from odconv.ops.policy import is_pointwise
 
-KEYS = ("layer", "kernel_num", "attentions", "batch", "mode", "form")
+KEYS = ("layer", "kernel_num", "attentions", "batch", "mode", "dtype", "form")
 Run = Callable[[], Any]
 TARGET = 1.05  # of the published form's time
 
@@ -69,18 +72,23 @@ def layers_of(models: Sequence[str], n: int, size: int) -> list[Layer]:
     return sorted(found.values(), key=lambda layer: (-layer.x[1], layer.geometry.groups > 1, -layer.weight[-1]))
 
 
-def tensors_of(layer: Layer, batch: int, train: bool) -> tuple[Tensor, Tensor, Attentions]:
-    """Random x, weight and attentions."""
+def tensors_of(layer: Layer, batch: int, dtype: torch.dtype, train: bool) -> tuple[Tensor, Tensor, Attentions]:
+    """Random x, weight and attentions; maps of 16 bits are channels-last, which they are fastest in."""
     fan_in = math.prod(layer.weight[2:])
-    x = torch.randn(batch, *layer.x, requires_grad=train)
-    weight = (torch.randn(layer.weight) / fan_in**0.5).requires_grad_(train)
-    gates = {name: torch.rand(batch, *shape, requires_grad=train) for name, shape in layer.attentions.items()}
+    layout = torch.contiguous_format if dtype == torch.float32 else torch.channels_last
+    x = torch.randn(batch, *layer.x).to(dtype, memory_format=layout).requires_grad_(train)
+    weight = (torch.randn(layer.weight) / fan_in**0.5).to(dtype).requires_grad_(train)
+    gates = {
+        name: torch.rand(batch, *shape, dtype=dtype, requires_grad=train) for name, shape in layer.attentions.items()
+    }
     return x, weight, Attentions(**gates)
 
 
-def contenders(layer: Layer, batch: int, forms: Sequence[str], train: bool) -> dict[tuple[str, str], Run]:
+def contenders(
+    layer: Layer, batch: int, forms: Sequence[str], dtype: torch.dtype, train: bool
+) -> dict[tuple[str, str], Run]:
     """What is timed, by attentions and form."""
-    x, weight, attentions = tensors_of(layer, batch, train)
+    x, weight, attentions = tensors_of(layer, batch, dtype, train)
     geometry = layer.geometry
     static = weight[0].detach().clone().requires_grad_(train)
     given = (x, weight, attentions, None, geometry)
@@ -92,13 +100,15 @@ def contenders(layer: Layer, batch: int, forms: Sequence[str], train: bool) -> d
     }
     for form in forms:
         dense = form in ("shared", "product")  # which would unfold every channel of a depth-wise layer by itself
-        if not (form == "single" and batch > 1) and not (dense and geometry.groups > 1):
+        impossible = (form == "single" and batch > 1) or (form == "pointwise" and not is_pointwise(weight, geometry))
+        if not impossible and not (dense and geometry.groups > 1):
             runs["all", form] = (partial(compute, *given, backend=form), leaves)
     if attentions.kernel is not None:
         alone = Attentions(attentions.kernel)
         runs["kernel", "auto"] = (partial(compute, x, weight, alone, None, geometry), [x, weight, alone.kernel])
         timm = timm_condconv(layer)
         if timm is not None:
+            timm.to(dtype)
             runs["kernel", "timm"] = (partial(timm, x, alone.kernel), [x, timm.weight, alone.kernel])
     if not train:
         return {key: run for key, (run, _) in runs.items()}
@@ -141,6 +151,7 @@ def main() -> None:
     parser.add_argument("--kernel_num", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--forms", nargs="+", choices=BACKENDS, default=[], help="named forms to time besides")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--train", action="store_true", help="forward and backward")
     parser.add_argument("--seconds", type=float, default=0.4, help="time for each comparison, after warming up")
     parser.add_argument("--out", type=Path, help="CSV to write; default benchmarks/results/layers_MODE.csv")
@@ -152,8 +163,11 @@ def main() -> None:
         for layer in layers_of(args.models, n, args.size):
             for batch in args.batch:
                 with torch.inference_mode(not args.train):
-                    times = alternate(contenders(layer, batch, args.forms, args.train), args.seconds)
-                rows = rows_of(times, {"layer": str(layer), "kernel_num": n, "batch": batch, "mode": mode})
+                    times = alternate(
+                        contenders(layer, batch, args.forms, getattr(torch, args.dtype), args.train), args.seconds
+                    )
+                keys = {"layer": str(layer), "kernel_num": n, "batch": batch, "mode": mode, "dtype": args.dtype}
+                rows = rows_of(times, keys)
                 sheet.add([row | where for row in rows])
                 line = f"{layer!s:32s} n={n} batch {batch:3d} {mode}, static {rows[0]['median_ms']:8.3f} ms:"
                 for row in rows[1:]:

@@ -128,7 +128,7 @@ def test_the_backend_of_a_training_in_bfloat16_is_that_of_the_processor(processo
     for name, value in processor.items():
         monkeypatch.setattr(policy.cpu if name == "has_matrix_units" else policy, name, lambda value=value: value)
     weight = torch.zeros(2, 256, 64, 3, 3, dtype=torch.bfloat16)
-    calls = [(8, 20, 3), (8, 12, 3), (8, 4, 3), (8, 20, 1), (8, 12, 1), (1, 20, 3)]
+    calls = [(8, 20, 3), (8, 12, 3), (8, 4, 3), (8, 20, 1), (8, 7, 1), (1, 20, 3)]
     for (batch, size, taps), backend in zip(calls, backends, strict=True):
         x = torch.zeros(batch, 64, size, size, dtype=torch.bfloat16)
         geometry = Geometry((1, 1), (taps // 2,) * 2, (1, 1), 1)

@@ -151,7 +151,12 @@ def is_better_in_plain(
     """Return whether PyTorch, by oneDNN, computes in 16 bits faster than the compiled kernel, which is not depth-wise.
 
     That has matrix units (AMX) forward alone, and else computes in float32, where oneDNN multiplies in bfloat16 if the
-    processor does. What is gained by it plain PyTorch loses again on small maps, unless they have few positions.
+    processor does. What is gained by it plain PyTorch loses again on small maps: those of kernels of one tap that have
+    few positions, and of larger kernels all but those.
+
+    Rows: layers_bfloat16.csv, batch 16, n = 4, "pointwise" against "cpu": "384->96 14x14 k1 s1 g1" above, and
+    "576->160 7x7 k1 s1 g1" below; "grouped" against "cpu": "128->128 28x28 k3 s1 g1" above, and
+    "256->256 14x14 k3 s1 g1" below; n = 1, "auto" against "cpu": "256->512 14x14 k3 s2 g1" above.
     """
     if torch.compiler.is_compiling() or cpu.is_depthwise(weight, geometry.groups):
         return False
@@ -159,9 +164,11 @@ def is_better_in_plain(
         return False
     if cpu.has_matrix_units():
         return differentiated
+    positions = positions_of(x, geometry)
+    if is_pointwise(weight, geometry):
+        return positions > FEW_POSITIONS or x.shape[0] == 1
     kernels = n if n is not None and differentiated else 1
-    few = kernels * positions_of(x, geometry) <= FEW_POSITIONS and not is_pointwise(weight, geometry)
-    return x.shape[0] == 1 or few or not is_small(x, weight, geometry)
+    return kernels * positions <= FEW_POSITIONS or x.shape[0] == 1 or not is_small(x, weight, geometry)
 
 
 def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, dtype: torch.dtype) -> bool:
