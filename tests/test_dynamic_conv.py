@@ -55,6 +55,23 @@ def test_every_form_is_the_reference(problem, seed):
             torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10, msg=lambda m, form=form: f"{form}: {m}")
 
 
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "single"])
+@pytest.mark.parametrize("present", [["channel", "filter"], ["filter"], ATTENTIONS])
+def test_a_gradient_does_not_depend_on_which_others_are_wanted(form, present):
+    torch.manual_seed(0)
+    tensors = arguments(3, 6, 4, 1, (3, 2), (6, 5), 2, present, "static")
+    names, geometry = [*tensors], {"padding": 1, "stride": (2, 1), "groups": 2}
+    y, *wanted = outcome(dynamic_conv, tensors, **geometry, backend=form)
+    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    for only in [{name} for name in names] + [{*names} - {name} for name in names]:
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name in only)
+        y = dynamic_conv(**tensors, **geometry, backend=form)
+        found = torch.autograd.grad(y, [tensors[name] for name in names if name in only], upstream)
+        expected = [gradient for name, gradient in zip(names, wanted, strict=True) if name in only]
+        torch.testing.assert_close(found, tuple(expected), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("present", [[], ["kernel"], ["channel", "spatial"], ATTENTIONS])
 @pytest.mark.parametrize(("size", "stride"), [((5,), 1), ((4, 3), (2, 1)), ((4, 1, 3), (1, 1, 2)), ((1, 1), 1)])

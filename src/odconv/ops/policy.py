@@ -99,11 +99,12 @@ def choose_plain(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None) -
     has filters. A depth-wise kernel has one filter a group, so it never is.
     """
     small = is_small(x, weight, geometry)
+    products = x.dtype in cpu.HALF and x.device.type == "cpu" and is_pointwise(weight, geometry)
+    if n == 1 and ((small and x.shape[0] == 1) or (products and positions_of(x, geometry) <= FEW_POSITIONS)):
+        return Choice("shared", "one kernel: the small map's columns are scaled, and no kernel")
     if x.shape[0] == 1:
-        if n == 1 and small:
-            return Choice("shared", "one kernel: the small map's columns are scaled, and no kernel")
         return Choice("single", "a batch of one is one ordinary convolution")
-    if x.dtype in cpu.HALF and x.device.type == "cpu" and is_pointwise(weight, geometry):
+    if products:
         return Choice("pointwise", "one tap: a matrix product for each sample")
     if not small:
         return Choice("grouped", "a large map, or few filters a group: unfolding would cost more than a group a sample")
@@ -151,12 +152,13 @@ def is_better_in_plain(
     """Return whether PyTorch, by oneDNN, computes in 16 bits faster than the compiled kernel, which is not depth-wise.
 
     That has matrix units (AMX) forward alone, and else computes in float32, where oneDNN multiplies in bfloat16 if the
-    processor does. What is gained by it plain PyTorch loses again on small maps: those of kernels of one tap that have
-    few positions, and of larger kernels all but those.
+    processor does. What is gained by it plain PyTorch loses again by kernels for each sample on small maps: those of
+    few positions where a kernel has one tap, and all but those where it has more.
 
     Rows: layers_bfloat16.csv, batch 16, n = 4, "pointwise" against "cpu": "384->96 14x14 k1 s1 g1" above, and
     "576->160 7x7 k1 s1 g1" below; "grouped" against "cpu": "128->128 28x28 k3 s1 g1" above, and
-    "256->256 14x14 k3 s1 g1" below; n = 1, "auto" against "cpu": "256->512 14x14 k3 s2 g1" above.
+    "256->256 14x14 k3 s1 g1" below; n = 1, "auto" against "cpu": "256->512 14x14 k3 s2 g1" and
+    "576->160 7x7 k1 s1 g1" above.
     """
     if torch.compiler.is_compiling() or cpu.is_depthwise(weight, geometry.groups):
         return False
@@ -166,7 +168,7 @@ def is_better_in_plain(
         return differentiated
     positions = positions_of(x, geometry)
     if is_pointwise(weight, geometry):
-        return positions > FEW_POSITIONS or x.shape[0] == 1
+        return positions > FEW_POSITIONS or 1 in (n, x.shape[0])
     kernels = n if n is not None and differentiated else 1
     return kernels * positions <= FEW_POSITIONS or x.shape[0] == 1 or not is_small(x, weight, geometry)
 

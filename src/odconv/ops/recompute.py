@@ -13,6 +13,7 @@ from torch import Tensor
 
 from odconv.ops import eager
 from odconv.ops.contract import Attentions, Geometry
+from odconv.ops.reference import CONVOLUTIONS
 
 WORKSPACE = 128 * 2**20  # bytes of mixed kernels, or of columns, at a time; one sample's where that is more
 
@@ -51,9 +52,11 @@ def recomputed(
     """Compute what a backend does, in chunks of samples and with a backward pass that computes it again."""
     differentiate = BACKWARD.get(run)
     numbers = math.prod(weight.shape[1:])
+    gradients = None
     if run is eager.shared:  # which mixes no kernels, but n outputs
         numbers = math.prod(weight.shape[:2]) * math.prod(x.shape[2:])
-    step = Step(run, geometry, numbers, per_sample, differentiate=differentiate)
+        gradients = scaled_gradients if attentions.kernel is attentions.spatial is None else None
+    step = Step(run, geometry, numbers, per_sample, differentiate=differentiate, gradients=gradients)
     return apply(step, x, weight, attentions)
 
 
@@ -139,6 +142,31 @@ def depthwise_gradients(
         None if filter is None else to_both * by_channel[:, :, 0],
     ]
     return [one if one is None else one.to(x.dtype) for one in found]
+
+
+def scaled_gradients(grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients where one kernel convolves all samples, and their maps are scaled before and behind it."""
+    x, weight, _, _, channel, filter = tensors
+    (to_x, to_weight, _, _, to_channel, to_filter), kernel = needs, weight[0]
+    before = None if channel is None else eager.over_map(channel, x)
+    scaled = x if before is None else x * before
+    found: list[Tensor | None] = [None] * len(needs)
+    if to_filter:
+        y = CONVOLUTIONS[x.dim() - 2](scaled, kernel, None, *geometry)
+        found[5] = (grad * y).sum(tuple(range(2, x.dim())))
+    to_y = grad if filter is None else grad * eager.over_map(filter, grad)
+    stride, padding, dilation, groups = geometry
+    to_scaled, to_kernel, _ = torch.ops.aten.convolution_backward(
+        to_y, scaled, kernel, None, stride, padding, dilation, False, [0] * len(stride), groups,
+        [to_x or to_channel, to_weight, False],
+    )  # fmt: skip
+    if to_x:
+        found[0] = to_scaled if before is None else to_scaled * before
+    if to_weight:
+        found[1] = to_kernel[None]
+    if to_channel:
+        found[4] = (to_scaled * x).sum(tuple(range(2, x.dim())))
+    return found
 
 
 def _gradients(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
