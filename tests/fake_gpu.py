@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from odconv.ops import cpu, tuning
+from odconv.ops import cpu
 from odconv.ops.dynamic_conv import BACKENDS, PER_SAMPLE
+from odconv.ops.tuning import cuda, memory
 
 
 class FakeGpu:
@@ -31,10 +32,10 @@ class FakeGpu:
         monkeypatch.setenv("ODCONV_CACHE", str(folder))
         monkeypatch.delenv("ODCONV_TUNE", raising=False)
         monkeypatch.setattr(cpu, "available", lambda: False)
-        monkeypatch.setattr(tuning, "is_timed", lambda device: device.type == "cpu")
-        monkeypatch.setattr(tuning, "is_capturing", lambda: False)
-        monkeypatch.setattr(tuning, "name_device", lambda device: ("Fake GPU", "9.0"))
-        monkeypatch.setattr(tuning, "milliseconds", self.milliseconds)
+        monkeypatch.setattr(cuda, "is_timed", lambda device: device.type == "cpu")
+        monkeypatch.setattr(cuda, "is_capturing", lambda: False)
+        monkeypatch.setattr(cuda, "name_device", lambda device: ("Fake GPU", "9.0"))
+        monkeypatch.setattr(cuda, "milliseconds", self.milliseconds)
         for name in self.costs:
             for backends in (BACKENDS, PER_SAMPLE):
                 if name in backends:
@@ -68,9 +69,9 @@ class FakeGpu:
         self.runs, self.timings = [], 0
 
     @property
-    def memory(self) -> tuning.Memory:
+    def memory(self) -> memory.Memory:
         """What is remembered for the device."""
-        return tuning.memory_of(torch.device("cpu"))
+        return memory.memory_of(torch.device("cpu"))
 
     @property
     def file(self) -> Path:
@@ -81,5 +82,5 @@ class FakeGpu:
 
 def forget() -> None:
     """Forget what this process remembers."""
-    tuning.memory_of.cache_clear()
-    tuning._warned.clear()
+    memory.memory_of.cache_clear()
+    memory._warned.clear()

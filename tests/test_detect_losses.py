@@ -223,7 +223,7 @@ def test_a_masked_pool_sees_no_padding():
                 )
                 means.append(one[:, :rows, :columns].mean((1, 2)))
             expected = torch.stack(means)
-            torch.testing.assert_close(odconv.layers.attention.pool(x, extent, x.dtype), expected)
+            torch.testing.assert_close(odconv.layers.pooling.pool(x, extent, x.dtype), expected)
     assert all(module.extent is None for module in model.modules() if isinstance(module, odconv.layers.Attention))
 
 

@@ -25,6 +25,7 @@ import odconv
 from odconv.functional import dynamic_conv, per_sample_conv
 from odconv.ops import BACKENDS, cpu, triton, tuning
 from odconv.ops.eager import grouped
+from odconv.ops.tuning import cuda, memory, trial
 
 pytestmark = pytest.mark.filterwarnings("error:.*(odconv|backend|tuned)")
 
@@ -63,12 +64,12 @@ def test_the_fastest_is_remembered_and_not_measured_again(gpu):
 def test_what_is_hopeless_is_timed_once_and_the_time_is_bounded(gpu):
     gpu.costs |= {"product": 1.0, "grouped": 1.5, "shared": 2.5}
     call()
-    rounds = math.ceil((tuning.BUDGET - 2.5) / 2.5)
+    rounds = math.ceil((trial.BUDGET - 2.5) / 2.5)
     assert gpu.runs == ["grouped", "shared", "product"] * 2 + ["grouped", "product"] * (rounds - 1) + ["product"]
     gpu.costs |= dict.fromkeys(gpu.costs, 0.001)
     gpu.timings = 0
     call(problem(batch=3))
-    assert gpu.timings == 3 * tuning.ROUNDS
+    assert gpu.timings == 3 * trial.ROUNDS
     gpu.costs |= dict.fromkeys(gpu.costs, 1000.0)
     gpu.timings = 0
     call(problem(batch=9))
@@ -139,7 +140,7 @@ def test_a_batch_of_one_may_take_the_ordinary_convolution(gpu):
 
 
 def test_the_least_recently_met_is_forgotten(gpu, monkeypatch):
-    monkeypatch.setattr(tuning, "REMEMBERED", 2)
+    monkeypatch.setattr(memory, "REMEMBERED", 2)
     first, second, third = (problem(batch=batch) for batch in (1, 2, 3))
     for tensors in (first, second, first, third):
         call(tensors)
@@ -165,15 +166,15 @@ def test_what_a_process_chose_the_next_one_knows(gpu):
 def test_of_another_version_nothing_is_known(name, gpu, monkeypatch):
     call()
     gpu.restart()
-    other = tuning.versions() | {name: "99.0"}
-    monkeypatch.setattr(tuning, "versions", lambda: other)
+    other = memory.versions() | {name: "99.0"}
+    monkeypatch.setattr(memory, "versions", lambda: other)
     call()
     assert gpu.timings > 0
     assert len([*gpu.folder.glob("tuned-*.json")]) == 2
 
 
 def test_versions_are_those_of_what_runs():
-    versions = tuning.versions()
+    versions = memory.versions()
     assert versions["odconv"] == odconv.__version__
     assert versions["torch"] == torch.__version__
     assert (versions["triton"] == "none") == (not triton.INSTALLED)
@@ -208,7 +209,7 @@ BYTES = {
     "no text": lambda text: b"\xff\xfe\x00" + text,
     "deep": lambda text: b"[" * 100_000,
     "long number": lambda text: b"9" * 10_000,
-    "large": lambda text: text + b" " * tuning.LARGEST,
+    "large": lambda text: text + b" " * memory.LARGEST,
 }
 
 
@@ -275,7 +276,7 @@ def test_without_a_home_and_without_locks_it_works(gpu, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(tuning, "cache_folder", homeless)
+    monkeypatch.setattr(memory, "cache_folder", homeless)
     with pytest.warns(UserWarning, match="Could not determine home directory"):
         call()
     assert gpu.runs[-1] == "product"
@@ -283,12 +284,13 @@ def test_without_a_home_and_without_locks_it_works(gpu, monkeypatch):
 
 WRITER = """
 import sys, torch
-from odconv.ops import tuning
+from odconv.ops.tuning import cuda
+from odconv.ops.tuning.memory import measured, memory_of
 
-tuning.name_device = lambda device: ("Fake GPU", "9.0")
-memory = tuning.memory_of(torch.device("cpu"))
+cuda.name_device = lambda device: ("Fake GPU", "9.0")
+memory = memory_of(torch.device("cpu"))
 for number in range(15):
-    memory.remember(f"{sys.argv[1]} {number}", tuning.measured("product", {"product": 1.0}, "Fake GPU"))
+    memory.remember(f"{sys.argv[1]} {number}", measured("product", {"product": 1.0}, "Fake GPU"))
     assert f"{sys.argv[1]} {number}" in memory.read()
 """
 
@@ -322,7 +324,7 @@ def test_runs_that_are_to_repeat_measure_nothing(gpu):
 
 def test_while_a_graph_is_captured_a_remembered_choice_or_the_policys_is_taken(gpu, monkeypatch):
     call()
-    monkeypatch.setattr(tuning, "is_capturing", lambda: True)
+    monkeypatch.setattr(cuda, "is_capturing", lambda: True)
     gpu.runs, gpu.timings = [], 0
     call()
     call(problem(batch=3))
@@ -609,7 +611,7 @@ class TestTriton:
         gpu.replace("triton", grouped)
         call(self.last())
         gpu.restart()
-        monkeypatch.setattr(tuning, "is_capturing", lambda: True)
+        monkeypatch.setattr(cuda, "is_capturing", lambda: True)
         call(self.last())
         assert gpu.runs[-1] == "grouped"
 
@@ -622,7 +624,7 @@ def test_a_named_backend_is_not_measured(gpu):
 def test_on_the_cpu_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("ODCONV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu, "available", lambda: False)
-    monkeypatch.setattr(tuning, "milliseconds", out_of_memory)
+    monkeypatch.setattr(cuda, "milliseconds", out_of_memory)
     call()
     assert not (tmp_path / "cache").exists()
 
@@ -725,7 +727,7 @@ def test_where_there_is_nothing_to_tune_it_says_so(gpu, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert note == "nothing was measured: torch.use_deterministic_algorithms asks for runs that repeat"
-    monkeypatch.setattr(tuning, "is_timed", lambda device: False)
+    monkeypatch.setattr(cuda, "is_timed", lambda device: False)
     found = odconv.tune(layer, (2, 4, 6, 6), training=True)
     assert str(found).splitlines()[-1].startswith("nothing to tune on cpu: ")
     assert [row.explanation for row in found.rows] == [

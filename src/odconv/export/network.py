@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from odconv.layers.attention import has_attentions, pooling
 from odconv.layers.fused_attention import fuse_attentions
+from odconv.layers.pooling import has_attentions, pooling
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 TRACED = get_args(Precision)[:3]

@@ -1,6 +1,6 @@
 """The layers: ODConv, DyConv and CondConv in one, two and three dimensions, transposed ones too."""
 
-from odconv.layers.attention import Attention, PoolingAttention, pool_inside, set_temperature, try_temperature
+from odconv.layers.attention import Attention, set_temperature, try_temperature
 from odconv.layers.conv import (
     CondConv1d,
     CondConv2d,
@@ -14,6 +14,7 @@ from odconv.layers.conv import (
     ODConv3d,
 )
 from odconv.layers.per_sample import PerSampleConv
+from odconv.layers.pooling import PoolingAttention, pool_inside
 from odconv.layers.transposed import (
     CondConvTranspose1d,
     CondConvTranspose2d,

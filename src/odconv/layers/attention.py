@@ -2,44 +2,33 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.modules import module as everywhere
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from odconv.layers.parts import (
+    BATCH_NORM,
+    POINTWISE,
+    BatchNorm,
+    Pointwise,
+    call_in_dtype,
+    cast,
+    is_plain,
+    normalise_one,
+)
+from odconv.layers.pooling import PoolingAttention, has_compiled_kernel, pool
 from odconv.layers.starts import check_start, draw_calm, draw_published
 from odconv.ops import cpu
-from odconv.ops.contract import Attentions, is_exporting, is_traced
+from odconv.ops.contract import Attentions, is_traced
 from odconv.ops.epilogue import finished
 from odconv.system.modules import check_module
 
 NORMS = ("batch", "group", "layer", "none")
-Pointwise = nn.Conv1d | nn.Conv2d | nn.Conv3d
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-POINTWISE: dict[int, type[Pointwise]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-BATCH_NORM: dict[int, type[BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-PLAIN = frozenset((*POINTWISE.values(), *BATCH_NORM.values(), nn.GroupNorm))
-
-
-class PoolingAttention(nn.Module):
-    """The base of the attentions that look at the mean of each map, or of the part that :func:`pool_inside` says."""
-
-    dims: int
-    extent: Tensor | None = None
-
-    def named(self, found: Any) -> Attentions:
-        """Return by name what the module's `forward`, and so its hooks, gave for B samples."""
-        raise NotImplementedError
-
-    def range_of(self, kind: str) -> tuple[float, float]:
-        """Return between which values the attention of a kind lies: "channel", "filter", "spatial" or "kernel"."""
-        raise NotImplementedError
 
 
 class Attention(PoolingAttention):
@@ -294,74 +283,6 @@ class Attention(PoolingAttention):
         return self
 
 
-def pool(x: Tensor, extent: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the mean over each map of x, (B, C, *map) -> (B, C), or over the part that `extent` says.
-
-    Args:
-        x: the maps.
-        extent: share of each axis from its beginning, (B, dims), in 0 .. 1; None for whole maps.
-        dtype: of the result.
-    """
-    if extent is None and has_compiled_kernel(x):
-        return cpu.pool(x)
-    if extent is None:
-        axes = tuple(range(2, x.dim()))
-        if x.requires_grad and not (torch.compiler.is_compiling() or is_exporting()):
-            # the gradient of a sum is a view, to which that of mean would be a map
-            return x.sum(axes, dtype=dtype) / math.prod(x.shape[2:])
-        return x.mean(axes) if x.dtype == dtype else x.mean(axes, dtype=dtype)  # some exporters know the first alone
-    z = x.to(dtype)
-    for share in reversed(extent.to(dtype).unbind(1)):
-        size = z.shape[-1]
-        # a position counts where some of it is inside; 1e-3 is for shares that were rounded
-        places = torch.arange(size, device=z.device, dtype=dtype)
-        inside = (places < (share * size - 1e-3)[:, None]).to(dtype)
-        inside = inside / inside.sum(1, keepdim=True).clamp(min=1)
-        z = (z.flatten(1, -2) @ inside[:, :, None]).reshape(z.shape[:-1])
-    return z
-
-
-@contextmanager
-def pool_inside(model: nn.Module, extent: Tensor) -> Iterator[None]:
-    """Let the attentions of a network pool over a part of each map, for batches of padded inputs.
-
-    Without it a global pool sees the padding that makes the inputs of a batch alike, and the attentions of a sample
-    depend on its neighbours. For layers of one number of axes; samples must keep their places in the batch.
-
-    Args:
-        model: the network.
-        extent: share of each axis of its input that is not padding, from the beginning, (B, dims), above 0, at most 1.
-
-    Raises:
-        ValueError: extent has another shape, or values out of range.
-    """
-    check_module(model)
-    if extent.dim() != 2 or not bool(((extent > 0) & (extent <= 1)).all()):
-        raise ValueError(f"extent must be shares (B, dims) above 0 and at most 1, got {extent.tolist()}")
-    if any(part.dims != extent.shape[1] for part in model.modules() if isinstance(part, PoolingAttention)):
-        raise ValueError(f"extent must have a share for each axis of the layers' maps, got shape {tuple(extent.shape)}")
-    with pooling(model, extent):
-        yield
-
-
-def has_attentions(model: nn.Module) -> bool:
-    """Return whether something in a network pools its maps for an attention, and so sees padding."""
-    return any(isinstance(part, PoolingAttention) for part in model.modules())
-
-
-@contextmanager
-def pooling(model: nn.Module, extent: Tensor) -> Iterator[None]:
-    """Do what :func:`pool_inside` does with an extent that is right, whose values may not be known yet."""
-    attentions = [part for part in model.modules() if isinstance(part, PoolingAttention)]
-    try:
-        for attention in attentions:
-            attention.extent = extent
-        yield
-    finally:
-        for attention in attentions:
-            attention.extent = None
-
-
 def leave_as_drawn() -> None:
     """Do nothing in place of a part's `reset_parameters`: the attention's own draws its parts together.
 
@@ -420,11 +341,6 @@ def fitting(layers: cpu.Layers, dtype: torch.dtype) -> cpu.Layers | None:
     return layers
 
 
-def has_compiled_kernel(x: Tensor) -> bool:
-    """Return whether the compiled kernels for the CPU pool a map and make attentions of it: without gradients."""
-    return not (torch.is_grad_enabled() or is_exporting()) and cpu.takes(x)
-
-
 def take_factors(attention: Attention, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
     """Take the factors that these weights were trained with; a state dict without them is a published one.
 
@@ -439,86 +355,6 @@ def take_factors(attention: Attention, state: dict[str, Any], prefix: str, metad
         attention.set_factors(metadata["gain"], 1.0)
         if attention.factors is not None:
             state[key] = attention.factors
-
-
-def is_plain(module: Any) -> bool:
-    """Return whether a module does what its class in torch.nn does, so that its parameters can be read past it.
-
-    Hooks (pruning, old weight norm, adapters), parametrizations and other classes want to be called.
-    """
-    if type(module) not in PLAIN or is_hooked(module):
-        return False
-    return not (
-        everywhere._global_forward_pre_hooks
-        or everywhere._global_forward_hooks
-        or everywhere._global_backward_pre_hooks
-        or everywhere._global_backward_hooks
-    )
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Return whether a module has hooks of its own, or another `forward` than its class."""
-    # read as attributes, of which torch.compile does not watch those that are empty
-    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    return "forward" in module.__dict__ or bool(hooks)
-
-
-def cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return a tensor that may be absent in the dtype of another."""
-    return None if tensor is None else tensor.to(like.dtype)
-
-
-def call_in_dtype(module: nn.Module, z: Tensor) -> Tensor:
-    """Return ``module(z)``, computed in z's dtype whatever dtype its parameters and buffers have."""
-    own = [*module.parameters(), *module.buffers()]
-    other = [tensor.dtype for tensor in own if tensor.is_floating_point() and tensor.dtype != z.dtype]
-    if not other:
-        return module(z)
-    if is_traced():  # which knows no calls with other parameters
-        return module(z.to(other[0])).to(z.dtype)
-    copies = copies_in_dtype(module, z.dtype)
-    y = functional_call(module, copies, (z,))
-    if module.training:
-        for name, buffer in module.named_buffers():
-            if name in copies and copies[name] is not buffer:  # statistics, updated in a copy
-                buffer.copy_(copies[name])
-    return y
-
-
-def copies_in_dtype(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a module that are numbers, by name, in a dtype."""
-    own = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor.to(dtype) for name, tensor in own if tensor.is_floating_point()}
-
-
-def normalise_one(bn: BatchNorm, z: Tensor) -> Tensor:
-    """Return a training batch of one, (1, C, *ones), normalised by the running statistics, which then move as they do.
-
-    One sample has no variance: what moves the running one is the sample's squared distance from the running mean, as
-    in the incremental variance of Welford and West.
-    """
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError("norm without running statistics cannot normalise a training batch of one")
-    mean, var = bn.running_mean.to(z.dtype, copy=True), bn.running_var.to(z.dtype, copy=True)
-    if is_plain(bn):
-        y = F.batch_norm(z, mean, var, cast(bn.weight, z), cast(bn.bias, z), eps=bn.eps)
-    else:
-        copies = copies_in_dtype(bn, z.dtype)
-        bn.training = False  # as if evaluating; hooks, masks and other classes are called
-        try:
-            y = functional_call(bn, copies | {"running_mean": mean, "running_var": var}, (z,))
-        finally:
-            bn.training = True
-    if bn.track_running_stats:
-        with torch.no_grad():
-            momentum: Any = bn.momentum
-            if bn.num_batches_tracked is not None:
-                bn.num_batches_tracked.add_(1)
-                momentum = 1 / bn.num_batches_tracked if momentum is None else momentum
-            sample = z.flatten()
-            bn.running_mean.copy_(mean + momentum * (sample - mean))
-            bn.running_var.copy_((1 - momentum) * (var + momentum * (sample - mean).square()))
-    return y
 
 
 def check_temperature(value: float) -> None:

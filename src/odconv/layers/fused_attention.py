@@ -8,18 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from odconv.layers.attention import (
-    Attention,
-    BatchNorm,
-    PoolingAttention,
-    cast,
-    fill_in_temperature,
-    fitting,
-    is_hooked,
-    is_plain,
-    take_factors,
-)
+from odconv.layers.attention import Attention, fill_in_temperature, fitting, take_factors
 from odconv.layers.conv import DynamicConv
+from odconv.layers.parts import BatchNorm, cast, is_hooked, is_plain
+from odconv.layers.pooling import PoolingAttention
 from odconv.ops.cpu import Layers
 
 SETTINGS = ("dims", "heads", "norm", "kernel_gate", "init", "initial_temperature", "gain", "kernel_gain", "takes_means")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from odconv.layers.attention import PoolingAttention
+from odconv.layers.pooling import PoolingAttention
 from odconv.ops.contract import Attentions, Geometry, per_axis, positive
 from odconv.ops.dynamic_conv import pad_by_name
 

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odconv.layers.attention import PoolingAttention, call_in_dtype, leave_as_drawn, normalise_one, pool
+from odconv.layers.attention import leave_as_drawn
+from odconv.layers.parts import call_in_dtype, normalise_one
+from odconv.layers.pooling import PoolingAttention, pool
 from odconv.layers.starts import check_start, draw_calm_warehouse, draw_published_warehouse
 from odconv.ops.contract import Attentions, is_traced
 from odconv.system.modules import check_module

@@ -13,6 +13,7 @@ from odconv.ops.policy import EAGER, choose, is_better_unrounded, is_differentia
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
 from odconv.ops.triton import triton_conv
+from odconv.ops.tuning.problem import Call
 
 BACKENDS = {
     "reference": reference,
@@ -181,7 +182,7 @@ def compute(
     if backend == "auto":
         choice = choose(x, weight, geometry, differentiated, per_sample)
         if tuning.applies(x, weight, x.device):
-            call = tuning.Call(x, weight, attentions, geometry, differentiated, per_sample)
+            call = Call(x, weight, attentions, geometry, differentiated, per_sample)
             choice = tuning.tuned(choice, call, compute_by)
         log_choice(choice, x, weight)
         backend = choice.backend

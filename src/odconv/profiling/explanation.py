@@ -16,6 +16,8 @@ from odconv.ops.dynamic_conv import compute_dtype
 from odconv.ops.mixing import part_of_batch
 from odconv.ops.policy import Choice, choose, choose_transposed
 from odconv.ops.recompute import samples_at_a_time
+from odconv.ops.tuning.memory import memory_of
+from odconv.ops.tuning.problem import describe
 
 
 class Explanation(NamedTuple):
@@ -134,8 +136,8 @@ def chosen(
     if not tuning.applies(x, weight, device):
         return choice, {}
     present = [name for name in Attentions._fields if name in attentions]
-    problem = tuning.describe(x, weight, present, geometry, differentiated, per_sample)
-    known = tuning.memory_of(device).recall(problem)
+    problem = describe(x, weight, present, geometry, differentiated, per_sample)
+    known = memory_of(device).recall(problem)
     if known is None:
         return choice._replace(why=f"{choice.why}; not measured yet"), {}
     return known

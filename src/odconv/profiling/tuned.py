@@ -10,6 +10,8 @@ from torch._prims_common import suggest_memory_format
 
 from odconv.layers import PerSampleConv
 from odconv.ops import tuning
+from odconv.ops.tuning import cuda
+from odconv.ops.tuning.memory import memory_of
 from odconv.profiling.count import run_hooked, zeros_for
 from odconv.profiling.explanation import Explanation, explain
 from odconv.profiling.table import Table
@@ -142,11 +144,11 @@ def random_input(model: nn.Module, shape: Sequence[int], memory_format: torch.me
 
 def note_on(device: torch.device) -> str:
     """Say what the choices on a device rest on."""
-    if not tuning.is_timed(device):
+    if not cuda.is_timed(device):
         return f"nothing to tune on {device.type}: limits that were measured before choose the backends there"
     if not tuning.is_on():
         return "nothing was measured: ODCONV_TUNE=0 switches it off"
     if torch.are_deterministic_algorithms_enabled():
         return "nothing was measured: torch.use_deterministic_algorithms asks for runs that repeat"
-    memory = tuning.memory_of(device)
+    memory = memory_of(device)
     return f"measured on {memory.environment['device']}, kept in {memory.path}"

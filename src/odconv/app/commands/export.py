@@ -13,7 +13,7 @@ from odconv.export.network import Precision
 from odconv.export.onnx_file import Form, export_onnx
 from odconv.export.torch_file import export_torch
 from odconv.export.written import Written
-from odconv.layers.attention import has_attentions
+from odconv.layers.pooling import has_attentions
 from odconv.system.devices import Device, find_device
 
 Format = Literal["onnx", "torch", "aoti"]

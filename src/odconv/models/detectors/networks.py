@@ -8,7 +8,7 @@ from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 
 from odconv.layers import pool_inside
-from odconv.layers.attention import has_attentions
+from odconv.layers.pooling import has_attentions
 
 
 class Independent:
