@@ -46,7 +46,8 @@ from odconv.profiling.explanation import chosen
 Run = Callable[[], Any]
 Rows = list[dict[str, Any]]
 PARTS = ("correctness", "networks", "layers", "mixing", "compiled")
-FORMS = ("auto", *(form for form in ("single", "shared", "product", "grouped", "triton") if form in BACKENDS))
+BY_NAME = ("single", "shared", "product", "pointwise", "grouped", "triton")
+FORMS = ("auto", *(form for form in BY_NAME if form in BACKENDS))
 SHAPES = (  # channels, filters, map, kernel, stride, groups: layers of ResNet-18, ResNet-50 and MobileNetV2
     (64, 64, 56, 3, 1, 1),
     (128, 128, 28, 3, 1, 1),
@@ -187,10 +188,11 @@ def layer_tensors(
     return tensors, {"stride": stride, "padding": taps // 2, "dilation": 1, "groups": groups}, upstream
 
 
-def forms_for(batch: int, groups: int) -> list[str]:
+def forms_for(batch: int, taps: int, groups: int) -> list[str]:
     """The forms that make sense for a layer: no unfolding where every channel is a group."""
     forms = [form for form in FORMS if groups == 1 or form in ("auto", "grouped", "triton")]
-    return [form for form in forms if form != "single" or batch == 1]
+    possible = {"single": batch == 1, "pointwise": taps == 1}
+    return [form for form in forms if possible.get(form, True)]
 
 
 def value_and_gradients(
@@ -219,7 +221,7 @@ def check_correctness(bench: Bench) -> bool:
                     wanted = value_and_gradients(
                         dynamic_conv, exact, upstream.double(), **geometry, backend="reference"
                     )
-                    for form in forms_for(batch, geometry["groups"]):
+                    for form in forms_for(batch, shape[3], geometry["groups"]):
                         if form == "triton" and not bench.cuda and (dtype == torch.bfloat16 or not triton.INTERPRETED):
                             continue  # the interpreter's product takes the bits of bfloat16 for integers
                         error = relative_error(tensors, upstream, geometry | {"backend": form}, wanted)
@@ -285,7 +287,7 @@ def run_layers(bench: Bench) -> Rows:
                 "static": (F.conv2d, static),
                 "published": (published_layer, tensors),
             }
-            for form in forms_for(batch, geometry["groups"]):
+            for form in forms_for(batch, shape[3], geometry["groups"]):
                 if form != "triton" or bench.cuda:
                     forms[form] = (partial(dynamic_conv, backend=form), tensors)
             runs: dict[str, Run] = {}

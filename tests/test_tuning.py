@@ -783,7 +783,7 @@ def test_the_benchmark_of_gpus_names_the_choices_in_its_dry_run(tmp_path):
     assert not re.search("not run: .", done.stdout)
     with (tmp_path / "gpu_layers.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["tuned"] for row in rows} <= {"single", "shared", "product", "grouped"}
+    assert {row["tuned"] for row in rows} <= {"single", "shared", "product", "pointwise", "grouped"}
     assert all(row["policy"] for row in rows)
     assert {"published", "auto"} <= {row["form"] for row in rows}
 
