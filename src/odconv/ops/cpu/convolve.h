@@ -334,41 +334,63 @@ struct Sums {
   T *shares, *taps, *rows, *lanes;
 };
 
-// Distribute the gradient of one sample's mixed tile over the n kernels' packed ones and the sample's attentions.
-template <class T>
-void distribute(const T* mixed_grad, const T* packed, const Tile& tile, const Scales<T>& scales, int64_t n, int64_t taps,
-                T* packed_grad, const Sums<T>& to) {
+// Distribute the gradient of one sample's mixed tile over the n kernels' packed ones and the sample's attentions, N of the kernels
+// from the first on: their part of what the attentions get is added to what is there.
+template <class T, int N>
+void distribute_some(const T* mixed_grad, const T* packed, const Tile& tile, const Scales<T>& scales, int64_t taps, const T* shares, T* packed_grad,
+                     const Sums<T>& to, T* to_shares) {
   using S = Simd<T>;
   constexpr int L = S::LANES;
   const int64_t width = tile.vectors * L, size = taps * tile.rows * width;
-  std::vector<typename S::Vec> to_shares(n, typename S::Vec{});
-  typename S::Vec to_lanes[VECTORS] = {};
-  for (int64_t t = 0; t < taps; ++t)
+  auto sum_of = [](const typename S::Vec& vector) {
+    T sum = 0;
+    for (int l = 0; l < L; ++l) sum += vector[l];
+    return sum;
+  };
+  typename S::Vec share_sums[N] = {}, lane_sums[VECTORS] = {}, row_sums[TILE_ROWS];
+  std::fill_n(row_sums, tile.rows, typename S::Vec{});
+  for (int64_t t = 0; t < taps; ++t) {
+    typename S::Vec tap_sum = {};
     for (int64_t r = 0; r < tile.rows; ++r) {
       const T tap = scales.taps ? scales.taps[t] : T(1), row = scales.rows ? scales.rows[r] : T(1);
-      typename S::Vec to_both = {};
+      typename S::Vec both = {};
       for (int v = 0; v < tile.vectors; ++v) {
         const int64_t at = (t * tile.rows + r) * width + v * L;
-        const typename S::Vec filter = S::load(scales.lanes + v * L), d = S::load(mixed_grad + at) * (tap * row);
+        const typename S::Vec grad = S::load(mixed_grad + at), by_lane = grad * S::load(scales.lanes + v * L), d = by_lane * (tap * row);
         typename S::Vec mixed = {};
-        for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) {
           const typename S::Vec kernel = S::load(packed + i * size + at);
-          const T share = scales.shares ? scales.shares[i] : T(1);
-          mixed += share * kernel;
-          to_shares[i] += d * filter * kernel;
-          S::store(packed_grad + i * size + at, S::load(packed_grad + i * size + at) + share * (d * filter));
+          mixed += shares[i] * kernel;
+          share_sums[i] += d * kernel;
+          S::store(packed_grad + i * size + at, S::load(packed_grad + i * size + at) + shares[i] * d);
         }
-        to_lanes[v] += d * mixed;
-        to_both += S::load(mixed_grad + at) * filter * mixed;
+        lane_sums[v] += grad * mixed * (tap * row);
+        both += by_lane * mixed;
       }
-      T both = 0;
-      for (int l = 0; l < L; ++l) both += to_both[l];
-      to.taps[t] += row * both;
-      to.rows[r] += tap * both;
+      tap_sum += row * both;
+      row_sums[r] += tap * both;
     }
-  for (int64_t i = 0; i < n; ++i)
-    for (int l = 0; l < L; ++l) to.shares[i] += to_shares[i][l];
-  for (int64_t l = 0; l < tile.lanes; ++l) to.lanes[l] = to_lanes[l / L][l % L];
+    to.taps[t] += sum_of(tap_sum);
+  }
+  for (int64_t r = 0; r < tile.rows; ++r) to.rows[r] += sum_of(row_sums[r]);
+  for (int i = 0; i < N; ++i) to_shares[i] += sum_of(share_sums[i]);
+  for (int64_t l = 0; l < tile.lanes; ++l) to.lanes[l] += lane_sums[l / L][l % L];
+}
+
+template <class T>
+void distribute(const T* mixed_grad, const T* packed, const Tile& tile, const Scales<T>& scales, int64_t n, int64_t taps,
+                T* packed_grad, const Sums<T>& to) {
+  const int64_t size = taps * tile.rows * tile.vectors * Simd<T>::LANES;
+  const T one = 1;
+  for (int64_t first = 0; first < n;) {
+    auto some = [&](auto count) {
+      distribute_some<T, count()>(mixed_grad, packed + first * size, tile, scales, taps, scales.shares ? scales.shares + first : &one,
+                                  packed_grad + first * size, to, to.shares + first);
+      first += count();
+    };
+    n - first >= 4 ? some(std::integral_constant<int, 4>()) : some(std::integral_constant<int, 1>());
+  }
 }
 
 // Read the gradient of the output over a panel and a tile's lanes, [position][lane], missing lanes zero.
