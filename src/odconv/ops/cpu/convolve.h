@@ -382,15 +382,11 @@ template <class T>
 void distribute(const T* mixed_grad, const T* packed, const Tile& tile, const Scales<T>& scales, int64_t n, int64_t taps,
                 T* packed_grad, const Sums<T>& to) {
   const int64_t size = taps * tile.rows * tile.vectors * Simd<T>::LANES;
-  const T one = 1;
-  for (int64_t first = 0; first < n;) {
-    auto some = [&](auto count) {
-      distribute_some<T, count()>(mixed_grad, packed + first * size, tile, scales, taps, scales.shares ? scales.shares + first : &one,
-                                  packed_grad + first * size, to, to.shares + first);
-      first += count();
-    };
-    n - first >= 4 ? some(std::integral_constant<int, 4>()) : some(std::integral_constant<int, 1>());
-  }
+  in_steps(n, [&](int64_t first, auto count) {
+    const T one = 1;
+    distribute_some<T, count()>(mixed_grad, packed + first * size, tile, scales, taps, scales.shares ? scales.shares + first : &one,
+                                packed_grad + first * size, to, to.shares + first);
+  });
 }
 
 // Read the gradient of the output over a panel and a tile's lanes, [position][lane], missing lanes zero.

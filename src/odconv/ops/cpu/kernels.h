@@ -165,6 +165,15 @@ Kernels<T> blend(const Kernels<T>& kernels, const Span& lanes, const T* shares, 
   return out;
 }
 
+// Go through n kernels, four, two or one at a time: numbers known when this is compiled, so that sums stay in registers.
+template <class F>
+void in_steps(int64_t n, F step) {
+  int64_t first = 0;
+  for (; first + 4 <= n; first += 4) step(first, std::integral_constant<int, 4>());
+  if (first + 2 <= n) step(first, std::integral_constant<int, 2>()), first += 2;
+  if (first < n) step(first, std::integral_constant<int, 1>());
+}
+
 // The attentions of one sample and group, as far as a tile needs them; null counts as ones.
 template <class T>
 struct Scales {
@@ -172,22 +181,34 @@ struct Scales {
   alignas(64) T lanes[VECTORS * Simd<T>::LANES];
 };
 
-// out[row][tap] = lanes * taps * rows * sum_i shares[i] * packed[i][tap][row]
-template <class T>
-void mix(const T* packed, int64_t n, int64_t taps, const Tile& tile, const Scales<T>& scales, T* out) {
+// out[row][tap] = lanes * taps * rows * sum_i shares[i] * packed[i][tap][row], of the N kernels of one step, or of all n in steps of
+// which each adds to what is there.
+template <class T, int N>
+void mix_some(const T* packed, int64_t taps, const Tile& tile, const Scales<T>& scales, const T* shares, bool add, T* out) {
   using S = Simd<T>;
   const int64_t width = tile.vectors * S::LANES, size = taps * tile.rows * width;
   for (int64_t t = 0; t < taps; ++t)
     for (int64_t r = 0; r < tile.rows; ++r) {
+      const T* in = packed + (t * tile.rows + r) * width;
+      T* to = out + (r * taps + t) * width;
       const T scale = (scales.taps ? scales.taps[t] : T(1)) * (scales.rows ? scales.rows[r] : T(1));
-      for (int v = 0; v < tile.vectors; ++v) {
-        const T* in = packed + (t * tile.rows + r) * width + v * S::LANES;
-        typename S::Vec sum = S::load(in);
-        if (scales.shares) sum *= scales.shares[0];
-        for (int64_t i = 1; i < n; ++i) sum += scales.shares[i] * S::load(in + i * size);
-        S::store(out + (r * taps + t) * width + v * S::LANES, sum * S::load(scales.lanes + v * S::LANES) * scale);
+      for (int64_t l = 0; l < width; l += S::LANES) {
+        typename S::Vec sum = {};
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) sum += shares[i] * S::load(in + i * size + l);
+        sum *= S::load(scales.lanes + l) * scale;
+        S::store(to + l, add ? S::load(to + l) + sum : sum);
       }
     }
+}
+
+template <class T>
+void mix(const T* packed, int64_t n, int64_t taps, const Tile& tile, const Scales<T>& scales, T* out) {
+  const int64_t size = taps * tile.rows * tile.vectors * Simd<T>::LANES;
+  in_steps(n, [&](int64_t first, auto count) {
+    const T one = 1;
+    mix_some<T, count()>(packed + first * size, taps, tile, scales, scales.shares ? scales.shares + first : &one, first > 0, out);
+  });
 }
 
 // A cell as a kernel of one tap, and where in it a tile lies.
