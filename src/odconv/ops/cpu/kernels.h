@@ -181,10 +181,10 @@ struct Scales {
   alignas(64) T lanes[VECTORS * Simd<T>::LANES];
 };
 
-// out[row][tap] = lanes * taps * rows * sum_i shares[i] * packed[i][tap][row], of the N kernels of one step, or of all n in steps of
-// which each adds to what is there.
+// Add shares[i] * packed[i][tap][row] of N kernels to the sums in out[row][tap]; the first of all kernels begin them, and behind the
+// last ones they are multiplied with lanes, taps and rows. So their order is that of blend.
 template <class T, int N>
-void mix_some(const T* packed, int64_t taps, const Tile& tile, const Scales<T>& scales, const T* shares, bool add, T* out) {
+void mix_some(const T* packed, int64_t taps, const Tile& tile, const Scales<T>& scales, const T* shares, bool begin, bool end, T* out) {
   using S = Simd<T>;
   const int64_t width = tile.vectors * S::LANES, size = taps * tile.rows * width;
   for (int64_t t = 0; t < taps; ++t)
@@ -193,21 +193,22 @@ void mix_some(const T* packed, int64_t taps, const Tile& tile, const Scales<T>& 
       T* to = out + (r * taps + t) * width;
       const T scale = (scales.taps ? scales.taps[t] : T(1)) * (scales.rows ? scales.rows[r] : T(1));
       for (int64_t l = 0; l < width; l += S::LANES) {
-        typename S::Vec sum = {};
+        typename S::Vec sum = begin ? typename S::Vec{} : S::load(to + l);
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) sum += shares[i] * S::load(in + i * size + l);
-        sum *= S::load(scales.lanes + l) * scale;
-        S::store(to + l, add ? S::load(to + l) + sum : sum);
+        S::store(to + l, end ? sum * S::load(scales.lanes + l) * scale : sum);
       }
     }
 }
 
+// out[row][tap] = lanes * taps * rows * sum_i shares[i] * packed[i][tap][row]
 template <class T>
 void mix(const T* packed, int64_t n, int64_t taps, const Tile& tile, const Scales<T>& scales, T* out) {
   const int64_t size = taps * tile.rows * tile.vectors * Simd<T>::LANES;
   in_steps(n, [&](int64_t first, auto count) {
     const T one = 1;
-    mix_some<T, count()>(packed + first * size, taps, tile, scales, scales.shares ? scales.shares + first : &one, first > 0, out);
+    const T* shares = scales.shares ? scales.shares + first : &one;
+    mix_some<T, count()>(packed + first * size, taps, tile, scales, shares, first == 0, first + count() == n, out);
   });
 }
 
