@@ -4,6 +4,7 @@ The environment that builds needs PyTorch, of any version that pyproject.toml al
 """
 
 import os
+import platform
 import sys
 import sysconfig
 import tempfile
@@ -25,6 +26,11 @@ class CompiledKernels(BuildHookInterface):
         sys.path.insert(0, str(Path(self.root, "src")))
         from odconv.ops.cpu import library
 
+        if sys.platform != "linux" or not library.VARIANTS:
+            raise RuntimeError(
+                f"ODCONV_COMPILED=1 makes wheels for Linux on {' or '.join(library.MACHINES)}, "
+                f"got {sys.platform} on {platform.machine()}: without it the wheel is for all systems"
+            )
         self.folder = tempfile.TemporaryDirectory()  # until the wheel is written
         folder = Path(self.folder.name)
         for name in library.VARIANTS:

@@ -140,6 +140,20 @@ def install(wheel: Path, root: Path) -> Path:
     return Path(folders["scripts"], "odconv")
 
 
+def test_a_compiled_wheel_is_for_systems_that_the_kernel_is_for() -> None:
+    code = f"""
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+import hatch_build
+sys.platform = "darwin"
+hatch_build.CompiledKernels.initialize(SimpleNamespace(root={str(ROOT)!r}), "standard", {{}})
+"""
+    environment = os.environ | {"ODCONV_COMPILED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "ODCONV_COMPILED=1 makes wheels for Linux on x86_64 or aarch64, got darwin" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not cpu.available(), reason="the compiled kernel is not here")
 def test_a_wheel_for_one_system_needs_no_compiler(tmp_path: Path) -> None:

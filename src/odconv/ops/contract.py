@@ -138,6 +138,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Return whether the channels at each position of a map lie next to each other in memory."""
+    return x.movedim(1, -1).is_contiguous()
+
+
 def output_size(
     map_size: Sequence[int], taps: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odconv.ops.contract import Attentions, Geometry, is_exporting, output_size, surely
+from odconv.ops.contract import Attentions, Geometry, is_channels_last, is_exporting, output_size, surely
 from odconv.ops.reference import CONVOLUTIONS
 
 Mix = Callable[[Tensor, Tensor | None], Tensor]  # of weight and the kernel attention, (B or 1, O, C/g, *k)
@@ -123,7 +123,7 @@ def every(stride: Sequence[int]) -> Any:
 
 def has_channels_last(x: Tensor) -> bool:
     """Return whether the channels of a map lie next to each other in memory, and it is not contiguous too."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    return not x.is_contiguous() and is_channels_last(x)
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from odconv.ops import flops
-from odconv.ops.contract import Attentions, Geometry, is_transformed, output_size
+from odconv.ops.contract import Attentions, Geometry, is_channels_last, is_transformed, output_size
 from odconv.ops.recompute import depthwise_gradients, differentiable_gradients, grouped_backward, mixture_gradients
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -124,7 +124,7 @@ def is_depthwise(weight: Tensor, groups: int) -> bool:
 
 def runs_over_channels(x: Tensor) -> bool:
     """Return whether the vectors of a depth-wise layer run over channels: on channels-last maps, and in 16 bits."""
-    return x.dtype in HALF or x.movedim(1, -1).is_contiguous()
+    return x.dtype in HALF or is_channels_last(x)
 
 
 def convolve(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from odconv.ops import triton
-from odconv.ops.contract import is_exporting, is_transformed
+from odconv.ops.contract import is_channels_last, is_exporting, is_transformed
 from odconv.ops.policy import EAGER, Choice, is_pointwise
 from odconv.ops.tuning import cuda
 from odconv.ops.tuning.memory import TRITON, Measured, Memory, measured, memory_of, warn
@@ -102,7 +102,7 @@ def candidates_for(call: Call) -> list[str]:
     }
     names = [name for name in EAGER if fits.get(name, True)]
     # its output is channels-last; where the input is not, whoever takes the output may not expect that
-    last = x.movedim(1, -1).is_contiguous()
+    last = is_channels_last(x)
     return [*names, TRITON] if triton.takes(x) and last and not call.per_sample else names
 
 

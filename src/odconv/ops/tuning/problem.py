@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from odconv.ops.contract import Attentions, Geometry
+from odconv.ops.contract import Attentions, Geometry, is_channels_last
 
 
 class Call(NamedTuple):
@@ -42,7 +42,7 @@ def describe(
     """
     batch, channels, *size = x.shape
     count, *kernel = weight.shape
-    layout = "contiguous" if x.is_contiguous() else "channels-last" if x.movedim(1, -1).is_contiguous() else "strided"
+    layout = "contiguous" if x.is_contiguous() else "channels-last" if is_channels_last(x) else "strided"
     stride, padding, dilation, groups = geometry
     return (
         f"{str(x.dtype).removeprefix('torch.')} {'training' if differentiated else 'inference'}, "
