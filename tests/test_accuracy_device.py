@@ -69,7 +69,7 @@ def test_side_by_side_as_alone(data, capsys):
 
 
 def test_a_network_learns(data):
-    (row,) = trained([cell(recipe=Recipe(16, 6, 0.02, stem="small", batch_size=8))], data)
+    (row,) = trained([cell(recipe=Recipe(16, 24, 0.02, stem="small", batch_size=8))], data)
     assert float(row["train_loss"]) < 0.8 * math.log(3)
 
 
