@@ -382,11 +382,16 @@ template <class T>
 void distribute(const T* mixed_grad, const T* packed, const Tile& tile, const Scales<T>& scales, int64_t n, int64_t taps,
                 T* packed_grad, const Sums<T>& to) {
   const int64_t size = taps * tile.rows * tile.vectors * Simd<T>::LANES;
-  in_steps(n, [&](int64_t first, auto count) {
-    const T one = 1;
+  const T one = 1;
+  int64_t first = 0;
+  auto some = [&](auto count) {  // known when this is compiled, so that their sums stay in registers
     distribute_some<T, count()>(mixed_grad, packed + first * size, tile, scales, taps, scales.shares ? scales.shares + first : &one,
                                 packed_grad + first * size, to, to.shares + first);
-  });
+    first += count();
+  };
+  while (first + 4 <= n) some(std::integral_constant<int, 4>());
+  if (first + 2 <= n) some(std::integral_constant<int, 2>());
+  if (first < n) some(std::integral_constant<int, 1>());
 }
 
 // Read the gradient of the output over a panel and a tile's lanes, [position][lane], missing lanes zero.

@@ -131,6 +131,19 @@ struct Factors {
   T tap = 1;
 };
 
+// Call body with n, as a constant where it is one of the usual numbers of kernels, so that what loops over them is unrolled. Sums
+// over kernels begin at zero: of two products the compiler could round either one, here and there in another way.
+template <class F>
+void with_count(int64_t n, F body) {
+  switch (n) {
+    case 1: return body(std::integral_constant<int64_t, 1>());
+    case 2: return body(std::integral_constant<int64_t, 2>());
+    case 4: return body(std::integral_constant<int64_t, 4>());
+    case 8: return body(std::integral_constant<int64_t, 8>());
+    default: return body(n);
+  }
+}
+
 // sum_i shares[i] * kernel[i] for a block of lanes and all rows, shares or one kernel as it is: one kernel that is read as n were, but
 // from the cache. It streams through memory in the order of the weight, at the speed of the memory.
 template <class T>
@@ -142,36 +155,31 @@ Kernels<T> blend(const Kernels<T>& kernels, const Span& lanes, const T* shares, 
   const int64_t length = (by_lane ? kernels.rows : lanes.count) * kernels.taps, pitch = length + 2 * S::LANES;
   const T *of_runs = by_lane ? factors.lanes : factors.rows, *within = by_lane ? factors.rows : factors.lanes;
   T* sums = buffer.get(runs * pitch);
-  for (int64_t run = 0; run < runs; ++run) {
-    const T* in = kernels.data + lanes.first * kernels.lane_step + run * step;
-    const T scale = (of_runs ? of_runs[run] : T(1)) * factors.tap;
-    T* to = sums + run * pitch;
-    int64_t e = 0;
-    for (; e + S::LANES <= length; e += S::LANES) {
-      typename S::Vec sum = S::load(in + e);
-      if (shares) sum *= shares[0];
-      for (int64_t i = 1; i < kernels.n; ++i) sum += shares[i] * S::load(in + i * kernels.size + e);
-      if (within) sum *= S::load(within + e);
-      S::store(to + e, sum * scale);
+  const T one = 1;
+  if (!shares) shares = &one;
+  with_count(kernels.n, [&](auto n) {
+    for (int64_t run = 0; run < runs; ++run) {
+      const T* in = kernels.data + lanes.first * kernels.lane_step + run * step;
+      const T scale = (of_runs ? of_runs[run] : T(1)) * factors.tap;
+      T* to = sums + run * pitch;
+      int64_t e = 0;
+      for (; e + S::LANES <= length; e += S::LANES) {
+        typename S::Vec sum = {};
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < n; ++i) sum += shares[i] * S::load(in + i * kernels.size + e);
+        if (within) sum *= S::load(within + e);
+        S::store(to + e, sum * scale);
+      }
+      for (; e < length; ++e) {
+        T sum = 0;
+        for (int64_t i = 0; i < n; ++i) sum += shares[i] * in[i * kernels.size + e];
+        to[e] = sum * (within ? within[e] : T(1)) * scale;
+      }
     }
-    for (; e < length; ++e) {
-      T sum = shares ? shares[0] * in[e] : in[e];
-      for (int64_t i = 1; i < kernels.n; ++i) sum += shares[i] * in[i * kernels.size + e];
-      to[e] = sum * (within ? within[e] : T(1)) * scale;
-    }
-  }
+  });
   (by_lane ? out.lane_step : out.row_step) = pitch;
   out.data = sums - lanes.first * out.lane_step;
   return out;
-}
-
-// Go through n kernels, four, two or one at a time: numbers known when this is compiled, so that sums stay in registers.
-template <class F>
-void in_steps(int64_t n, F step) {
-  int64_t first = 0;
-  for (; first + 4 <= n; first += 4) step(first, std::integral_constant<int, 4>());
-  if (first + 2 <= n) step(first, std::integral_constant<int, 2>()), first += 2;
-  if (first < n) step(first, std::integral_constant<int, 1>());
 }
 
 // The attentions of one sample and group, as far as a tile needs them; null counts as ones.
@@ -181,34 +189,25 @@ struct Scales {
   alignas(64) T lanes[VECTORS * Simd<T>::LANES];
 };
 
-// Add shares[i] * packed[i][tap][row] of N kernels to the sums in out[row][tap]; the first of all kernels begin them, and behind the
-// last ones they are multiplied with lanes, taps and rows. So their order is that of blend.
-template <class T, int N>
-void mix_some(const T* packed, int64_t taps, const Tile& tile, const Scales<T>& scales, const T* shares, bool begin, bool end, T* out) {
-  using S = Simd<T>;
-  const int64_t width = tile.vectors * S::LANES, size = taps * tile.rows * width;
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const T* in = packed + (t * tile.rows + r) * width;
-      T* to = out + (r * taps + t) * width;
-      const T scale = (scales.taps ? scales.taps[t] : T(1)) * (scales.rows ? scales.rows[r] : T(1));
-      for (int64_t l = 0; l < width; l += S::LANES) {
-        typename S::Vec sum = begin ? typename S::Vec{} : S::load(to + l);
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) sum += shares[i] * S::load(in + i * size + l);
-        S::store(to + l, end ? sum * S::load(scales.lanes + l) * scale : sum);
-      }
-    }
-}
-
 // out[row][tap] = lanes * taps * rows * sum_i shares[i] * packed[i][tap][row]
 template <class T>
 void mix(const T* packed, int64_t n, int64_t taps, const Tile& tile, const Scales<T>& scales, T* out) {
-  const int64_t size = taps * tile.rows * tile.vectors * Simd<T>::LANES;
-  in_steps(n, [&](int64_t first, auto count) {
-    const T one = 1;
-    const T* shares = scales.shares ? scales.shares + first : &one;
-    mix_some<T, count()>(packed + first * size, taps, tile, scales, shares, first == 0, first + count() == n, out);
+  using S = Simd<T>;
+  const int64_t width = tile.vectors * S::LANES, size = taps * tile.rows * width;
+  const T one = 1, *shares = scales.shares ? scales.shares : &one;
+  with_count(n, [&](auto count) {
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const T* in = packed + (t * tile.rows + r) * width;
+        T* to = out + (r * taps + t) * width;
+        const T scale = (scales.taps ? scales.taps[t] : T(1)) * (scales.rows ? scales.rows[r] : T(1));
+        for (int64_t l = 0; l < width; l += S::LANES) {
+          typename S::Vec sum = {};
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < count; ++i) sum += shares[i] * S::load(in + i * size + l);
+          S::store(to + l, sum * S::load(scales.lanes + l) * scale);
+        }
+      }
   });
 }
 
