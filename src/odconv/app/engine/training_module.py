@@ -22,7 +22,7 @@ COMPRESSION = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 SUMS = ("train_loss", "train_images", "train_corrupt")
 """Metrics of a training epoch: the summed loss, the images that count, those that cannot be read."""
 
-ADVICE = "the checkpoints are from before. A lower lr or clip may help; of dynamic layers, a higher temperature, too"
+ADVICE = "the checkpoints are from before. A lower lr, attention_lr or clip may help"
 
 
 Pace = tuple[float, float, float]
