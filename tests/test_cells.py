@@ -44,6 +44,30 @@ def mixed_first(x, cells, shares, shape, geometry):
     return mixed_conv(x, partial(assemble, shape=shape), cells, shares, shape, **geometry)
 
 
+@NEEDS_KERNEL
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("taps", [(3, 3), (1, 1)], ids=str)
+def test_autocast_is_the_layer_in_float32_rounded(taps, grad, dtype):
+    x, cells, shares, kernel, geometry = problem(3, (16, 32), (2, 2), taps, (7, 6), 1, taps[0] // 2, 1, 5)
+    leaves = [tensor.float().requires_grad_(grad) for tensor in (x, cells, shares)]
+    with torch.autocast("cpu", dtype), torch.set_grad_enabled(grad):
+        found = cell_conv(*leaves, kernel, **geometry)
+    wanted = mixed_first(
+        x.requires_grad_(grad), cells.requires_grad_(grad), shares.requires_grad_(grad), kernel, geometry
+    )
+    assert found.dtype == dtype
+    few = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), wanted, rtol=few, atol=few * wanted.abs().max().item())
+    if grad:
+        upstream = torch.randn_like(wanted)
+        gradients = torch.autograd.grad(found, leaves, upstream.to(dtype))
+        expected = torch.autograd.grad(wanted, (x, cells, shares), upstream)
+        for value, like in zip(gradients, expected, strict=True):
+            assert value.dtype == torch.float32
+            assert ((value.double() - like).norm() / like.norm()).item() < few
+
+
 def test_pieces_are_cut_as_they_are_put_together():
     kernel = torch.randn(12, 8, 3, 2)
     for cell in ((4, 2, 1, 1), (12, 8, 3, 2)):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from odconv.ops import cpu
 from odconv.ops.contract import Attentions, Geometry, is_exporting
 from odconv.ops.dynamic_conv import add_bias, compute_dtype
 from odconv.ops.mixing import checked, mixed_conv
-from odconv.ops.policy import Choice, is_differentiated, log_choice
+from odconv.ops.policy import Choice, is_better_unrounded_by_tiles, is_differentiated, log_choice
 from odconv.ops.recompute import Step, Tensors, apply
 
 BY_TILES = Choice("cpu", "the compiled kernel mixes cells a tile at a time")
@@ -69,14 +70,23 @@ def cell_conv(
     Raises:
         ValueError, TypeError: as :func:`~odconv.ops.mixing.mixed_conv`.
     """
-    mix = partial(assemble, shape=kernel_shape)
+    options: dict[str, Any] = {
+        "bias": bias, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups
+    }  # fmt: skip
+    mix, dtype = partial(assemble, shape=kernel_shape), compute_dtype(x, cells)
     # What torch.compile differentiates is to be made of operations that it knows.
     compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()
-    if compiled or is_exporting() or not cpu.fits_cells(x, cells, compute_dtype(x, cells), groups):
-        return mixed_conv(
-            x, mix, cells, shares, kernel_shape, bias=bias, stride=stride, padding=padding, dilation=dilation,
-            groups=groups,
-        )  # fmt: skip
+    by_tiles = not (compiled or is_exporting())
+    if (
+        by_tiles
+        and cells.dtype == torch.float32
+        and is_better_unrounded_by_tiles(kernel_shape[2:], dtype)
+        and cpu.fits_cells(x, cells, torch.float32, groups)
+    ):
+        with torch.autocast(x.device.type, enabled=False):
+            return cell_conv(x.float(), cells, shares, kernel_shape, **options).to(dtype)
+    if not (by_tiles and cpu.fits_cells(x, cells, dtype, groups)):
+        return mixed_conv(x, mix, cells, shares, kernel_shape, **options)
     attentions = Attentions(shares, None, None, None)
     x, cells, attentions, geometry = checked(
         x, cells, attentions, kernel_shape, bias, stride, padding, dilation, groups

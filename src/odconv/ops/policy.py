@@ -5,6 +5,7 @@ Every limit names the rows of benchmarks/results it comes from; ``odconv.explain
 
 import logging
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -181,11 +182,20 @@ def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | 
         n: kernels that are mixed; None if each sample has its own.
         dtype: what autocast wants.
     """
-    if dtype not in cpu.HALF or weight.dtype != torch.float32 or x.shape[0] == 0:
+    if not cpu.computes_in_float32(dtype) or weight.dtype != torch.float32 or x.shape[0] == 0:
         return False
-    if (dtype == torch.bfloat16 and cpu.has_matrix_units()) or cpu.is_depthwise(weight, geometry.groups):
+    if cpu.is_depthwise(weight, geometry.groups):
         return False
     return cpu.fits(x, weight, geometry, True) and not is_better_in_plain(x, weight, geometry, n, dtype, True)
+
+
+def is_better_unrounded_by_tiles(taps: Sequence[int], dtype: torch.dtype) -> bool:
+    """Return whether cells are mixed by tiles in float32 where autocast wants 16 bits, for which they need no rounding.
+
+    Kernels of one tap are faster as products in bfloat16, where the processor has those.
+    """
+    products = dtype == torch.bfloat16 and has_bfloat16() and math.prod(taps) == 1
+    return cpu.computes_in_float32(dtype) and not products
 
 
 @cache

@@ -117,6 +117,11 @@ def has_matrix_units() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+def computes_in_float32(dtype: torch.dtype) -> bool:
+    """Return whether dense layers in a dtype of 16 bits are computed in float32: matrix units have bfloat16 alone."""
+    return dtype in HALF and not (dtype == torch.bfloat16 and has_matrix_units())
+
+
 def is_depthwise(weight: Tensor, groups: int) -> bool:
     """Return whether each group has one channel and one filter."""
     return groups == weight.shape[1] and weight.shape[2] == 1
@@ -299,7 +304,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wide = ctx.geometry.groups >= WIDE_GROUP and runs_over_channels(tensors[0])
         differentiate = backward_per_sample if wide else grouped_backward
         found = depthwise_gradients(grad, tensors, ctx.geometry, needs, differentiate)
-    elif grad.dtype == torch.bfloat16 and has_matrix_units():
+    elif grad.dtype in HALF and not computes_in_float32(grad.dtype):
         found = mixture_gradients(grad, tensors, ctx.geometry, needs)
     else:
         exact = torch.promote_types(grad.dtype, torch.float32)
