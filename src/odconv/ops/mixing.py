@@ -117,9 +117,12 @@ def backward(
     grad: Tensor, x: Tensor, mixed: Tensor, geometry: Geometry, to_x: bool, to_mixed: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of a kernel for each sample."""
-    whole = x.dtype in cpu.HALF or cpu.is_depthwise(mixed, geometry.groups)
-    if not whole and cpu.fits(x, mixed, geometry, True):
-        return cpu.backward_per_sample(grad, x, mixed, geometry, to_x, to_mixed)
-    pointwise = choose_plain(x, mixed, geometry, None).backend == "pointwise"
-    differentiate = pointwise_backward if pointwise else grouped_backward
+    if cpu.is_depthwise(mixed, geometry.groups):
+        differentiate = cpu.depthwise_backward(x, geometry.groups) if cpu.takes(x) else grouped_backward
+    elif x.dtype not in cpu.HALF and cpu.fits(x, mixed, geometry, True):
+        differentiate = cpu.backward_per_sample
+    elif choose_plain(x, mixed, geometry, None).backend == "pointwise":
+        differentiate = pointwise_backward
+    else:
+        differentiate = grouped_backward
     return differentiate(grad, x, mixed, geometry, to_x, to_mixed)

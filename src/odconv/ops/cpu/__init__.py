@@ -21,7 +21,13 @@ from torch._prims_common import suggest_memory_format
 
 from odconv.ops import flops
 from odconv.ops.contract import Attentions, Geometry, is_channels_last, is_transformed, output_size
-from odconv.ops.recompute import depthwise_gradients, differentiable_gradients, grouped_backward, mixture_gradients
+from odconv.ops.recompute import (
+    Convolve,
+    depthwise_gradients,
+    differentiable_gradients,
+    grouped_backward,
+    mixture_gradients,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)  # summed in float32
@@ -289,6 +295,11 @@ def backward_per_sample(
     return found[0], found[1]
 
 
+def depthwise_backward(x: Tensor, groups: int) -> Convolve:
+    """Return what gives the gradients of a depth-wise layer with a kernel for each sample."""
+    return backward_per_sample if groups >= WIDE_GROUP and runs_over_channels(x) else grouped_backward
+
+
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, stride, padding, dilation, groups, bias = inputs
     ctx.samples = None if bias is None else bias.shape[0]
@@ -301,8 +312,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         found = differentiable_gradients(grad, tensors, ctx.geometry, needs)
     elif is_depthwise(tensors[1], ctx.geometry.groups):
-        wide = ctx.geometry.groups >= WIDE_GROUP and runs_over_channels(tensors[0])
-        differentiate = backward_per_sample if wide else grouped_backward
+        differentiate = depthwise_backward(tensors[0], ctx.geometry.groups)
         found = depthwise_gradients(grad, tensors, ctx.geometry, needs, differentiate)
     elif grad.dtype in HALF and not computes_in_float32(grad.dtype):
         found = mixture_gradients(grad, tensors, ctx.geometry, needs)
