@@ -130,28 +130,47 @@ Scales<T> scales_of(const Gates<T>& gates, const Kernels<T>& kernels, int64_t gr
 // What the microkernel reads for one panel: a pointer for each position, and a step for each tap and row.
 template <class T>
 struct Operands {
-  std::vector<int64_t> offsets, outputs;
+  std::vector<int64_t> offsets, outputs, tap_offsets;
   std::vector<const T*> positions;
   std::vector<Step> steps;
+  int64_t channel_step;
 
   void read_positions(const Panel& panel, const Window<T>& window) {
     offsets_of(panel, panel.phase->jump, window.step, offsets);
     positions.resize(offsets.size());
     for (size_t i = 0; i < offsets.size(); ++i) positions[i] = window.data + offsets[i];
+    channel_step = window.channel_step;
+    tap_offsets.clear();
+    for (const Tap& tap : panel.phase->taps) tap_offsets.push_back(tap_offset(*panel.phase, tap, window.step));
+  }
+
+  // The same of columns: what each row and tap reads at the positions, times the sample's attentions, [row][tap][position].
+  void scale_columns(const Phase& phase, int64_t rows, const T* by_tap, const T* by_row, Buffer<T>& buffer) {
+    const int64_t count = positions.size(), taps = phase.taps.size();
+    T* columns = buffer.get(rows * taps * count);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t t = 0; t < taps; ++t) {
+        const T scale = (by_tap ? by_tap[phase.taps[t].index] : T(1)) * (by_row ? by_row[i] : T(1));
+        const T* from = positions[0] - offsets[0] + tap_offsets[t] + i * channel_step;
+        T* to = columns + (i * taps + t) * count;
+        for (int64_t p = 0; p < count; ++p) to[p] = scale * from[offsets[p]];
+      }
+    for (int64_t p = 0; p < count; ++p) positions[p] = columns + p;
+    for (int64_t t = 0; t < taps; ++t) tap_offsets[t] = t * count;
+    channel_step = taps * count;
   }
 
   void read_outputs(const Panel& panel, const Map<T>& out) { offsets_of(panel, panel.phase->stride, out.step, outputs); }
 
-  // Of one block of a tile's rows after the other.
-  void read_taps(const Phase& phase, const Window<T>& window, const Tile& tile, int64_t taps, const Span* blocks, int64_t count) {
+  // Of one block of a tile's rows after the other; the tile is mixed, or packed.
+  void read_taps(const Phase& phase, const Tile& tile, int64_t taps, const Span* blocks, int64_t count, bool packed) {
     const int64_t width = tile.vectors * Simd<T>::LANES;
+    const int64_t row_step = packed ? width : taps * width, tap_step = packed ? tile.rows * width : width;
     steps.clear();
     for (const Span* block = blocks; block < blocks + count; ++block)
-      for (const Tap& tap : phase.taps) {
-        const int64_t from = tap_offset(phase, tap, window.step);
+      for (size_t t = 0; t < phase.taps.size(); ++t)
         for (int64_t i = block->first - tile.first_row; i < block->first - tile.first_row + block->count; ++i)
-          steps.push_back({from + i * window.channel_step, (i * taps + tap.index) * width});
-      }
+          steps.push_back({tap_offsets[t] + i * channel_step, i * row_step + phase.taps[t].index * tap_step});
   }
 };
 
@@ -201,6 +220,15 @@ void store(T* sums, const Tile& tile, const Panel& panel, const Span& span, cons
       for (int64_t l = 0; l < tile.lanes; ++l) to[at[p] + l * out.channel_step] = sums[p * width + l];
 }
 
+// Multiply sums, [position][lane], by a factor for each lane.
+template <class T>
+void scale_lanes(T* sums, int64_t positions, const Tile& tile, const T* lanes) {
+  using S = Simd<T>;
+  const int64_t width = tile.vectors * S::LANES;
+  for (int64_t p = 0; p < positions; ++p)
+    for (int64_t l = 0; l < width; l += S::LANES) S::store(sums + p * width + l, S::load(sums + p * width + l) * S::load(lanes + l));
+}
+
 // How a convolution is cut into tasks: each has some blocks of lanes, side by side, whose tiles share what is read of the map,
 // and some panels, which share packed tiles. Where samples are too few, or too large, for n packed kernels to pay, the panels
 // of a task are of one sample, whose kernel is blended first; so they are where samples have kernels of their own.
@@ -240,6 +268,12 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
   const int64_t most = whole && taps == 1 ? FEW_POSITIONS : std::clamp(PANEL_NUMBERS / (runs[0].count * rows[0].count), FEW_POSITIONS, PANEL_POSITIONS);
   const std::vector<Panel> panels = panels_of(phases, batch, ceil_div(threads, batch * blocks * groups), most);
   if (panels.empty()) return;  // a gradient that nothing reaches
+  // One kernel need not be mixed: the attentions of lanes scale the sums, and the others what is read, where that costs less, a number
+  // for each position in the place of vectors of the lanes that read it.
+  int64_t largest = 0;
+  for (const Phase& phase : phases) largest = std::max(largest, phase.count[0] * phase.count[1] * phase.count[2]);
+  const bool scaled = gates.taps || gates.rows, small = 4 * largest <= std::min<int64_t>(kernels.lanes, TILES * VECTORS * L);
+  const bool unmixed = n == 1 && !kernels.cells && (small || !scaled);
   const Plan plan = plan_of(kernels, panels, groups, batch, blocks, std::clamp<int64_t>(HELD_NUMBERS / (size * runs[0].count), 1, TILES));
   const int64_t sides = plan.lanes.size(), pieces = plan.panels.size(), packs = plan.blended ? 1 : n;
 
@@ -249,6 +283,8 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
     Operands<T> operands;
     std::vector<int64_t> order;
     auto finish = [&](const Tile& tile, const Panel& panel, const Span& lines, int64_t group, T* from) {
+      if (unmixed && gates.lanes)
+        scale_lanes<T>(from, lines.count * PanelLines(panel).length, tile, scales_of(gates, kernels, groups, group, panel.sample, tile).lanes);
       store<T>(from, tile, panel, lines, out, epilogue, write, group * kernels.lanes + tile.first_lane, operands.outputs);
     };
     for (int64_t task = begin; task < end; ++task) {
@@ -279,12 +315,16 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
         for (const Panel* panel = first; panel < last; done += panel->positions(), ++panel) {
           const Window<T> window = window_of<T>(source, group * kernels.rows + span.first, span.count, *panel, scratch.window);
           operands.read_positions(*panel, window);
+          if (unmixed && scaled) {
+            const Scales<T> scales = scales_of(gates, kernels, groups, group, panel->sample, tile_of<T>(span, lanes[side.first]));
+            operands.scale_columns(*panel->phase, span.count, scales.taps, scales.rows, scratch.columns);
+          }
           if (whole) operands.read_outputs(*panel, out);
           const PanelLines lines(*panel);
           const int64_t at_once = whole && out.channel_step == 1 ? std::max<int64_t>(1, WRITTEN_POSITIONS / lines.length) : lines.count;
           for (int64_t c = 0; c < side.count; ++c) {
             const Tile tile = tile_of<T>(span, lanes[side.first + c]);
-            if (panel == first || panel->sample != (panel - 1)->sample) {
+            if (!unmixed && (panel == first || panel->sample != (panel - 1)->sample)) {
               Scales<T> scales = scales_of(gates, kernels, groups, group, panel->sample, tile);
               if (plan.blended) scales.shares = nullptr;
               if (kernels.cells)
@@ -292,14 +332,15 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
               else
                 mix<T>(packed + c * all, packs, taps, tile, scales, mixed + c * one);
             }
-            operands.read_taps(*panel->phase, window, tile, taps, block, run.count);
+            operands.read_taps(*panel->phase, tile, taps, block, run.count, unmixed);
+            const T* factors = unmixed ? packed + c * all : mixed + c * one;
             T* to = whole ? sums : sums + c * positions * VECTORS * L + done * tile.vectors * L;
             for (int64_t line = 0; line < lines.count; line += at_once) {
               const Span some = {line, std::min(at_once, lines.count - line)};
               const Step* step = operands.steps.data();
               for (int64_t i = 0; i < run.count; ++i) {
                 const int64_t steps = block[i].count * panel->phase->taps.size();
-                multiply<T>(operands.positions.data() + line * lines.length, some.count * lines.length, tile.vectors, mixed + c * one, step,
+                multiply<T>(operands.positions.data() + line * lines.length, some.count * lines.length, tile.vectors, factors, step,
                             steps, to, block[i].first > 0);
                 step += steps;
               }

@@ -207,7 +207,7 @@ class Buffer {
 
 template <class T>
 struct Scratch {
-  Buffer<T> blend, packed, mixed, window, out, grad, back;
+  Buffer<T> blend, packed, mixed, window, columns, out, grad, back;
   static Scratch& mine() {
     static thread_local Scratch scratch;
     return scratch;
