@@ -119,7 +119,7 @@ def backward(
     """Return the gradients of x and of a kernel for each sample."""
     if cpu.is_depthwise(mixed, geometry.groups):
         differentiate = cpu.depthwise_backward(x, geometry.groups) if cpu.takes(x) else grouped_backward
-    elif x.dtype not in cpu.HALF and cpu.fits(x, mixed, geometry, True):
+    elif x.dtype not in cpu.HALF and cpu.fits(x, mixed, geometry):
         differentiate = cpu.backward_per_sample
     elif choose_plain(x, mixed, geometry, None).backend == "pointwise":
         differentiate = pointwise_backward

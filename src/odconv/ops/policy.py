@@ -21,11 +21,11 @@ FEW_POSITIONS = 64
 Rows: layers_small_maps.csv, n = 4, batch 64, "shared" against "product": "128->128 4x4 k3 s1 g1" below, and
 "64->64 8x8 k3 s1 g1" above.
 """
-FEWEST_POSITIONS, MANY_SAMPLES = 9, 8
-"""The same, and the samples from which it holds, where the compiled kernel for the CPU mixes.
+MANY_SAMPLES = 8
+"""Samples from which n full products at one position beat the compiled kernel for the CPU, which mixes.
 
-Rows: layers_small_maps.csv, batch 64, training, "shared" against "cpu": n = 1, "512->512 3x3 k3 s1 g1" below and
-"256->256 6x6 k3 s1 g1" above; n = 4, "256->512 2x2 k3 s2 g1" below and "256->256 2x2 k3 s1 g1" above.
+Rows: layers_small_maps.csv, n = 4, batch 8 and 64, training, "shared" against "cpu": "256->512 2x2 k3 s2 g1" below, and
+with more positions, "256->256 2x2 k3 s1 g1", above.
 """
 LARGE_KERNEL = 2**20
 """Numbers of a lone 1x1 kernel from which scaling a small map beats scaling the kernel, for a batch of one.
@@ -80,10 +80,10 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
         return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
     if x.dtype in cpu.HALF and is_better_in_plain(x, weight, geometry, n, x.dtype, differentiated):
         return choose_plain(x, weight, geometry, n)
-    positions = (n or 1) * positions_of(x, geometry)
-    few = n is not None and geometry.groups == 1 and positions <= FEWEST_POSITIONS
+    one = positions_of(x, geometry) == 1
+    products = one and n is not None and geometry.groups == 1
     # the batch is asked last: where torch.compile leaves it open, each question is another graph
-    if positions == 1 or (few and x.shape[0] >= MANY_SAMPLES) or not cpu.fits(x, weight, geometry, differentiated):
+    if (one and n in (1, None)) or (products and x.shape[0] >= MANY_SAMPLES) or not cpu.fits(x, weight, geometry):
         return choose_plain(x, weight, geometry, n)
     # A lone 1x1 kernel can do without a kernel per sample: a small map is scaled instead. On one thread PyTorch
     # does not take oneDNN for that, and takes twice as long.
@@ -186,7 +186,7 @@ def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | 
         return False
     if cpu.is_depthwise(weight, geometry.groups):
         return False
-    return cpu.fits(x, weight, geometry, True) and not is_better_in_plain(x, weight, geometry, n, dtype, True)
+    return cpu.fits(x, weight, geometry) and not is_better_in_plain(x, weight, geometry, n, dtype, True)
 
 
 def is_better_unrounded_by_tiles(taps: Sequence[int], dtype: torch.dtype) -> bool:

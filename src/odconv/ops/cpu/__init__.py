@@ -105,7 +105,7 @@ def takes(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0 and not is_transformed() and available()
 
 
-def fits(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool) -> bool:
+def fits(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether the compiled kernel can compute this, and does it faster than the other backends."""
     groups = geometry.groups
     if is_depthwise(weight, groups) and runs_over_channels(x):
