@@ -48,6 +48,7 @@ CHANNELS = {
     "mobilenetv2_050": [16, 16, 48, 1280],
     "mobilenetv2_075": [24, 24, 72, 1280],
     "mobilenetv2_100": [24, 32, 96, 1280],
+    "convnext_tiny": [96, 192, 384, 768],
 }
 
 
@@ -95,7 +96,8 @@ def test_every_network_of_the_zoo_is_a_backbone(backbone):
     name = ["faster_rcnn", "mask_rcnn", "retinanet"][tiny.LISTED.index(backbone) % 3]
     pyramid = meta(name, backbone).backbone
     static = re.sub("^(odl?|dy|cond|kw)_", "", backbone)
-    channels = [block[0].in_channels for block in pyramid.fpn.inner_blocks]
+    convolutions = (next(part for part in block if isinstance(part, nn.Conv2d)) for block in pyramid.fpn.inner_blocks)
+    channels = [convolution.in_channels for convolution in convolutions]
     assert channels == CHANNELS[static][-len(channels) :]
     dynamic = odconv.DynamicConv | KWConv
     assert any(isinstance(module, dynamic) for module in pyramid.body.modules()) == (static != backbone)
