@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from operands import ATTENTIONS, arguments, outcome
 from parameters import slow_except
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import odconv
-from odconv.functional import dynamic_conv
+from odconv.functional import dynamic_conv, per_sample_conv
 from odconv.ops import cpu
 from odconv.ops.contract import Geometry
 from odconv.ops.cpu import library
@@ -83,6 +84,34 @@ def test_float32_is_as_near_to_float64_as_rounding_allows(shape):
     exact = gradients({name: tensor.double() for name, tensor in tensors.items()}, geometry, "reference")
     for value, wanted in zip(gradients(tensors, geometry, "cpu"), exact, strict=True):
         assert (value - wanted).abs().max() < 5e-6 * wanted.abs().max()
+
+
+@NEEDS_KERNEL
+@pytest.mark.parametrize(
+    "present", [[], ["kernel"], ["filter"], ["spatial"], ["kernel", "channel"], ATTENTIONS], ids=str
+)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    ("sizes", "geometry"),
+    [
+        ((3, 72, 80, 1, (3, 3), (4, 4)), {"padding": 1}),
+        ((2, 70, 300, 1, (3, 3), (9, 7)), {"padding": 1, "stride": 2}),
+        ((4, 33, 140, None, (2, 3), (5, 4)), {"dilation": (1, 1)}),
+        ((2, 96, 192, 1, (5,), (12,)), {"padding": 4, "dilation": 2, "groups": 2}),
+        ((2, 64, 64, 1, (2, 1, 2), (2, 3, 2)), {"padding": (1, 0, 0)}),
+    ],
+    ids=str,
+)
+def test_a_lone_kernel_on_a_small_map_is_not_mixed_and_gives_the_same(sizes, geometry, last, present):
+    torch.manual_seed(0)
+    groups = geometry.get("groups", 1)
+    tensors = arguments(*sizes, groups, [name for name in present if sizes[3] or name != "kernel"])
+    if last:
+        tensors["x"] = tensors["x"].detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
+    operator = dynamic_conv if sizes[3] else per_sample_conv
+    found, wanted = (outcome(operator, tensors, **geometry, backend=backend) for backend in ("cpu", "reference"))
+    for value, like in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, like, rtol=1e-11, atol=1e-11)
 
 
 @NEEDS_KERNEL

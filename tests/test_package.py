@@ -202,7 +202,7 @@ def test_what_is_installed_trains_by_recipes(installed: Path, tmp_path: Path) ->
     odconv = partial(run, installed)
     (place,) = run(installed.with_name("python"), "-c", "import odconv; print(odconv.__file__)")
     assert Path(place).is_relative_to(installed.parents[1])
-    assert len(odconv("recipes")) == 2 + 52
+    assert len(odconv("recipes")) == 2 + 57
     little = ("--arch", "od_mobilenetv2_050", "--epochs", "1", "--batch_size", "256")
     odconv("train", "--config", "digits_od_resnet18_1x", *little, "--out", "digits")
     assert json.loads((tmp_path / "digits/result.json").read_text())["arch"] == "od_mobilenetv2_050"

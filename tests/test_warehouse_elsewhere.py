@@ -139,7 +139,7 @@ def test_cells_in_eight_bits(tmp_path):
     files = {}
     for precision in ("float32", "int8"):
         files[precision] = odconv.export_onnx(model, tmp_path / f"{precision}.onnx", (3, 32, 32), precision=precision)
-    assert files["int8"].megabytes < 0.35 * files["float32"].megabytes
+    assert files["int8"].megabytes < 0.4 * files["float32"].megabytes
     assert 0 < files["int8"].error < 0.05
     images = torch.randn(5, 3, 32, 32)
     (logits,) = runtime.InferenceSession(files["int8"].path).run(None, {"images": images.numpy()})

@@ -273,7 +273,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
   int64_t largest = 0;
   for (const Phase& phase : phases) largest = std::max(largest, phase.count[0] * phase.count[1] * phase.count[2]);
   const bool scaled = gates.taps || gates.rows, small = 4 * largest <= std::min<int64_t>(kernels.lanes, TILES * VECTORS * L);
-  const bool unmixed = n == 1 && !kernels.cells && (small || !scaled);
+  const bool unmixed = n == 1 && !gates.shares && !kernels.cells && (small || !scaled);
   const Plan plan = plan_of(kernels, panels, groups, batch, blocks, std::clamp<int64_t>(HELD_NUMBERS / (size * runs[0].count), 1, TILES));
   const int64_t sides = plan.lanes.size(), pieces = plan.panels.size(), packs = plan.blended ? 1 : n;
 
