@@ -190,7 +190,7 @@ def test_operators_lay_out_what_they_return_as_torch_compile_is_told(taps, axes,
     for operator, given in calls.items():
         with FakeTensorMode() as mode:
             told = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given))
-        for found, fake in zip(flat(operator(*arguments)), flat(told), strict=True):
+        for found, fake in zip(flat(operator(*given)), flat(told), strict=True):
             assert (found.shape, found.stride(), found.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
