@@ -163,7 +163,7 @@ def test_one_of_two_processes_is_killed_and_torchrun_starts_them_again(
     assert first.communicate()[0]
     process = start(options | {"out": killed}, launcher)
     wait_until(lambda: in_mid_epoch(killed), process)
-    trainers = [pid for pid in children(process.pid) if "odconv" in Path(f"/proc/{pid}/cmdline").read_text()]
+    trainers = [pid for pid in children(process.pid) if "tiny" in Path(f"/proc/{pid}/cmdline").read_text()]
     assert len(trainers) == 2
     os.kill(trainers[1], signal.SIGKILL)
     output = process.communicate(timeout=120)[0]

@@ -26,7 +26,7 @@ SECONDS = 600  # that anything may take on a busy machine
 
 # forks processes that have imported everything; what is done before that is none of ours
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["odconv.app.classify.run", "test_kills"])
+WARM.set_forkserver_preload(["tiny", "odconv.app.classify.run", "test_kills"])
 
 
 def wait_until(holds: Callable[[], bool], running: Callable[[], bool] = lambda: True) -> None:
