@@ -155,7 +155,7 @@ def test_the_command(tmp_path, capsys):
     assert main(["export", *given]) == 0
     assert "od_resnet18, ONNX with opset 18, int8, 46." in capsys.readouterr().out
     assert main(["export", *given, "--format", "torch", "--out", str(tmp_path / "net.pt2")]) == 1
-    assert "got 'int8'" in capsys.readouterr().err
+    assert "got int8" in capsys.readouterr().err
 
 
 @slow
