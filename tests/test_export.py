@@ -418,7 +418,7 @@ def test_maps_with_fewer_positions_than_filters(method, dims, batch_one, padding
     for groups in (1, 2):
         options = {"padding": 1, "padding_mode": padding, "groups": groups, "bias": True}
         layer = getattr(odconv, f"{method}{dims}d")(8, 130, 3, stride=2, **options)
-        written = odconv.export_onnx(layer, tmp_path / "net.onnx", (8, *[5] * dims), batch=not batch_one)
+        written = odconv.export_onnx(layer, tmp_path / "net.onnx", (8, *[5] * dims), dynamic_batch=not batch_one)
         assert written.error < 1e-5
 
 
