@@ -118,7 +118,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of a kernel for each sample."""
     if cpu.is_depthwise(mixed, geometry.groups):
-        differentiate = cpu.depthwise_backward(x, geometry.groups) if cpu.takes(x) else grouped_backward
+        differentiate = cpu.depthwise_backward(x, geometry.groups)
     elif x.dtype not in cpu.HALF and cpu.fits(x, mixed, geometry):
         differentiate = cpu.backward_per_sample
     elif choose_plain(x, mixed, geometry, None).backend == "pointwise":

@@ -297,7 +297,7 @@ def backward_per_sample(
 
 def depthwise_backward(x: Tensor, groups: int) -> Convolve:
     """Return what gives the gradients of a depth-wise layer with a kernel for each sample."""
-    return backward_per_sample if groups >= WIDE_GROUP and runs_over_channels(x) else grouped_backward
+    return backward_per_sample if groups >= WIDE_GROUP and runs_over_channels(x) and takes(x) else grouped_backward
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -18,7 +18,8 @@
 //     for each run of rows that the second-level cache holds, of one tap mostly all of them
 //       pack the n kernels' (or cells') tiles                   -> packed, or one tile where the sample's kernel was blended
 //       for each panel, for each tile
-//         if the panel begins a sample: mix packed              -> mixed
+//         if the panel begins a sample: mix packed              -> mixed, but for a lone kernel on a small map: its window and
+//                                                                  sums are scaled instead
 //         for each block of rows that the first-level cache holds: accumulate window x mixed -> sums[position][lane]
 //     apply the epilogue (epilogue.h) and write the sums into the map: a few positions at a time where one run holds all rows,
 //     else when all were accumulated
