@@ -44,7 +44,11 @@ FIGURE = re.compile(
 NETWORKS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenetv2_100": "MobileNetV2 1.0"}
 DETECTORS = {"faster_rcnn": "Faster R-CNN", "mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 DATASETS = {"imagenette": "Imagenette", "cifar10": "CIFAR-10"}
-ARCHITECTURES = {"mobilenetv2_050": "MobileNetV2 0.5", "resnet18": "ResNet-18"}
+ARCHITECTURES = {
+    "mobilenetv2_050": "MobileNetV2 0.5",
+    "resnet18": "ResNet-18",
+    "resnet18_025": "ResNet-18 of a quarter of the width",
+}
 Row = dict[str, str]
 
 

@@ -65,7 +65,7 @@ def rows(path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("network", ["mobilenetv2_050", "resnet18"])
+@pytest.mark.parametrize("network", ["mobilenetv2_050", "resnet18", "resnet18_025"])
 def test_every_method_builds(network):
     static = sum(p.numel() for p in build(network, "static", "small", 10).parameters())
     for method in METHODS | ABLATIONS:

@@ -57,7 +57,7 @@ RECIPES: dict[str, dict[tuple[str, str], Recipe]] = {
     # hours on one core of a processor
     "small": {
         ("imagenette", "mobilenetv2_050"): Recipe(64, 20, 0.02),
-        ("cifar10", "resnet18"): Recipe(24, 4, 0.02, stem="small", augment="small", images=8000),
+        ("cifar10", "resnet18_025"): Recipe(24, 6, 0.02, stem="small", augment="small", images=16000),
     },
     # long enough to converge, for a GPU
     "full": {
@@ -80,7 +80,10 @@ TRIED: dict[str, tuple[int, list[tuple[str, dict[str, Any]]]]] = {
         6,
         [(method, {"lr": lr}) for lr in (0.02, 0.05, 0.01) for method in ("static", "odconv_4x", "odconv_1x")],
     ),
-    "resnet18": (3, [(method, {"lr": lr}) for lr in (0.02, 0.05) for method in ("static", "odconv_4x")]),
+    **dict.fromkeys(
+        ("resnet18", "resnet18_025"),
+        (3, [(method, {"lr": lr}) for lr in (0.02, 0.05, 0.1) for method in ("static", "odconv_4x")]),
+    ),
 }
 """Where recipes are chosen: for how many epochs, and what with which changes."""
 

@@ -5,8 +5,9 @@ from typing import Any, Literal, TypeAlias
 from unittest.mock import patch
 
 from torch import nn
+from torchvision import models
 from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import SqueezeExcitation
 
 import odconv
@@ -71,10 +72,30 @@ ABLATIONS = {
 }
 
 
+QUARTER = "resnet18_025"
+
+
+class QuarterResNet18(ResNet):
+    """ResNet-18 with a quarter of the channels, for which torchvision has no argument."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2])
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(16)
+        self.fc = nn.Linear(128, num_classes)
+
+    def _make_layer(self, block: Any, planes: int, *rest: Any, **options: Any) -> nn.Sequential:
+        if planes == 64:
+            self.inplanes = 16
+        return super()._make_layer(block, planes // 4, *rest, **options)
+
+
 def build(
     network: str, method: str, stem: str, classes: int, dropout: float = 0.0, start: Start = "settled"
 ) -> nn.Module:
-    """Build a network of the zoo with a method, freshly drawn."""
+    """Build a network of the zoo, or resnet18_025, with a method, freshly drawn."""
+    if network == QUARTER:
+        with patch.object(models, "resnet18", QuarterResNet18):
+            return build("resnet18", method, stem, classes, dropout, start)
     chosen, options = (METHODS | ABLATIONS)[method], layer_options(method, start)
     create = {"num_classes": classes, "dropout": dropout, "stem": stem}
     if method == "se":
@@ -96,7 +117,8 @@ def layer_options(method: str, start: Start) -> dict[str, Any]:
 
 
 def described(network: str, method: str, start: Start) -> tuple[str, dict[str, Any]]:
-    """Return the name of a network in the zoo, and what options its layers have besides."""
+    """Return the name of a network in the zoo, resnet18 for resnet18_025, and what options its layers have besides."""
+    network = "resnet18" if network == QUARTER else network
     prefix, options = (METHODS | ABLATIONS)[method].prefix, layer_options(method, start)
     options.pop("warm_start", None)  # how it begins, and not what it is
     settled = starts.SETTLED["odconv"]
