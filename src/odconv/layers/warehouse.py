@@ -78,28 +78,12 @@ class Warehouse(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        every = {f"{name} ({pool})": layer for pool, own in layers.items() for name, layer in own.items()}
-        if not every:
-            raise ValueError("layers must hold at least one layer, got none")
-        if len({*every.values()}) < len(every):
-            raise ValueError(f"layers must hold each layer once, got {', '.join(every)}")
-        if taken := [name for name, layer in every.items() if layer.warehouse is not None]:
-            raise ValueError(f"layers must be in no warehouse yet, got {', '.join(taken)}")
-        options = zip(
-            *(
-                per_pool(name, ratio, len(layers))
-                for name, ratio in (
-                    ("cell_num_ratio", cell_num_ratio),
-                    ("cell_inplane_ratio", cell_inplane_ratio),
-                    ("cell_outplane_ratio", cell_outplane_ratio),
-                )
-            ),
-            strict=True,
-        )
-        pools = [
-            Pool(own, cell_shape(own, inner, outer, spatial_partition), ratio)
-            for own, (ratio, inner, outer) in zip(layers.values(), options, strict=True)
-        ]
+        check_layers(layers)
+        ratios = per_pool("cell_num_ratio", cell_num_ratio, len(layers))
+        inner = per_pool("cell_inplane_ratio", cell_inplane_ratio, len(layers))
+        outer = per_pool("cell_outplane_ratio", cell_outplane_ratio, len(layers))
+        shapes = [cell_shape(*given, spatial_partition) for given in zip(layers.values(), inner, outer, strict=True)]
+        pools = list(map(Pool, layers.values(), shapes, ratios))
         for pool in pools:
             check_ratio(pool)
         empty = (torch.empty(pool.cells, *pool.cell, device=device, dtype=dtype) for pool in pools)
@@ -173,6 +157,17 @@ def shared_by_name(layers: Mapping[str, KWConv], sharing: str | Sequence[str]) -
         parts = (next((word for word in words if part.startswith(word)), part) for part in name.split("_"))
         groups.setdefault("_".join(parts), {})[name] = layer
     return groups
+
+
+def check_layers(layers: Mapping[str, Mapping[str, KWConv]]) -> None:
+    """Raise a ValueError unless there are layers, each of them once and in no warehouse yet."""
+    every = {f"{name} ({pool})": layer for pool, own in layers.items() for name, layer in own.items()}
+    if not every:
+        raise ValueError("layers must hold at least one layer, got none")
+    if len({*every.values()}) < len(every):
+        raise ValueError(f"layers must hold each layer once, got {', '.join(every)}")
+    if taken := [name for name, layer in every.items() if layer.warehouse is not None]:
+        raise ValueError(f"layers must be in no warehouse yet, got {', '.join(taken)}")
 
 
 def per_pool(name: str, ratio: Ratio, count: int) -> Sequence[float]:

@@ -21,17 +21,18 @@ from odconv.system.text import suggest
 
 
 class Detector(NamedTuple):
-    """A detector: torchvision's class, the octaves of its anchors, and how the names of its thresholds begin."""
+    """A detector: torchvision's class, its argument of anchors, their octaves, and how its thresholds' names begin."""
 
     builder: str
+    anchors: str
     octaves: tuple[float, ...]
     prefix: str
 
 
 DETECTORS = {
-    "faster_rcnn": Detector("FasterRCNN", (1,), "box_"),
-    "mask_rcnn": Detector("MaskRCNN", (1,), "box_"),
-    "retinanet": Detector("RetinaNet", (1, 2 ** (1 / 3), 2 ** (2 / 3)), ""),
+    "faster_rcnn": Detector("FasterRCNN", "rpn_anchor_generator", (1,), "box_"),
+    "mask_rcnn": Detector("MaskRCNN", "rpn_anchor_generator", (1,), "box_"),
+    "retinanet": Detector("RetinaNet", "anchor_generator", (1, 2 ** (1 / 3), 2 ** (2 / 3)), ""),
 }
 CONVENTIONS = ("torchvision", "mmdetection")
 
@@ -119,10 +120,7 @@ def create_detector(
     sizes = [min_size] if isinstance(min_size, int) else list(min_size)
     check_sizes(sizes, max_size, anchor_sizes)
     check_choices(name, num_classes, frozen_stages, conventions)
-    if new_predictor and weights is None:
-        raise ValueError("new_predictor needs weights, those of a detector for other classes")
-    if weights is not None and weights_backbone is not None:
-        raise ValueError("weights and weights_backbone must not both be given: weights has a backbone")
+    check_weights(weights, weights_backbone, new_predictor)
     checkpoint = None if weights is None else find_checkpoint(weights)
     conventions = conventions or find_conventions(checkpoint)
     if conventions == "mmdetection" and name == "retinanet":
@@ -133,8 +131,6 @@ def create_detector(
     network = build_network(backbone, kernel_num, reduction, layer_options or {}, weights_backbone, warm_start)
     try_temperature(network, 1.0 if temperature is None else temperature)  # whatever a classifier was trained with
 
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-
     from odconv.models.detectors import networks
     from odconv.models.detectors.backbone import Pyramid
     from odconv.models.detectors.boxes import FineCoder, fix_strides, set_coder
@@ -142,22 +138,17 @@ def create_detector(
     detector = DETECTORS[name]
     builder = getattr(networks, detector.builder)
     check_options(builder.__mro__[2], options)
-    anchors = AnchorGenerator(
-        tuple(tuple(int(size * octave) for octave in detector.octaves) for size in anchor_sizes),
-        ((0.5, 1.0, 2.0),) * len(anchor_sizes),
-    )
-    single_stage = name == "retinanet"
     chosen = {
+        "num_classes": num_classes,
         "min_size": sizes,
         "max_size": max_size,
-        "anchor_generator" if single_stage else "rpn_anchor_generator": anchors,
+        detector.anchors: make_anchors(anchor_sizes, detector.octaves),
         f"{detector.prefix}score_thresh": score_threshold,
         f"{detector.prefix}nms_thresh": nms_threshold,
         f"{detector.prefix}detections_per_img": detections_per_image,
     }
-    model: Any = builder(
-        Pyramid(network, single_stage, frozen_stages, norm_eval), num_classes=num_classes, **chosen | options
-    )
+    pyramid = Pyramid(network, name == "retinanet", frozen_stages, norm_eval)
+    model: Any = builder(pyramid, **chosen | options)
     model.masked_pool = masked_pool
     set_coder(model, FineCoder)
     fix_strides(model)
@@ -172,6 +163,14 @@ def create_detector(
     return model
 
 
+def make_anchors(sizes: Sequence[int], octaves: Sequence[float]) -> Any:
+    """Return torchvision's generator of anchors for levels with these sizes, each in all octaves."""
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    scaled = tuple(tuple(int(size * octave) for octave in octaves) for size in sizes)
+    return AnchorGenerator(scaled, ((0.5, 1.0, 2.0),) * len(sizes))
+
+
 def check_choices(name: str, num_classes: int, frozen_stages: int, conventions: str | None) -> None:
     """Raise a ValueError for a detector that there is not."""
     if name not in DETECTORS:
@@ -182,6 +181,14 @@ def check_choices(name: str, num_classes: int, frozen_stages: int, conventions: 
         raise ValueError(f"frozen_stages must be 0, 1, 2, 3 or 4, got {frozen_stages!r}")
     if conventions not in (None, *CONVENTIONS):
         raise ValueError(f"conventions must be one of {CONVENTIONS} or None, got {conventions!r}")
+
+
+def check_weights(weights: Weights | None, weights_backbone: Weights | None, new_predictor: bool) -> None:
+    """Raise a ValueError for weights that do not go together."""
+    if new_predictor and weights is None:
+        raise ValueError("new_predictor needs weights, those of a detector for other classes")
+    if weights is not None and weights_backbone is not None:
+        raise ValueError("weights and weights_backbone must not both be given: weights has a backbone")
 
 
 def check_sizes(min_sizes: Sequence[int], max_size: int, anchor_sizes: Sequence[int]) -> None:
