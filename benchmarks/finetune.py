@@ -4,8 +4,8 @@
         --weights ../shared/data/weights/mobilenet_v2_1.0_imagenet_fp16.pth
 
 All runs have the same seed, images in the same order, new classifier and recipe: SGD with momentum 0.9, weight decay
-4e-5, a cosine over all steps, batches of 64 images of 96 x 96. The temperature of the dynamic layers falls to 1 in the
-first part of the run, as in training from nothing. A cold start draws the dynamic layers afresh and keeps the rest.
+4e-5, a cosine over all steps, batches of 64 images of 96 x 96. A temperature above 1 falls to 1 in the first part of
+the run. A cold start draws the dynamic layers afresh and keeps the rest.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from math import cos, pi
 from pathlib import Path
 
 import torch
-from common import RESULTS, origin, subset, write_rows
+from common import RESULTS, Sheet, origin, subset
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import odconv
 from odconv.app.data import Images, normalise, open_data
 from odconv.app.engine.loaders import evaluation_loader, training_loader
-from odconv.layers import Attention
+from odconv.layers import Attention, try_temperature
 
 STARTS = {  # options of odconv.convert; None stays static
     "static": None,
@@ -32,13 +32,15 @@ STARTS = {  # options of odconv.convert; None stays static
     "cold_1x": {"kernel_num": 1, "warm_start": False},
     "cold_4x": {"kernel_num": 4, "warm_start": False},
 }
+KEYS = ("network", "start", "init", "seed", "lr", "attention_lr", "temp_init", "temp_share", "epochs", "epoch")
 
 
-def build(start: str, weights: Path, classes: int, seed: int) -> nn.Module:
+def build(start: str, init: str, weights: Path, classes: int, seed: int) -> nn.Module:
     model = odconv.create_model("mobilenetv2_100", weights=weights)
     torch.manual_seed(seed)
     model.classifier[1] = nn.Linear(model.classifier[1].in_features, classes)
-    return model if STARTS[start] is None else odconv.convert(model, **STARTS[start])
+    model = model if STARTS[start] is None else odconv.convert(model, init=init, **STARTS[start])
+    return model.to(memory_format=torch.channels_last)
 
 
 def some(images: Images, count: int | None, seed: int) -> Images:
@@ -63,7 +65,8 @@ def main() -> None:
     parser.add_argument(
         "--attention-lr", type=float, help="learning rate of the attentions (default: that of the rest)"
     )
-    parser.add_argument("--temp-init", type=float, default=30.0, help="temperature at the start")
+    parser.add_argument("--init", choices=["calm", "published"], default="calm", help="how attentions are drawn")
+    parser.add_argument("--temp-init", type=float, default=1.0, help="temperature at the start")
     parser.add_argument("--temp-share", type=float, default=0.5, help="share of the run in which it falls to 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="take only so many images of each split, to try the script")
@@ -71,9 +74,9 @@ def main() -> None:
     args = parser.parse_args()
     data = open_data(args.data, image_size=96, resize_size=96, min_scale=0.35)
     command = shlex.join(["python", "benchmarks/finetune.py", *sys.argv[1:]])
-    rows = []
+    sheet = Sheet(args.out, KEYS)
     for start in args.starts:
-        model = build(start, args.weights, len(data.classes), args.seed)
+        model = build(start, args.init, args.weights, len(data.classes), args.seed)
         attentions = [p for module in model.modules() if isinstance(module, Attention) for p in module.parameters()]
         rest = [p for p in model.parameters() if all(p is not own for own in attentions)]
         groups = [
@@ -93,7 +96,7 @@ def main() -> None:
             losses = []
             for images, labels in train:
                 left = 1 - ((epoch - 1) * len(train) + len(losses)) / (args.temp_share * steps)
-                odconv.set_temperature(model, 1 + (args.temp_init - 1) * max(0, left))
+                try_temperature(model, 1 + (args.temp_init - 1) * max(0, left))
                 loss = F.cross_entropy(model(normalise(images)), labels)
                 optimizer.zero_grad()
                 loss.backward()
@@ -103,6 +106,7 @@ def main() -> None:
             row = {
                 "network": "mobilenetv2_100",
                 "start": start,
+                "init": args.init if STARTS[start] else "",
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "seed": args.seed,
                 "lr": args.lr,
@@ -115,8 +119,7 @@ def main() -> None:
                 "top1": f"{top1(model, val):.2f}",
             }
             print(*row.values(), flush=True)
-            rows.append(row | origin() | {"command": command})
-        write_rows(args.out, rows)  # after every start, so that a run that is cut short leaves what it has
+            sheet.add([row | origin() | {"command": command}])
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 import odconv
 from odconv.app.data import normalise, open_data
-from odconv.layers import Attention, Attentions, DynamicConv
+from odconv.layers import Attention, Attentions, PerSampleConv, try_temperature
 from odconv.layers.starts import SETTLED
+from odconv.layers.warehouse_attention import try_blend
 
 STARTS: dict[str, tuple[dict[str, Any], list[float]]] = {  # options, and the temperatures to look at
     "published": ({"init": "published"}, [30, 5, 1]),
@@ -36,6 +37,8 @@ METHODS: dict[str, tuple[str, int | None, dict[str, Any]]] = {  # prefix, number
     "CondConv, settled": ("cond_", 8, SETTLED["condconv"]),
     "ODConv 1x, settled": ("od_", 1, SETTLED["odconv"]),
     "ODConv 4x, settled": ("od_", 4, SETTLED["odconv"]),
+    "KernelWarehouse 1x": ("kw_", None, {"budget": 1}),
+    "KernelWarehouse 4x": ("kw_", None, {"budget": 4}),
 }
 NUDGE = 1e-9
 """Of the pixels, relative to them: small enough that the answer is proportional."""
@@ -81,26 +84,16 @@ def logit_spread(attention: Attention, found: Attentions) -> float:
     return mean(spreads)
 
 
-def common_energy(layer: DynamicConv, found: Attentions) -> float:
-    """|mean of the mixed kernels over images|^2 / mean of |mixed kernel|^2, of a dense or depth-wise 2-d layer."""
-    batch, weight = next(len(a) for a in found if a is not None), layer.weight
-    shares = weight.new_ones(batch, 1) if found.kernel is None else found.kernel
-    mixed = (shares @ weight.flatten(1)).view(batch, *weight.shape[1:])
-    if found.filter is not None:
-        mixed = mixed * found.filter[:, :, None, None, None]
-    if found.channel is not None:
-        mixed = mixed * (
-            found.channel[:, None, :, None, None] if layer.groups == 1 else found.channel[..., None, None, None]
-        )
-    if found.spatial is not None:
-        mixed = mixed * found.spatial[:, None, None]
+def common_energy(layer: PerSampleConv, found: Attentions) -> float:
+    """|mean of the mixed kernels over images|^2 / mean of |mixed kernel|^2."""
+    mixed = layer.kernels(found, torch.float32)
     return (mixed.mean(0).square().sum() / mixed.square().flatten(1).sum(1).mean()).item()
 
 
 @torch.no_grad()
 def look(model: nn.Module, x: Tensor) -> dict[str, str]:
     """What the attentions of a new network are."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DynamicConv)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PerSampleConv)}
     if not layers:
         return {"logit_std": "", "entropy": "", "common": ""}
     found: dict[str, Attentions] = {}
@@ -113,10 +106,13 @@ def look(model: nn.Module, x: Tensor) -> dict[str, str]:
     model(x)
     for hook in hooks:
         hook.remove()
-    shares = [a.kernel / a.kernel.sum(1, keepdim=True) for a in found.values() if a.kernel is not None]
+    # shares of cells come of no softmax, and have neither such logits nor an entropy
+    own = {name: layer.attention for name, layer in layers.items() if isinstance(layer.attention, Attention)}
+    shares = [a / a.sum(1, keepdim=True) for name in own if (a := found[name].kernel) is not None]
     entropies = [-(s * s.clamp(min=1e-30).log()).sum(1).mean().item() / log(s.shape[1]) for s in shares]
+    spreads = [logit_spread(attention, found[name]) for name, attention in own.items()]
     return {
-        "logit_std": f"{mean(logit_spread(layer.attention, found[name]) for name, layer in layers.items()):.3g}",
+        "logit_std": f"{mean(spreads):.3g}" if spreads else "",
         "entropy": f"{mean(entropies):.3f}" if entropies else "",
         "common": f"{sum(log10(common_energy(layer, found[name])) for name, layer in layers.items()):.3g}",
     }
@@ -133,15 +129,16 @@ def main() -> None:
     x, labels = normalise(torch.stack([image for image, _ in batch])), torch.tensor([label for _, label in batch])
     rows = []
     for network in args.models:
-        for method, (prefix, n, settled) in METHODS.items():
+        for method, (prefix, n, besides) in METHODS.items():
             for start, (options, temperatures) in STARTS.items() if prefix else [("", ({}, [1.0]))]:
-                if start == "published" and settled:
+                if start == "published" and besides in SETTLED.values():
                     continue
-                for temperature in temperatures if prefix != "cond_" else [1]:
+                for temperature in temperatures if prefix in ("od_", "dy_") else [1]:
                     torch.manual_seed(0)
-                    chosen = {"kernel_num": n, "num_classes": 10} | options | settled
+                    chosen = {"kernel_num": n, "num_classes": 10} | options | besides
                     model = odconv.create_model(prefix + network, **chosen).train()
-                    odconv.set_temperature(model, temperature)
+                    try_temperature(model, temperature)
+                    try_blend(model, 0.0)
                     row = {"network": network, "method": method, "start": start, "temperature": temperature}
                     row |= look(model, x)
                     row["gradient_norm"] = f"{gradient_norm(model, x, labels):.4g}"

@@ -326,7 +326,7 @@ def gradients() -> str:
     def line(one: Row) -> list[str]:
         same = {key: one[key] for key in ("method", "start", "temperature")}
         other = row("gradients", network="resnet18", **same)
-        temperature = "" if one["method"] == "static" or "CondConv" in one["method"] else one["temperature"]
+        temperature = one["temperature"] if "ODConv" in one["method"] or one["method"] == "DyConv" else ""
         return [
             *(one["method"], one["start"], temperature),
             *(shown(one["logit_std"], ".2g"), one["entropy"], shown(one["common"], ".2g")),
