@@ -342,16 +342,17 @@ def gradients() -> str:
 def finetune() -> str:
     titles = {"static": "static", "warm_1x": "ODConv 1x, warm", "warm_4x": "ODConv 4x, warm"}
     titles |= {"cold_1x": "ODConv 1x, cold", "cold_4x": "ODConv 4x, cold"}
-    runs = groups(rows("finetune"), ["lr", "temp_init", "start"])
-    order = sorted(runs, key=lambda run: (float(run[0]), -float(run[1]), list(titles).index(run[2])))
-    warm_first = sorted(order, key=lambda run: run[2].startswith("cold"))
+    runs = groups(rows("finetune"), ["lr", "init", "temp_init", "start"])
+    order = sorted(runs, key=lambda run: (float(run[0]), run[1], -float(run[2]), list(titles).index(run[3])))
+    warm_first = sorted(order, key=lambda run: run[3].startswith("cold"))
 
     def line(run: tuple[str, ...]) -> list[str]:
-        lr, temperature, start = run
+        lr, init, temperature, start = run
         falls = "" if start == "static" else "1" if float(temperature) == 1 else f"{float(temperature):g} to 1"
-        return [titles[start], lr, falls, *(fixed(epoch["top1"], 1) for epoch in runs[run])]
+        return [titles[start], lr, init, falls, *(fixed(epoch["top1"], 1) for epoch in runs[run])]
 
-    return table(["start", "learning rate", "temperature", "epoch 1", "2", "3"], map(line, warm_first))
+    columns = ["start", "learning rate", "attentions", "temperature", "epoch 1", "2", "3"]
+    return table(columns, map(line, warm_first))
 
 
 def weights() -> str:

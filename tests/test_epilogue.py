@@ -268,6 +268,58 @@ def test_another_activation_behind_a_shared_one_is_not_passed_over(last):
         assert (fused(x) - expected).norm() <= 1e-12 * expected.norm()
 
 
+class Changed(nn.Module):
+    """Activations whose output is changed, in some way, before another activation of the same kind."""
+
+    def __init__(self, change, shared):
+        super().__init__()
+        self.change = change
+        self.first, self.norm = odconv.ODConv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.between, self.last = odconv.ODConv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.relu, self.clip, self.drop = nn.ReLU(), nn.Hardtanh(0.1, 0.9, inplace=True), nn.Dropout()
+        self.other = self.relu if shared else nn.ReLU()
+
+    def forward(self, x):
+        x = self.relu(self.between(x))  # by a module that is called in several places
+        y = self.change(self, self.other(self.norm(self.first(x))), self.last(x))
+        return self.relu(y)
+
+
+def add_in_place(network, y, z):
+    y += z
+    return y
+
+
+def add_elsewhere(network, y, z):
+    y.flatten(1).add_(z.flatten(1))
+    return y
+
+
+CHANGES = {
+    "+": lambda network, y, z: y + z,
+    "+ the other way round": lambda network, y, z: z + y,
+    "+=": add_in_place,
+    "add_": lambda network, y, z: y.add_(z),
+    "a view's add_": add_elsewhere,
+    "torch.sub, out": lambda network, y, z: torch.sub(z, y, out=y),
+    "behind dropout": lambda network, y, z: network.drop(y).sub_(z),
+    "a module": lambda network, y, z: network.clip(y) - z,
+    "a module, and a function": lambda network, y, z: F.hardtanh(network.clip(y), -0.2, 0.8, True).sub_(0.5),
+}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_output_that_is_changed_is_activated_again(change, shared, mode):
+    fused, model, x = fused_and_not(Changed(CHANGES[change], shared), 2, 8, 7, 7)
+    assert fused.between.epilogue.activation == "relu"
+    assert (fused.first.epilogue.activation == "relu") == (not shared or change == "+ the other way round")
+    with mode():
+        expected = model(x.clone())
+        assert (fused(x.clone()) - expected).norm() <= 1e-12 * expected.norm()
+
+
 def test_what_hooks_want_to_see_stays():
     model = nn.Sequential(odconv.ODConv2d(4, 6, 1), nn.ReLU(), odconv.ODConv2d(6, 6, 1), nn.ReLU()).eval()
     seen = []

@@ -19,6 +19,8 @@ from odconv.system.modules import check_module
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 NAMES = {kind: name for name, kind in MODULES.items()}
 TWICE = ("relu", "relu6")  # change nothing when they are called twice
+PASSED_ON = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+"""Modules that return their input, or a view of it, in evaluation mode."""
 
 
 class Tracer(fx.Tracer):
@@ -45,6 +47,14 @@ class Activated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x activated."""
         return x if finished(x).activation == self.name else self.activation(x)
+
+
+class Unsaid(nn.Module):
+    """Returns its input as another tensor, of which nothing is said: in the place of an activation before changes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a view of x."""
+        return x.view(x.shape)
 
 
 class Part(NamedTuple):
@@ -178,8 +188,8 @@ def _fold_activation(part: Part, node: fx.Node, owners: Counter[Any]) -> None:
     if owners[layer] != 1 or layer.epilogue.activation is not None or hooked:
         return
     if part.once(node) and owners[activation] == 1:
-        part.put(node, nn.Identity())
-    elif name in TWICE:  # called in other places, or by other names, too
+        part.put(node, nn.Identity() if name not in TWICE or _stays(part, node) else Unsaid())
+    elif name in TWICE and _stays(part, node):  # called in other places, or by other names, too
         every = [other for other, module in part.modules.items() if module is activation]
         kept = activation if isinstance(activation, Activated) else Activated(activation, name)
         for other in every:
@@ -187,6 +197,24 @@ def _fold_activation(part: Part, node: fx.Node, owners: Counter[Any]) -> None:
     else:
         return
     layer.epilogue = Epilogue(name)
+
+
+def _stays(part: Part, node: fx.Node) -> bool:
+    """Return whether what takes a call's output makes other tensors of it, and nothing changes it in place.
+
+    A tensor that is changed would go on saying that it is activated.
+    """
+    for user in node.users:
+        module = part.modules.get(user)
+        if module is None:  # torch.fx does not tell y += z from y + z
+            stays = user.op in ("call_function", "call_method") and node not in (user.args[0], *user.kwargs.values())
+        elif isinstance(module, PASSED_ON):
+            stays = _stays(part, user)
+        else:
+            stays = not isinstance(module, Activated) and not getattr(module, "inplace", False)
+        if not stays:
+            return False
+    return True
 
 
 def _hand_on_means(part: Part, node: fx.Node) -> None:

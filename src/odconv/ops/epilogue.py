@@ -46,7 +46,7 @@ def activate(y: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def finish(y: Tensor, finished: Finished) -> Tensor:
-    """Say beside a tensor what was done to it; every operation on it makes another one, about which nothing is said."""
+    """Say beside a tensor what was done to it; operations on it, but those in place, make others that say nothing."""
     if torch.compiler.is_compiling():
         y = y.view(y.shape)  # torch.compile forgets what is said beside one of two results
     y._odconv_finished = finished  # type: ignore[attr-defined]
