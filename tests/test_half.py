@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import odconv
-from odconv.functional import dynamic_conv, per_sample_conv
+from odconv.functional import dynamic_conv, dynamic_conv_transpose, per_sample_conv
 from odconv.ops import cpu, policy
 from odconv.ops.contract import Attentions, Geometry
 
@@ -106,6 +106,29 @@ def test_gradients_are_as_near_to_float64_as_rounding_allows(shape, dtype, backe
     for value, gradient in zip(found, torch.autograd.grad(wanted, list(exact.values()), upstream), strict=True):
         assert value.dtype == dtype
         assert error(value, gradient) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("call", [dynamic_conv, dynamic_conv_transpose, per_sample_conv])
+@pytest.mark.parametrize(("batch", "kernels", "groups"), [(1, 4, 1), (8, 4, 1), (8, 1, 1), (4, 4, 16)])
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [((1,), 2), ((1, 1), 2), ((1, 1), 1), ((8, 1), 2), ((2, 8, 8), 1), ((2, 4, 4), 2), ((1, 4, 4), 1)],
+)
+def test_gradients_of_taps_that_meet_padding_alone_are_zeros(call, batch, kernels, groups, size, stride):
+    torch.manual_seed(0)
+    x, taps = torch.randn(batch, 32, *size).bfloat16(), (3,) * len(size)
+    weight = torch.randn(batch if call is per_sample_conv else kernels, 32, 32 // groups, *taps).bfloat16()
+    given = {"stride": stride, "padding": 1, "groups": groups}
+    gates = {} if call is per_sample_conv else {"kernel": torch.rand(batch, kernels)}
+    tensors = [t.requires_grad_() for t in (weight, weight.detach().double())]
+    wanted = call(x.double(), tensors[1], **gates, **given, backend="reference")
+    upstream = torch.randn_like(wanted).bfloat16()
+    y = call(x, tensors[0], **gates, **given)
+    for numbers in range(1 << 10, 1 << 19, 1 << 14):  # what is left unwritten is what lay in memory before
+        torch.full((numbers,), float("nan"))
+    (found,) = torch.autograd.grad(y, tensors[0], upstream)
+    (exact,) = torch.autograd.grad(wanted, tensors[1], upstream.double())
+    assert error(found, exact) < 4 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize(

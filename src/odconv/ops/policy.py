@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from odconv.ops import cpu
-from odconv.ops.contract import Geometry, is_exported_sample, is_exporting, is_traced, is_transformed, surely
+from odconv.ops.contract import (
+    Geometry,
+    is_exported_sample,
+    is_exporting,
+    is_traced,
+    is_transformed,
+    output_size,
+    surely,
+)
 
 FEW_POSITIONS = 64
 """Kernels times positions up to which n full products beat mixing a kernel for each sample in plain PyTorch.
@@ -78,6 +86,8 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
     """Return the backend of a call that computes now, or is compiled; n is None per sample."""
     if x.shape[0] == 0:
         return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
+    if differentiated and cpu.takes(x) and loses_gradients(x.shape[2:], weight.shape[3:], geometry, x.dtype):
+        return Choice("cpu", "oneDNN leaves gradients of such kernels unwritten in bfloat16")
     if x.dtype in cpu.HALF and is_better_in_plain(x, weight, geometry, n, x.dtype, differentiated):
         return choose_plain(x, weight, geometry, n)
     one = positions_of(x, geometry) == 1
@@ -165,6 +175,8 @@ def is_better_in_plain(
         return False
     if dtype != torch.bfloat16 or not has_bfloat16():
         return False
+    if differentiated and loses_gradients(x.shape[2:], weight.shape[3:], geometry, dtype):
+        return False
     if cpu.has_matrix_units():
         return differentiated
     positions = positions_of(x, geometry)
@@ -196,6 +208,21 @@ def is_better_unrounded_by_tiles(taps: Sequence[int], dtype: torch.dtype) -> boo
     """
     products = dtype == torch.bfloat16 and has_bfloat16() and math.prod(taps) == 1
     return cpu.computes_in_float32(dtype) and not products
+
+
+def loses_gradients(map_size: Sequence[int], taps: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> bool:
+    """Return whether oneDNN, with AVX-512's bfloat16 and no AMX, leaves entries of the kernels' gradient unwritten.
+
+    It does for taps that meet padding alone, and for some 3-d maps where all of them meet the map, those of two planes.
+    """
+    if dtype != torch.bfloat16 or torch.compiler.is_compiling() or not has_bfloat16() or cpu.has_matrix_units():
+        return False
+    sizes = zip(map_size, taps, output_size(map_size, taps, *geometry[:3]), *geometry[:3], strict=True)
+    return len(taps) == 3 or any(
+        not any(0 <= stride * at + dilation * tap - padding < extent for at in range(size))
+        for extent, count, size, stride, padding, dilation in sizes
+        for tap in range(count)
+    )
 
 
 @cache

@@ -19,7 +19,7 @@ from odconv.ops.contract import (
 )
 from odconv.ops.dynamic_conv import add_bias, compute_dtype, mixed_bias
 from odconv.ops.eager import mix, over_map
-from odconv.ops.policy import choose_transposed
+from odconv.ops.policy import choose_transposed, is_differentiated, loses_gradients
 from odconv.ops.reference import TRANSPOSED, by_sample
 
 
@@ -74,10 +74,18 @@ def dynamic_conv_transpose(
     cut = per_axis("padding", padding, dims, least=0)
     spread = per_axis("dilation", dilation, dims, least=1)
     extra = per_axis("output_padding", output_padding, dims, least=0)
-    check_output(x, tuple(weight.shape[3:]), Geometry(steps, cut, spread, groups), extra)
+    placed = Geometry(steps, cut, spread, groups)
+    map_size = output_size(x, tuple(weight.shape[3:]), placed, extra)
     geometry = (steps, cut, extra, groups, spread)  # in F.conv_transpose2d's order
 
     dtype = compute_dtype(x, weight)
+    lost = loses_gradients(map_size, weight.shape[3:], placed, dtype)  # as by a convolution of the output
+    if lost and x.device.type == "cpu" and is_differentiated(x, weight):
+        with torch.autocast("cpu", enabled=False):
+            return dynamic_conv_transpose(
+                x.float(), weight.float(), **attentions._asdict(), bias=bias, stride=stride, padding=padding,
+                output_padding=output_padding, dilation=dilation, groups=groups, backend=backend,
+            ).to(dtype)  # fmt: skip
     x, weight = x.to(dtype), weight.to(dtype)
     attentions = Attentions(*(None if a is None else a.to(dtype) for a in attentions))
 
@@ -91,15 +99,22 @@ def dynamic_conv_transpose(
     return add_bias(y, mixed_bias(bias, attentions.kernel))
 
 
-def check_output(x: Tensor, taps: tuple[int, ...], geometry: Geometry, extra: tuple[int, ...]) -> None:
-    """Raise a ValueError where the output would be empty or its padding is none that the geometry allows."""
+def output_size(x: Tensor, taps: tuple[int, ...], geometry: Geometry, extra: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the map of the output, one number an axis each.
+
+    Raises:
+        ValueError: it is empty, or its padding is none that the geometry allows.
+    """
+    sizes = []
     for extent, k, s, p, d, e in zip(x.shape[2:], taps, *geometry[:3], extra, strict=True):
         if e >= max(s, d):
             raise ValueError(
                 f"output_padding must be below stride {geometry.stride} or dilation {geometry.dilation}, got {extra}"
             )
-        if (extent - 1) * s - 2 * p + d * (k - 1) + e < 0:
+        sizes.append((extent - 1) * s - 2 * p + d * (k - 1) + e + 1)
+        if sizes[-1] < 1:
             raise ValueError(f"padding must leave some of the output, got {geometry.padding} for x of {tuple(x.shape)}")
+    return tuple(sizes)
 
 
 def reference(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Placement) -> Tensor:
