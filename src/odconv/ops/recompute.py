@@ -120,10 +120,10 @@ def depthwise_gradients(
     kernel, spatial, channel, filter = (None if t is None else t.to(dtype) for t in tensors[2:])
     (batch, channels), taps = x.shape[:2], weight.shape[3:]
     ones = weight.new_ones(1, 1)
-    by_tap = (ones if spatial is None else spatial.flatten(1))[:, None]  # (B or 1, 1, taps)
+    by_tap = (ones if spatial is None else spatial.reshape(len(spatial), -1))[:, None]  # (B or 1, 1, taps)
     by_channel = (ones if channel is None else channel)[:, :, None]
     by_filter = (ones if filter is None else filter)[:, :, None]
-    kernels = weight.flatten(1)
+    kernels = weight.reshape(len(weight), -1)
     base = (kernels if kernel is None else kernel @ kernels).view(-1, channels, math.prod(taps))
     mixed = (base * by_tap * by_channel * by_filter).expand(batch, -1, -1).reshape(batch, channels, 1, *taps)
     x_grad, mixed_grad = differentiate(grad, x, mixed.to(x.dtype), geometry, needs[0], any(needs[1:]))
@@ -131,7 +131,7 @@ def depthwise_gradients(
     if not any(needs[1:]):
         return [*found, *(None for _ in needs[1:])]
     d = mixed_grad.view(batch, channels, -1).to(dtype)
-    to_base, to_gates = (d * by_tap * by_channel * by_filter).flatten(1), d * base
+    to_base, to_gates = (d * by_tap * by_channel * by_filter).reshape(batch, -1), d * base
     to_both = (to_gates * by_tap).sum(2)
     to_weight = kernel.t() @ to_base if kernel is not None else to_base.sum(0) if len(weight) == 1 else to_base
     found += [
@@ -227,20 +227,25 @@ def pointwise_backward(
     grad: Tensor, x: Tensor, mixed: Tensor, geometry: Geometry, to_x: bool, to_mixed: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of a kernel of one tap for each sample, without groups, by matrix products."""
+    batch, channels, *size = x.shape
     kernels, none = mixed.flatten(2), x.new_empty(0)
     met = x[eager.every(geometry.stride)]
     last = eager.has_channels_last(x)
     x_grad = mixed_grad = none
+    # (B, O, positions), or as rows; PyTorch has no rules to batch `flatten` and `unflatten` of a gradient in here
+    columns = (
+        grad.reshape(batch, grad.shape[1], -1) if not last else grad.movedim(1, -1).reshape(batch, -1, grad.shape[1])
+    )
     if to_x and last:
-        x_grad = (eager.rows_of(grad) @ kernels).unflatten(1, grad.shape[2:]).movedim(-1, 1)
+        x_grad = (columns @ kernels).reshape(batch, *grad.shape[2:], channels).movedim(-1, 1)
     elif to_x:
-        x_grad = (kernels.mT @ grad.flatten(2)).unflatten(2, grad.shape[2:])
+        x_grad = (kernels.mT @ columns).reshape(batch, channels, *grad.shape[2:])
     if to_x and met.shape != x.shape:
-        whole = torch.zeros_like(x)
+        whole = x_grad.new_zeros(batch, *size, channels).movedim(-1, 1) if last else x_grad.new_zeros(x.shape)
         whole[eager.every(geometry.stride)] = x_grad
         x_grad = whole
     if to_mixed:
-        mixed_grad = eager.rows_of(grad).mT @ eager.rows_of(met) if last else grad.flatten(2) @ met.flatten(2).mT
+        mixed_grad = columns.mT @ eager.rows_of(met) if last else columns @ met.flatten(2).mT
     return x_grad, mixed_grad
 
 

@@ -323,7 +323,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = [tensor.to(grad.dtype) for tensor in found]
     to_bias = None
     if ctx.needs_input_grad[10]:
-        to_bias = grad.flatten(2).sum(2)
+        to_bias = grad.reshape(*grad.shape[:2], -1).sum(2)  # PyTorch has no rule to batch `flatten` in here
         to_bias = to_bias.sum(0, keepdim=True) if ctx.samples == 1 else to_bias
     return *(tensor if need else None for tensor, need in zip(found, needs, strict=True)), *(None,) * 4, to_bias
 
