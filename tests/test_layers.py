@@ -475,6 +475,7 @@ def test_a_static_bias_beside_a_mixed_one_is_added_too():
         ({"padding_mode": "mirror"}, "padding_mode must be one of .* got 'mirror'"),
         ({"reduction": 0}, "reduction must be above 0, got 0"),
         ({"reduction": math.inf}, "reduction must be above 0, got inf"),
+        ({"reduction": 16}, "reduction must be a share of the channels, at most 1, got 16; 1/16 for a sixteenth"),
         ({"min_channels": 0}, "min_channels must be an int of at least 1, got 0"),
         ({"min_channels": 16.0}, "min_channels must be an int of at least 1, got 16.0"),
         ({"kernel_size": 3.0}, "kernel_size must be an int or 2 ints, each at least 1, got 3.0"),

@@ -1,7 +1,6 @@
 """How new layers are drawn, how new networks train, and parameters in groups."""
 
 import copy
-import logging
 import math
 import pickle
 import re
@@ -291,12 +290,11 @@ def test_biases_that_are_mixed_do_not_decay() -> None:
     assert [len(group["params"]) for group in groups if group["weight_decay"] == 0] == [2]
 
 
-def test_parameter_groups_of_a_static_network_say_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_parameter_groups_of_a_static_network_say_so() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
-    with caplog.at_level(logging.WARNING):
+    with pytest.warns(UserWarning, match="the Sequential has no dynamic layers: attention_lr has no effect"):
         groups = odconv.parameter_groups(model, lr=0.1, weight_decay=0.01, attention_lr=0.1)
     assert sum(len(group["params"]) for group in groups) == 4
-    assert "the Sequential has no dynamic layers: attention_lr has no effect" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -311,6 +309,17 @@ def test_parameter_groups_of_a_static_network_say_so(caplog: pytest.LogCaptureFi
 def test_bad_numbers_of_groups_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         odconv.parameter_groups(odconv.ODConv2d(4, 4, 3), **options)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "attention_lr"])
+def test_words_are_no_numbers(name: str) -> None:
+    layer = odconv.ODConv2d(4, 4, 3)
+    with pytest.raises(TypeError, match=f"{name} must be a number, got '0.1'"):
+        odconv.parameter_groups(layer, **{"lr": 0.1, name: "0.1"})
+    with pytest.raises(TypeError, match="temperature must be a number, got '5'"):
+        odconv.set_temperature(layer, "5")
+    with pytest.raises(TypeError, match="x must be a tensor, got a list"):
+        layer([1, 2])
 
 
 def test_a_loop_over_reset_parameters_draws_a_layer_as_its_attention_does():

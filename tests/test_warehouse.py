@@ -440,6 +440,9 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="cell_num_ratio must be a positive number, or one for each of 1 parameters"):
         Warehouse({"all": {"one": KWConv2d(4, 4, 3)}}, cell_num_ratio=(1, 2))
     layer = KWConv2d(4, 4, 3)
+    for wrong in ([layer], {"a": layer}, {"a": {"b": nn.Conv2d(8, 8, 3)}}):
+        with pytest.raises(TypeError, match="layers must map the name of each parameter to KWConv layers by name"):
+            odconv.Warehouse(wrong)
     with pytest.raises(ValueError, match=r"layers must hold each layer once, got a \(all\), b \(all\)"):
         Warehouse({"all": {"a": layer, "b": layer}})
     torch.save(odconv.create_model("mobilenetv2_050").state_dict(), tmp_path / "static.pth")

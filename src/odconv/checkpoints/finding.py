@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from odconv.system.text import suggest
@@ -33,6 +33,9 @@ def find_released(weights: str | Path) -> Path:
     Args:
         weights: the name, a single word; or a path, which is returned as it is, and so is a name that is not there.
     """
+    if not isinstance(weights, str | os.PathLike):
+        hint = "; load_state_dict takes tensors" if isinstance(weights, Mapping) else ""
+        raise TypeError(f"weights must be a path or a name, got a {type(weights).__name__}{hint}")
     path = Path(weights)
     if path.exists() or len(path.parts) != 1:
         return path

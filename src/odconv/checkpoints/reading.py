@@ -98,7 +98,9 @@ def read_checkpoint(weights: Weights) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"the checkpoint {path} does not exist{meant(path)}")
     if path.is_dir():
-        raise IsADirectoryError(f"the checkpoint {path} is a folder, not a file{similar_files(path / path.name)}")
+        raise IsADirectoryError(
+            f"the checkpoint {path} is a folder, not a file{similar_files(path / path.resolve().name)}"
+        )
     if is_exported(path):
         raise ValueError(f"{path} is an exported network, which odconv predict alone takes; give its checkpoint")
     path.open("rb").close()  # whatever fails from here on is the fault of the content

@@ -127,7 +127,8 @@ def convert(
     }
     if not made and not any(isinstance(decision.module, PerSampleConv) for decision in decisions):
         left = [f"{decision.names[0] or 'it'}: {decision.reason}" for decision in decisions]
-        raise ValueError(f"no convolution of the {type(model).__name__} is replaced; {first_few(left, '; ')}")
+        hint = "" if include is not None or not left else '; include="*" takes all that can be'
+        raise ValueError(f"no convolution of the {type(model).__name__} is replaced; {first_few(left, '; ')}{hint}")
     for conv, layer in made.items():
         hand_over(conv, layer)
     replace_parts(model, made)

@@ -358,7 +358,9 @@ def take_factors(attention: Attention, state: dict[str, Any], prefix: str, metad
 
 
 def check_temperature(value: float) -> None:
-    """Raise a ValueError unless `value` can divide logits."""
+    """Raise an error unless `value` can divide logits."""
+    if isinstance(value, str):
+        raise TypeError(f"temperature must be a number, got {value!r}")
     if not 0 < value < math.inf:
         raise ValueError(f"temperature must be a positive number, got {value!r}")
 

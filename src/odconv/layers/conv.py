@@ -436,6 +436,10 @@ def hidden_width(in_channels: int, reduction: float, min_channels: int) -> int:
     """Width of an attention's hidden layer."""
     if not 0 < reduction < math.inf:
         raise ValueError(f"reduction must be above 0, got {reduction!r}")
+    if reduction > 1:
+        raise ValueError(
+            f"reduction must be a share of the channels, at most 1, got {reduction!r}; 1/16 for a sixteenth"
+        )
     return max(int(in_channels * reduction), positive("min_channels", min_channels))
 
 

@@ -1,14 +1,12 @@
 """Groups of parameters for any optimizer: a pace of their own for attentions, and no weight decay where it harms."""
 
-import logging
+import warnings
 from typing import Any, Literal
 
 from torch import nn
 
 from odconv.layers import PoolingAttention
 from odconv.system.modules import check_module
-
-logger = logging.getLogger(__name__)
 
 
 def parameter_groups(
@@ -38,14 +36,13 @@ def parameter_groups(
 
     Raises:
         ValueError: a number is out of range.
+        TypeError: it is no number.
     """
     check_module(model)
-    for name, value, allowed in (
-        ("lr", lr, lr > 0),
-        ("weight_decay", weight_decay, weight_decay >= 0),
-        ("attention_lr", attention_lr, attention_lr >= 0),
-    ):
-        if not allowed or value == float("inf"):
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("attention_lr", attention_lr)):
+        if isinstance(value, str):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not 0 <= value < float("inf") or (name == "lr" and value == 0):
             raise ValueError(f"{name} must be a {'positive' if name == 'lr' else 'non-negative'} number, got {value!r}")
     if decay not in ("weights", "all"):
         raise ValueError(f"decay must be 'weights' or 'all', got {decay!r}")
@@ -53,7 +50,7 @@ def parameter_groups(
         parameter for part in model.modules() if isinstance(part, PoolingAttention) for parameter in part.parameters()
     }
     if not attentions and attention_lr != 1:
-        logger.warning("the %s has no dynamic layers: attention_lr has no effect", type(model).__name__)
+        warnings.warn(f"the {type(model).__name__} has no dynamic layers: attention_lr has no effect", stacklevel=2)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -110,9 +110,11 @@ class PerSampleConv(nn.Module):
         raise NotImplementedError
 
     def check_input(self, x: Tensor) -> None:
-        """Raise a ValueError unless x is (B, C, *map)."""
+        """Raise an error unless x is a tensor (B, C, *map)."""
         if isinstance(x, fx.Proxy):  # which meets a layer in a network as a node, before this
             raise TypeError(f"torch.fx has nothing to trace in a lone {type(self).__name__}; put it into a network")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got a {type(x).__name__}")
         if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
             axes = ", ".join("DHW"[3 - self.dims :])
             raise ValueError(f"x must have shape (B, C, {axes}) with C = {self.in_channels}, got {tuple(x.shape)}")

@@ -59,6 +59,7 @@ class Warehouse(nn.Module):
     Raises:
         ValueError: an option is out of range or does not divide the layers' widths; or a layer is in a warehouse
             already.
+        TypeError: layers is no such mapping.
     """
 
     def __init__(
@@ -160,7 +161,12 @@ def shared_by_name(layers: Mapping[str, KWConv], sharing: str | Sequence[str]) -
 
 
 def check_layers(layers: Mapping[str, Mapping[str, KWConv]]) -> None:
-    """Raise a ValueError unless there are layers, each of them once and in no warehouse yet."""
+    """Raise an error unless there are layers, each of them once and in no warehouse yet."""
+    groups = layers.values() if isinstance(layers, Mapping) else [None]
+    if not all(isinstance(own, Mapping) and all(isinstance(one, KWConv) for one in own.values()) for own in groups):
+        raise TypeError(
+            'layers must map the name of each parameter to KWConv layers by name, as {"0": {"conv": layer}}'
+        )
     every = {f"{name} ({pool})": layer for pool, own in layers.items() for name, layer in own.items()}
     if not every:
         raise ValueError("layers must hold at least one layer, got none")

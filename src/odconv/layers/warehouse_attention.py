@@ -76,6 +76,8 @@ class WarehouseAttention(PoolingAttention):
         for name, value in (("reduction", reduction), ("basis_ratio", basis_ratio)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if reduction > 1:
+            raise ValueError(f"reduction must be a share of the channels, at most 1, got {reduction!r}")
         check_start(init)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = max(int(in_channels * reduction), 16)

@@ -45,7 +45,8 @@ class File:
     def __post_init__(self) -> None:
         suffix = ".onnx" if self.format == "onnx" else ".pt2"
         if Path(self.out).suffix != suffix:  # the name tells odconv predict how to open it
-            raise ValueError(f"out must end in {suffix} where format is {self.format}, got {self.out}")
+            other = "format torch or aoti writes .pt2" if suffix == ".onnx" else "format onnx writes .onnx"
+            raise ValueError(f"out must end in {suffix} where format is {self.format}, got {self.out}; {other}")
         if self.format != "onnx" and self.precision == "int8":
             raise ValueError(f"precision must be float32, float16 or bfloat16 where format is {self.format}, got int8")
 
