@@ -43,9 +43,8 @@ def train(weights: str | None = None, steps: int = 120) -> float:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         batch = torch.randint(1200, (32,))
-        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
-        loss.backward()
+        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
         optimizer.step()
         schedule.step()
     with torch.inference_mode():

@@ -74,7 +74,7 @@ def test_another_row_is_another_table(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_figure_in_a_sentence_is_that_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    link = '(../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025 epoch=1: top1")'
+    link = '(../benchmarks/results/finetune.csv "start=warm_1x init=published lr=0.0025 epoch=1: top1")'
     assert tables.written(f"It is [1.0]{link}, or [1]{link}.") == f"It is [80.3]{link}, or [80]{link}."
     wanted = {"images": "short side 375, quality 98", "way": "pil", "kind": "whole", "mode": "training"}
     rate = int(tables.row("decoding", **wanted)["images_per_second"])
@@ -86,7 +86,7 @@ def test_a_figure_in_a_sentence_is_that_of_its_row(tmp_path: Path, monkeypatch: 
     link = '(../benchmarks/results/costs.csv "model=resnet18: parameters / 1e6")'
     assert tables.written(f"[1.00]{link}") == f"[11.69]{link}"
     with pytest.raises(ValueError, match="has 3 rows"):
-        tables.written('[1](../benchmarks/results/finetune.csv "start=warm_1x lr=0.0025: top1")')
+        tables.written('[1](../benchmarks/results/finetune.csv "start=warm_1x init=published lr=0.0025: top1")')
 
 
 def test_halves_are_rounded_up() -> None:
