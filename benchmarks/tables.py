@@ -5,8 +5,8 @@
 
 A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. Words behind the name, such as `epochs=10` or
 `images='short side 375'`, choose some of the rows. A figure in a sentence is a link to its CSV whose title names row
-and column, `[57.0](../benchmarks/results/finetune.csv "start=warm_1x temp_init=1.0 epoch=1: top1")`; it keeps its
-number of digits, and a comma. `mode=training|inference` means either, `: madds / 1e9` another unit, and `[1.1 to 1.5]`
+and column, `[70.2](../benchmarks/results/finetune.csv "start=static lr=0.01 epoch=1: top1")`; it keeps its number of
+digits, and a comma. `mode=training|inference` means either, `: madds / 1e9` another unit, and `[1.1 to 1.5]`
 the least and the greatest of several rows.
 """
 
