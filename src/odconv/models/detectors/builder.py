@@ -123,17 +123,13 @@ def create_detector(
     check_weights(weights, weights_backbone, new_predictor)
     checkpoint = None if weights is None else find_checkpoint(weights)
     conventions = conventions or find_conventions(checkpoint)
-    if conventions == "mmdetection" and name == "retinanet":
-        raise ValueError(
-            "mmdetection's conventions and checkpoints are known for faster_rcnn and mask_rcnn, not retinanet"
-        )
+    check_conventions(name, conventions)
 
     network = build_network(backbone, kernel_num, reduction, layer_options or {}, weights_backbone, warm_start)
     try_temperature(network, 1.0 if temperature is None else temperature)  # whatever a classifier was trained with
 
     from odconv.models.detectors import networks
     from odconv.models.detectors.backbone import Pyramid
-    from odconv.models.detectors.boxes import FineCoder, fix_strides, set_coder
 
     detector = DETECTORS[name]
     builder = getattr(networks, detector.builder)
@@ -147,20 +143,34 @@ def create_detector(
         f"{detector.prefix}nms_thresh": nms_threshold,
         f"{detector.prefix}detections_per_img": detections_per_image,
     }
-    pyramid = Pyramid(network, name == "retinanet", frozen_stages, norm_eval)
-    model: Any = builder(pyramid, **chosen | options)
+    model: Any = builder(Pyramid(network, name == "retinanet", frozen_stages, norm_eval), **chosen | options)
     model.masked_pool = masked_pool
+    follow(model, conventions)
+    if checkpoint is not None:
+        load_detector(model, checkpoint, new_predictor)
+        if temperature is not None:
+            set_temperature(model, temperature)
+    return model
+
+
+def follow(model: Any, conventions: str) -> None:
+    """Let a detector compute as its conventions say, with exact boxes."""
+    from odconv.models.detectors.boxes import FineCoder, fix_strides, set_coder
+
     set_coder(model, FineCoder)
     fix_strides(model)
     if conventions == "mmdetection":
         from odconv.models.detectors.conventions import adopt
 
         adopt(model)
-    if checkpoint is not None:
-        load_detector(model, checkpoint, new_predictor)
-        if temperature is not None:
-            set_temperature(model, temperature)
-    return model
+
+
+def check_conventions(name: str, conventions: str) -> None:
+    """Raise a ValueError for conventions that are not known for a detector."""
+    if conventions == "mmdetection" and name == "retinanet":
+        raise ValueError(
+            "mmdetection's conventions and checkpoints are known for faster_rcnn and mask_rcnn, not retinanet"
+        )
 
 
 def make_anchors(sizes: Sequence[int], octaves: Sequence[float]) -> Any:
