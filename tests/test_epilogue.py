@@ -303,6 +303,8 @@ CHANGES = {
     "a view's add_": add_elsewhere,
     "torch.sub, out": lambda network, y, z: torch.sub(z, y, out=y),
     "behind dropout": lambda network, y, z: network.drop(y).sub_(z),
+    "by name": lambda network, y, z: torch.sub(other=z, input=y, out=y),
+    "flattened by name": lambda network, y, z: torch.flatten(input=y, start_dim=2).sub_(z.flatten(2)).view(y.shape),
     "a module": lambda network, y, z: network.clip(y) - z,
     "a module, and a function": lambda network, y, z: F.hardtanh(network.clip(y), -0.2, 0.8, True).sub_(0.5),
 }

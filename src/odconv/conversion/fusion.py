@@ -49,11 +49,11 @@ class Activated(nn.Module):
         return x if finished(x).activation == self.name else self.activation(x)
 
 
-class Unsaid(nn.Module):
-    """Returns its input as another tensor, of which nothing is said: in the place of an activation before changes."""
+class Unmarked(nn.Module):
+    """Takes the place of a folded activation whose output may be changed in place, and drops the record of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a view of x."""
+        """Return a view of x, which has no record of what was done to x."""
         return x.view(x.shape)
 
 
@@ -188,8 +188,8 @@ def _fold_activation(part: Part, node: fx.Node, owners: Counter[Any]) -> None:
     if owners[layer] != 1 or layer.epilogue.activation is not None or hooked:
         return
     if part.once(node) and owners[activation] == 1:
-        part.put(node, nn.Identity() if name not in TWICE or _stays(part, node) else Unsaid())
-    elif name in TWICE and _stays(part, node):  # called in other places, or by other names, too
+        part.put(node, nn.Identity() if name not in TWICE or _is_kept(part, node) else Unmarked())
+    elif name in TWICE and _is_kept(part, node):  # called in other places, or by other names, too
         every = [other for other, module in part.modules.items() if module is activation]
         kept = activation if isinstance(activation, Activated) else Activated(activation, name)
         for other in every:
@@ -199,22 +199,19 @@ def _fold_activation(part: Part, node: fx.Node, owners: Counter[Any]) -> None:
     layer.epilogue = Epilogue(name)
 
 
-def _stays(part: Part, node: fx.Node) -> bool:
-    """Return whether what takes a call's output makes other tensors of it, and nothing changes it in place.
+def _is_kept(part: Part, node: fx.Node) -> bool:
+    """Return whether nothing changes a call's output in place, after which its record would still say "activated"."""
 
-    A tensor that is changed would go on saying that it is activated.
-    """
-    for user in node.users:
+    def keeps(user: fx.Node) -> bool:
         module = part.modules.get(user)
         if module is None:  # torch.fx does not tell y += z from y + z
-            stays = user.op in ("call_function", "call_method") and node not in (user.args[0], *user.kwargs.values())
-        elif isinstance(module, PASSED_ON):
-            stays = _stays(part, user)
-        else:
-            stays = not isinstance(module, Activated) and not getattr(module, "inplace", False)
-        if not stays:
-            return False
-    return True
+            operands = (*user.args[:1], *user.kwargs.values())
+            return user.op in ("call_function", "call_method") and node not in operands
+        if isinstance(module, PASSED_ON):
+            return _is_kept(part, user)
+        return not isinstance(module, Activated) and not getattr(module, "inplace", False)
+
+    return all(map(keeps, node.users))
 
 
 def _hand_on_means(part: Part, node: fx.Node) -> None:

@@ -128,7 +128,7 @@ def has_channels_last(x: Tensor) -> bool:
 
 def rows_of(x: Tensor) -> Tensor:
     """Return the positions of a map as rows of channels, (B, positions, C)."""
-    return x.movedim(1, -1).flatten(1, -2)
+    return x.movedim(1, -1).reshape(x.shape[0], math.prod(x.shape[2:]), x.shape[1])
 
 
 def mix(weight: Tensor, kernel: Tensor | None) -> Tensor:

@@ -175,8 +175,6 @@ def is_better_in_plain(
         return False
     if dtype != torch.bfloat16 or not has_bfloat16():
         return False
-    if differentiated and loses_gradients(x.shape[2:], weight.shape[3:], geometry, dtype):
-        return False
     if cpu.has_matrix_units():
         return differentiated
     positions = positions_of(x, geometry)
@@ -198,7 +196,10 @@ def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | 
         return False
     if cpu.is_depthwise(weight, geometry.groups):
         return False
-    return cpu.fits(x, weight, geometry) and not is_better_in_plain(x, weight, geometry, n, dtype, True)
+    if not cpu.fits(x, weight, geometry):
+        return False
+    lost = loses_gradients(x.shape[2:], weight.shape[3:], geometry, dtype)
+    return lost or not is_better_in_plain(x, weight, geometry, n, dtype, True)
 
 
 def is_better_unrounded_by_tiles(taps: Sequence[int], dtype: torch.dtype) -> bool:

@@ -233,9 +233,7 @@ def pointwise_backward(
     last = eager.has_channels_last(x)
     x_grad = mixed_grad = none
     # (B, O, positions), or as rows; PyTorch has no rules to batch `flatten` and `unflatten` of a gradient in here
-    columns = (
-        grad.reshape(batch, grad.shape[1], -1) if not last else grad.movedim(1, -1).reshape(batch, -1, grad.shape[1])
-    )
+    columns = eager.rows_of(grad) if last else grad.reshape(batch, grad.shape[1], -1)
     if to_x and last:
         x_grad = (columns @ kernels).reshape(batch, *grad.shape[2:], channels).movedim(-1, 1)
     elif to_x:

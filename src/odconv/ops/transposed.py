@@ -79,8 +79,8 @@ def dynamic_conv_transpose(
     geometry = (steps, cut, extra, groups, spread)  # in F.conv_transpose2d's order
 
     dtype = compute_dtype(x, weight)
-    lost = loses_gradients(map_size, weight.shape[3:], placed, dtype)  # as by a convolution of the output
-    if lost and x.device.type == "cpu" and is_differentiated(x, weight):
+    differentiated = x.device.type == "cpu" and is_differentiated(x, weight)
+    if differentiated and loses_gradients(map_size, weight.shape[3:], placed, dtype):  # as a convolution of y does
         with torch.autocast("cpu", enabled=False):
             return dynamic_conv_transpose(
                 x.float(), weight.float(), **attentions._asdict(), bias=bias, stride=stride, padding=padding,
