@@ -4,8 +4,8 @@
         --weights ../shared/data/weights/mobilenet_v2_1.0_imagenet_fp16.pth
 
 All runs have the same seed, images in the same order, new classifier and recipe: SGD with momentum 0.9, weight decay
-4e-5, a cosine over all steps, batches of 64 images of 96 x 96. A temperature above 1 falls to 1 in the first part of
-the run. A cold start draws the dynamic layers afresh and keeps the rest.
+4e-5, a cosine over all steps, batches of 64 images of 96 x 96. The temperature is that of the start, or falls from
+another one to 1 in the first part of the run. A cold start draws the dynamic layers afresh and keeps the rest.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import odconv
 from odconv.app.data import Images, normalise, open_data
 from odconv.app.engine.loaders import evaluation_loader, training_loader
-from odconv.layers import Attention, try_temperature
+from odconv.layers import Attention, find_temperature, try_temperature
 
 STARTS = {  # options of odconv.convert; None stays static
     "static": None,
@@ -66,7 +66,9 @@ def main() -> None:
         "--attention-lr", type=float, help="learning rate of the attentions (default: that of the rest)"
     )
     parser.add_argument("--init", choices=["calm", "published"], default="calm", help="how attentions are drawn")
-    parser.add_argument("--temp-init", type=float, default=1.0, help="temperature at the start")
+    parser.add_argument(
+        "--temp-init", type=float, help="temperature that falls to 1 (default: that of the start, kept)"
+    )
     parser.add_argument("--temp-share", type=float, default=0.5, help="share of the run in which it falls to 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="take only so many images of each split, to try the script")
@@ -77,6 +79,7 @@ def main() -> None:
     sheet = Sheet(args.out, KEYS)
     for start in args.starts:
         model = build(start, args.init, args.weights, len(data.classes), args.seed)
+        temperature = args.temp_init or find_temperature(model) or 1.0
         attentions = [p for module in model.modules() if isinstance(module, Attention) for p in module.parameters()]
         rest = [p for p in model.parameters() if all(p is not own for own in attentions)]
         groups = [
@@ -95,8 +98,9 @@ def main() -> None:
             train.sampler.set_epoch(epoch)
             losses = []
             for images, labels in train:
-                left = 1 - ((epoch - 1) * len(train) + len(losses)) / (args.temp_share * steps)
-                try_temperature(model, 1 + (args.temp_init - 1) * max(0, left))
+                if args.temp_init:
+                    left = 1 - ((epoch - 1) * len(train) + len(losses)) / (args.temp_share * steps)
+                    try_temperature(model, 1 + (args.temp_init - 1) * max(0, left))
                 loss = F.cross_entropy(model(normalise(images)), labels)
                 optimizer.zero_grad()
                 loss.backward()
@@ -111,7 +115,7 @@ def main() -> None:
                 "seed": args.seed,
                 "lr": args.lr,
                 "attention_lr": args.attention_lr or args.lr,
-                "temp_init": args.temp_init,
+                "temp_init": temperature,
                 "temp_share": args.temp_share,
                 "epochs": args.epochs,
                 "epoch": epoch,

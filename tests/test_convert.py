@@ -300,6 +300,23 @@ def test_the_warm_start_is_exact_with_any_option(options):
     torch.testing.assert_close(odconv.convert(conv, **options)(x), conv(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("to", "options", "expected"), [
+    ("odconv", {}, (2.0, 2.0, 5.0, "batch")),
+    (odconv.ODConv2d, {"norm": "layer"}, (2.0, 2.0, 5.0, "layer")),
+    ("odconv", {"temperature": 1.0, "kernel_gain": 1.0}, (2.0, 1.0, 1.0, "batch")),
+    ("odconv", {"init": "published"}, (2.0, 1.0, 1.0, "batch")),
+    ("odconv", {"attentions": ["kernel"]}, (1.0, 2.0, 1.0, "batch")),
+    ("dyconv", {}, (1.0, 2.0, 1.0, "none")),
+    ("condconv", {}, (1.0, 1.0, None, "layer")),
+    (odconv.CondConv2d, {}, (1.0, 1.0, None, "none")),
+])  # fmt: skip
+def test_what_a_warm_start_chooses(to, options, expected):
+    layer = odconv.convert(nn.Conv2d(4, 6, 3), to, kernel_num=4, **options)
+    attention = layer.attention
+    temperature = None if attention.temperature is None else attention.temperature.item()
+    assert (attention.gain, attention.kernel_gain, temperature, attention.norm) == expected
+
+
 @pytest.mark.parametrize("to", METHODS)
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("zero", [False, True])

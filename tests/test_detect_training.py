@@ -133,7 +133,8 @@ def test_published_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         100,
     )
     assert (config.epochs, config.batch_size, config.momentum, config.wd) == (12, 16, 0.9, 1e-4)
-    assert (config.frozen_stages, config.norm_eval, config.temperature, config.augment) == (1, True, 1.0, "flip")
+    assert (config.frozen_stages, config.norm_eval, config.augment) == (1, True, "flip")
+    assert {part.initial_temperature for part in model.modules() if isinstance(part, Attention)} <= {1.0, None}
     assert (config.conventions, config.negatives, config.options) == (
         "mmdetection",
         False,
@@ -355,8 +356,9 @@ def test_conventions_stay_with_the_weights(coco: Path, tmp_path: Path, caplog) -
     options = OPTIONS | {"data": str(coco)}
     train(**options, conventions="mmdetection", temperature=10.0, out=one)
     (tmp_path / "one" / "best.ckpt").rename(tmp_path / "moved.ckpt")
-    train(**options, weights=str(tmp_path / "moved.ckpt"), out=two)
-    assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["conventions"] == "mmdetection"
+    train(**options, weights=str(tmp_path / "moved.ckpt"), temperature=1.0, out=two)
+    described = yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())
+    assert (described["conventions"], described["temperature"]) == ("mmdetection", 1.0)
     assert "moved.ckpt was trained with temperature 10.0, and goes on with 1.0" in caplog.text
     (tmp_path / "moved.ckpt").unlink()
     train(
@@ -450,6 +452,14 @@ def test_a_warm_start(coco: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         train(**options, out=str(tmp_path / "cold"))
     train(**options | {"warm_start": True}, out=str(tmp_path / "run"))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["temperature"] == 5
+    further = OPTIONS | {"weights": str(tmp_path / "run" / "last.ckpt"), "data": str(coco)}
+    train(**further, out=str(tmp_path / "on"))  # goes on at the temperature of its weights
+    assert rows(tmp_path / "on")[-1]["temperature"] == 5
+    train(**further | {"epochs": 2}, out=str(tmp_path / "on"), resume="auto")
+    assert rows(tmp_path / "on")[-1]["temperature"] == 5
+    with pytest.raises(ValueError, match=r"its temperature is 5\.0, that of this run 1\.0"):
+        train(**further | {"epochs": 3}, out=str(tmp_path / "on"), resume="auto", temperature=1.0)
     restored = odconv.app.detect.restore.restore(str(tmp_path / "run" / "last.ckpt")).model
     body, features = restored.backbone.body, static.eval().features
     x = torch.randn(2, 3, 64, 64)

@@ -244,7 +244,8 @@ def test_a_calm_layer_becomes_dynamic(to: str, n: int, optimizer: Callable, warm
     network = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))  # which can hold a warehouse
     number = {"budget" if to == "kernelwarehouse" else "kernel_num": n}
     layer = convert(network, to, include="0", warm_start=warm_start, **number)[-1]
-    odconv.set_progress(network, 1.0)
+    if to == "kernelwarehouse":
+        odconv.set_blend(network, 0.0)
     steps = optimizer(network.parameters())
     for _ in range(600):
         x, target = two_sides(n, 32)

@@ -291,12 +291,22 @@ def test_a_warm_start(folder: Path, tmp_path: Path) -> None:
     static = create_model("tiny", num_classes=3, stem="small")
     torch.save(static.state_dict(), tmp_path / "static.pth")
     options = OPTIONS | {"weights": str(tmp_path / "static.pth"), "data": str(folder), "lr": 1e-9, "kernel_num": 2}
+    options |= {"temp_epoch": 0}
     train(**options, warm_start=True, out=str(tmp_path / "run"))
     after = weights(tmp_path / "run" / "last.ckpt")
-    kernels = after["model.features.2.conv.0.0.weight"].mean(0)  # the mixture at the start
+    kernels = after["model.features.2.conv.0.0.weight"].sum(0) / 2**0.5  # the mixture at the start
     torch.testing.assert_close(kernels, static.state_dict()["features.2.conv.0.0.weight"], rtol=1e-4, atol=1e-5)
+    assert {value.item() for key, value in after.items() if key.endswith(".temperature")} == {5.0}
+    assert rows(tmp_path / "run")[-1]["temperature"] == 5
     with pytest.raises(ValueError, match="does not fit"):
         train(**options, out=str(tmp_path / "cold"))
+    train(**options | {"epochs": 2}, warm_start=True, resume="auto", out=str(tmp_path / "run"))
+    assert rows(tmp_path / "run")[-1]["temperature"] == 5
+    weights_now = options | {"weights": str(tmp_path / "run" / "last.ckpt")}
+    train(**weights_now, out=str(tmp_path / "on"))  # goes on at the temperature of its weights
+    assert rows(tmp_path / "on")[-1]["temperature"] == 5
+    train(**options | {"temp_epoch": 1}, warm_start=True, out=str(tmp_path / "falls"))
+    assert rows(tmp_path / "falls")[-1]["temperature"] == 1
 
     torch.save(create_model("tiny", num_classes=7, stem="small").state_dict(), tmp_path / "static.pth")
     with pytest.raises(ValueError, match="num_classes is 7 in the file, 3 in the model"):

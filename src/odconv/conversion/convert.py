@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 import odconv.layers
 from odconv.layers import DynamicConv, PerSampleConv
-from odconv.layers.starts import SETTLED
+from odconv.layers.starts import SETTLED, WARM_GATES, WARM_SHARES
 from odconv.layers.warehouse_conv import KWConv, KWConv1d, KWConv2d, KWConv3d
 from odconv.system.modules import check_module
 from odconv.system.text import first_few, suggest
@@ -82,8 +82,10 @@ def convert(
 
     With `warm_start` the network computes what it did before, up to rounding, and learns from there: the heads of the
     attentions are zero, ODConv's gates have gain 2 and so are 1, and the n kernels lie around the trained one, which
-    is their mixture. The gain is part of the layers' configuration and travels beside the weights, in PyTorch's state
-    dicts and in what :mod:`odconv.checkpoints` writes; load others into a network that was converted in the same way.
+    is their mixture, by shares times sqrt(n). So that the new attentions do not answer to every step of training at
+    once, ODConv's temperature is 5, and CondConv, which has none, has layer norm where `to` is a word. Factors and
+    temperature travel beside the weights, in PyTorch's state dicts and in what :mod:`odconv.checkpoints` writes; load
+    others into a network that was converted in the same way.
 
     With "kernelwarehouse" the layers share the cells of a warehouse, which becomes the network's first module,
     `warehouse_manager`; the options are those of
@@ -97,10 +99,10 @@ def convert(
         include: which convolutions to replace, by name: a glob such as "layer4.*", several of them, or a function of
             name and module. Default: all but stem and shortcuts.
         exclude: which of these to leave, likewise. Default none.
-        warm_start: start from the trained weights. False for freshly drawn layers, with the options with which these
-            learn best (:data:`odconv.layers.starts.SETTLED`) where `to` is a word: ODConv and CondConv with layer norm
-            in the attention, ODConv with gain 2, ODConv and DyConv with shares times sqrt(n). What you choose goes
-            before, and ``init="published"`` takes none of them.
+        warm_start: start from the trained weights, as above. False for freshly drawn layers, with the options with
+            which these learn best (:data:`odconv.layers.starts.SETTLED`) where `to` is a word: ODConv and CondConv with
+            layer norm in the attention, ODConv with gain 2, ODConv and DyConv with shares times sqrt(n). What you
+            choose goes before, and ``init="published"`` takes none of them but the gain of a warm start.
         **layer_options: options of the layers: `kernel_num`, `reduction`, `attentions`, `norm`, `init` and so on.
 
     Returns:
@@ -117,7 +119,8 @@ def convert(
 
         check_known(layer_options, WAREHOUSE_OPTIONS, to)
         return convert_to_warehouse(model, include=include, exclude=exclude, warm_start=warm_start, **layer_options)
-    if not warm_start and isinstance(to, str) and layer_options.get("init") != "published":
+    own_keys = not warm_start or to == "condconv"  # keys beside the published ones, those of a norm
+    if own_keys and isinstance(to, str) and layer_options.get("init") != "published":
         layer_options = SETTLED.get(to, {}) | layer_options
     decisions = decide(model, to, include, exclude, layer_options)
     made: dict[nn.Module, DynamicConv] = {
@@ -282,8 +285,8 @@ def obstacle(conv: Convolution, tied: set[nn.Parameter]) -> str:
 
 def replacement(conv: Convolution, layer: type[DynamicConv], warm_start: bool, options: dict[str, Any]) -> DynamicConv:
     """Return the layer that takes a convolution's place, trained as far, and frozen where it is."""
-    if warm_start and "gain" in options_of(layer):
-        options = {"gain": 2.0} | options
+    if warm_start:
+        options = warm_options(layer, options)
     new = dynamic_like(conv, layer, options, conv.weight.device)
     if warm_start:
         start_from(new, conv)
@@ -292,6 +295,16 @@ def replacement(conv: Convolution, layer: type[DynamicConv], warm_start: bool, o
         if bias is not None and conv.bias is not None:
             bias.requires_grad_(conv.bias.requires_grad)
     return new
+
+
+def warm_options(layer: type[DynamicConv], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a layer that begins at a trained kernel: the best ones, but for what was chosen."""
+    known = options_of(layer)
+    gated = "gain" in known and options.get("attentions") not in (["kernel"], ("kernel",))
+    best = WARM_SHARES | (WARM_GATES if gated else {})
+    if options.get("init") == "published":
+        best = {"gain": WARM_GATES["gain"]}
+    return {name: value for name, value in best.items() if name in known} | options
 
 
 def dynamic_like(

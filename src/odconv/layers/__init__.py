@@ -1,6 +1,6 @@
 """The layers: ODConv, DyConv and CondConv in one, two and three dimensions, transposed ones too."""
 
-from odconv.layers.attention import Attention, set_temperature, try_temperature
+from odconv.layers.attention import Attention, find_temperature, set_temperature, try_temperature
 from odconv.layers.conv import (
     CondConv1d,
     CondConv2d,
@@ -54,6 +54,7 @@ __all__ = [
     "ODConvTranspose3d",
     "PerSampleConv",
     "PoolingAttention",
+    "find_temperature",
     "pool_inside",
     "set_temperature",
     "try_temperature",

@@ -375,6 +375,12 @@ def try_temperature(model: nn.Module, value: float) -> bool:
     return bool(attentions)
 
 
+def find_temperature(model: nn.Module) -> float | None:
+    """Return the temperature of a network's first attention that has one; None where none has."""
+    parts = (part.temperature for part in model.modules() if isinstance(part, Attention))
+    return next((temperature.item() for temperature in parts if temperature is not None), None)
+
+
 def set_temperature(model: nn.Module, value: float) -> None:
     """Set the temperature of every attention in a network (ODConv and DyConv; CondConv has none).
 

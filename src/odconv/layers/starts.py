@@ -28,6 +28,16 @@ SETTLED: dict[str, dict[str, Any]] = {
 """Options with which new layers learn best: gates of 1, mixtures as large as a kernel, and images that stay as alike as
 they are. They are no defaults of the layers, since they make another formula than the published one."""
 
+WARM_GATES: dict[str, Any] = {"gain": 2.0, "temperature": 5.0}
+"""Options with which gates begin at trained kernels: at 1, halfway up their sigmoids. There they answer to every step,
+for all that they scale at once: with logits divided by 5, a step of SGD moves them a 25th as far.
+
+Rows: finetune.csv, "start=warm_1x" and "start=warm_4x", init=calm against "init=full pace".
+"""
+
+WARM_SHARES: dict[str, Any] = {"kernel_gain": "sqrt"}
+"""The same of shares: a mixture takes as large a step of SGD as one kernel does."""
+
 PACE = {"batch": 0.2, "group": 0.5, "layer": 0.5, "none": 0.2}
 """Size of what the heads read, by the norm before them: a step of SGD moves their logits by its square, one of Adam by
 itself. Batch norm spreads the images of a batch however alike they are; the others leave them as alike as they were."""

@@ -63,7 +63,7 @@ class TrainConfig(RunConfig):
     """Share of the residual branches of a ResNet or ConvNeXt that are left out, image by image (stochastic depth)."""
     temp_epoch: int = 0
     """Epochs in which the temperature of dynamic layers falls to 1, or KernelWarehouse's blend from 1 to 0, with every
-    step; 0: they are there from the start."""
+    step; 0: the temperature stays as it is, 1 or that of weights, after a warm start 5, and the blend is 0."""
     temp_init: float = 30.0
     """Temperature at the start."""
 

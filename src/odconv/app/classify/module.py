@@ -71,7 +71,7 @@ class ClassifierTraining(TrainingModule, ClassifierEvaluation):
     def __init__(self, model: nn.Module, config: TrainConfig, classes: list[str]) -> None:
         *_, last = model.parameters()  # of the classifier
         super().__init__(model, config, {"classes": classes}, last)
-        self.hold(1.0, 0.0)  # weights to start from may have brought others
+        self.hold(None, 0.0)
         self.erase = v2.RandomErasing(config.erasing, value="random") if config.erasing else None
         self.mix = mixup_or_cutmix(config, config.num_classes or len(classes))
         if config.channels_last:

@@ -24,6 +24,7 @@ from odconv.app.engine.resume import describe_resumption, find_resumed
 from odconv.app.engine.run_folder import conclusion, lock_folder, place, write_beginning, write_result
 from odconv.app.engine.trainer import explained, make_training
 from odconv.app.pages.reports import refresh_report
+from odconv.layers import find_temperature
 from odconv.models.build import create_model, split_name
 from odconv.models.zoo import WAREHOUSE
 from odconv.profiling.count import count_parameters
@@ -111,8 +112,8 @@ def _resolve(config: TrainConfig, classes: int) -> TrainConfig:
 
 def _introduction(config: TrainConfig, model: nn.Module, train_images: int, val_images: int) -> str:
     method, _ = split_name(config.arch)
-    falls, last, goal = ("temperature", temperature, 1) if method != WAREHOUSE else ("blend", blend, 0)
-    end = last(config, config.epochs, 1)
+    end = temperature(config, config.epochs, 1) or find_temperature(model) or 1
+    falls, end, goal = ("temperature", end, 1) if method != WAREHOUSE else ("blend", blend(config, config.epochs, 1), 0)
     return (
         f"{config.arch}: {count_parameters(model) / 1e6:.2f}M parameters, {config.num_classes} classes, "
         f"{train_images} images to train on and {val_images} to evaluate on, {place(config)}"

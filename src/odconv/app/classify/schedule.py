@@ -18,13 +18,14 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     return config.lr * config.gamma**drops
 
 
-def temperature(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+def temperature(config: TrainConfig, step: int, steps_per_epoch: int) -> float | None:
     """Return the temperature of the dynamic layers: it falls in a straight line and is 1 after `temp_epoch` epochs.
 
+    Without such epochs it is None, and stays what the network has: 1, or what a warm start or a checkpoint has brought.
     Steps are counted from 1 over the whole run; evaluation after a step keeps its temperature. ODConv: Li, Zhou, Yao,
     ICLR 2022, section 3.3.
     """
-    return 1 + (config.temp_init - 1) * blend(config, step, steps_per_epoch)
+    return 1 + (config.temp_init - 1) * blend(config, step, steps_per_epoch) if config.temp_epoch else None
 
 
 def blend(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -29,8 +29,8 @@ class DetectConfig(RunConfig):
     """Stages of the backbone that are not trained, 0 to 4; the stem goes with the first."""
     norm_eval: bool = True
     """Keep the batch norm of the backbone in evaluation mode."""
-    temperature: float = 1.0
-    """Temperature of the attentions."""
+    temperature: float | None = None
+    """Temperature of the attentions; default: that of the weights, else 1, and 5 after a warm start."""
     blend_epochs: int = 0
     """Epochs in which the blend of KernelWarehouse's layers falls from 1 to 0, with every step; 0: it is 0 from the
     start."""

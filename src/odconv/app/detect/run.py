@@ -21,12 +21,13 @@ from odconv.app.engine.run_folder import conclusion, lock_folder, place, write_b
 from odconv.app.engine.trainer import explained, make_training
 from odconv.app.pages.reports import refresh_report
 from odconv.checkpoints import Checkpoint, find_checkpoint
+from odconv.layers import find_temperature
 from odconv.models.detectors.builder import find_conventions
 from odconv.profiling.count import count_parameters
 from odconv.system.text import first_few
 
 FIXED = (
-    *("detector", "frozen_stages", "norm_eval", "temperature", "blend_epochs"),
+    *("detector", "frozen_stages", "norm_eval", "blend_epochs"),
     *("masked_pool", "anchor_sizes", "group", "negatives"),
 )
 """Options of detectors that a resumed run must share with its checkpoint: the network, the order of the images."""
@@ -48,10 +49,12 @@ def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory)
     config = replace(config, **resolve_layers(config.arch, config.kernel_num, config.reduction))
     resumed = find_resumed(config, training.classes, FIXED)
     weights = find_checkpoint(config.weights) if config.weights and not resumed.path else None
-    config = replace(config, conventions=_conventions(config, resumed, weights))
+    config = replace(config, **_inherited(config, resumed, weights))
     pl.seed_everything(config.seed, workers=True, verbose=False)
     fresh = config if not resumed.path else replace(config, weights=None, weights_backbone=None, warm_start=False)
     model = build(fresh, len(training.classes), weights)
+    if not resumed.path:
+        config = replace(config, temperature=find_temperature(model))
     if trainer.is_global_zero:
         write_beginning(config, resumed, trainer.world_size)
         print(
@@ -89,23 +92,24 @@ def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory)
     return result
 
 
-def _conventions(config: DetectConfig, resumed: Resumed, weights: Checkpoint | None) -> Any:
-    """Return whose arithmetic to compute with: that of the weights, unless it was chosen; and warn of what differs."""
+def _inherited(config: DetectConfig, resumed: Resumed, weights: Checkpoint | None) -> dict[str, Any]:
+    """Return whose arithmetic to compute with, and the temperature: those of the weights, unless they were chosen.
+
+    Warn of what differs from the weights, and raise a ValueError if it does from a run that is to go on.
+    """
     if resumed.path:
-        before = resumed.options["conventions"]
-        if config.conventions not in (None, before):
-            raise ValueError(
-                f"cannot resume {resumed.path}: its conventions are {before}, those of this run {config.conventions}"
-            )
-        return before
-    if weights:
-        options = weights.options
-        for name in ("anchor_sizes", "temperature"):
-            if name in options and options[name] != (now := getattr(config, name)):
-                logger.warning(
-                    "%s was trained with %s %s, and goes on with %s", config.weights, name, options[name], now
+        before = {name: resumed.options[name] for name in ("conventions", "temperature")}
+        for name, be, that in (("conventions", "are", "those"), ("temperature", "is", "that")):
+            if (now := getattr(config, name)) not in (None, before[name]):
+                raise ValueError(
+                    f"cannot resume {resumed.path}: its {name} {be} {before[name]}, {that} of this run {now}"
                 )
-    return config.conventions or find_conventions(weights)
+        return before
+    options = weights.options if weights else {}
+    for name in ("anchor_sizes", "temperature"):
+        if name in options and (now := getattr(config, name)) not in (None, options[name]):
+            logger.warning("%s was trained with %s %s, and goes on with %s", config.weights, name, options[name], now)
+    return {"conventions": config.conventions or find_conventions(weights)}
 
 
 def read_data(config: DetectConfig) -> tuple[Annotations, Annotations]:

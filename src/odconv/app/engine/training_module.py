@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import SumMetric
 
 from odconv.app.engine.config import RunConfig
-from odconv.layers import try_temperature
+from odconv.layers import find_temperature, try_temperature
 from odconv.layers.parameter_groups import parameter_groups
 from odconv.layers.warehouse_attention import try_blend
 
@@ -25,8 +25,9 @@ SUMS = ("train_loss", "train_images", "train_corrupt")
 ADVICE = "the checkpoints are from before. A lower lr, attention_lr or clip may help"
 
 
-Pace = tuple[float, float, float]
-"""What a step of training sets: the learning rate, and the temperature and blend of attentions that have one."""
+Pace = tuple[float, float | None, float]
+"""What a step of training sets: the learning rate, and the temperature and blend of attentions that have one; a
+temperature of None stays as it is."""
 
 
 class TrainingModule(pl.LightningModule):
@@ -59,10 +60,11 @@ class TrainingModule(pl.LightningModule):
         """Return the pace of the step that comes next."""
         raise NotImplementedError
 
-    def hold(self, temperature: float, blend: float) -> None:
+    def hold(self, temperature: float | None, blend: float) -> None:
         """Set the temperature and the blend of the network; the latter stays None where it has none."""
-        try_temperature(self.model, temperature)
-        self.temperature = temperature
+        if temperature is not None:
+            try_temperature(self.model, temperature)
+        self.temperature = temperature or find_temperature(self.model) or 1.0
         self.blend = blend if try_blend(self.model, blend) else None
 
     def steps_per_epoch(self) -> int:
@@ -86,9 +88,9 @@ class TrainingModule(pl.LightningModule):
         return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov)
 
     def on_train_start(self) -> None:
-        """Set what attentions begin with, whatever weights brought; have gradients compressed between processes."""
-        _, *held = self.schedule()
-        self.hold(*held)
+        """Set what attentions begin with; have gradients compressed between processes."""
+        _, temperature, blend = self.schedule()
+        self.hold(temperature, blend)
         wrapped = self.trainer.strategy.model
         if self.config.compress != "none" and isinstance(wrapped, DistributedDataParallel):
             wrapped.register_comm_hook(None, COMPRESSION[self.config.compress])
@@ -98,7 +100,7 @@ class TrainingModule(pl.LightningModule):
         lr, temperature, blend = self.schedule()
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = lr * group.get("factor", 1.0)  # version 0.1.0 saved none
-        if temperature != self.temperature or self.blend not in (None, blend):
+        if temperature not in (None, self.temperature) or self.blend not in (None, blend):
             self.hold(temperature, blend)
         torch.manual_seed(hash((self.config.seed, self.current_epoch, batch_idx, self.global_rank)))
 

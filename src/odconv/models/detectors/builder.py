@@ -90,7 +90,8 @@ def create_detector(
             first stage (`layer1` of a ResNet, `features` 0 to 3 of a MobileNetV2).
         norm_eval: keep the backbone's batch norm, the attentions' included, in evaluation mode while training. Default
             True; its weights and biases are trained where their stage is. That of frozen stages always stays there.
-        temperature: temperature of the attentions, above 0. Default: what `weights` record, else 1.
+        temperature: temperature of the attentions, above 0. Default: what `weights` or `weights_backbone` record or
+            the backbone has, else 1, and 5 after a warm start.
         masked_pool: let the attentions pool over the images alone, not over the padding of a batch, in training as in
             evaluation, which then takes whole batches. Default False, as published.
         min_size: length in pixels to which the shorter side of an image is resized; of several one is drawn for each
@@ -126,7 +127,8 @@ def create_detector(
     check_conventions(name, conventions)
 
     network = build_network(backbone, kernel_num, reduction, layer_options or {}, weights_backbone, warm_start)
-    try_temperature(network, 1.0 if temperature is None else temperature)  # whatever a classifier was trained with
+    if temperature is not None:
+        try_temperature(network, temperature)
 
     from odconv.models.detectors import networks
     from odconv.models.detectors.backbone import Pyramid
