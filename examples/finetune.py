@@ -37,9 +37,7 @@ def train(weights: str | None = None, steps: int = 120) -> float:
     torch.manual_seed(0)
     images, labels = digits()
     model = network(weights)
-    # so few steps at so high a rate: new attentions beside trained kernels learn at a tenth of it
-    groups = odconv.parameter_groups(model, lr=0.01, weight_decay=4e-5, attention_lr=0.1)
-    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=4e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         batch = torch.randint(1200, (32,))
