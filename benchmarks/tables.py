@@ -312,6 +312,29 @@ def starts() -> str:
     )
 
 
+def warm() -> str:
+    """Warm starts in a short training at a high rate, at the pace that they have and at the full one."""
+    methods = {"static": "static", "odconv_1x": "ODConv 1x", "odconv_4x": "ODConv 4x"}
+    methods |= {"dyconv_4x": "DyConv 4x", "condconv_8x": "CondConv 8x"}
+    paces = {
+        "warm": "as `odconv.convert` begins",
+        "full": "`temperature=1`, `kernel_gain=1`, for CondConv `norm=\"none\"`",
+    }
+
+    def line(optimizer: str, lr: str, pace: str) -> list[str]:
+        found = {(one["method"], one["pace"]): one for one in rows("warm", optimizer=optimizer, lr=lr)}
+        cells = (found.get((method, pace)) or found.get((method, "")) for method in methods)
+        rate = f"{'SGD' if optimizer == 'sgd' else 'AdamW'}, {lr}"
+        return [rate, paces[pace], *(fixed(one["top1"], 1) if one else "" for one in cells)]
+
+    runs = groups(rows("warm"), ["optimizer", "lr"])
+    order = sorted(runs, key=lambda run: (run[0] != "sgd", float(run[1])))
+    return table(
+        ["optimizer, rate", "pace", *methods.values()],
+        (line(*run, pace) for run in order for pace in paces),
+    )
+
+
 def gradients() -> str:
     """How new networks begin: MobileNetV2 0.5 in full, of ResNet-18 what it amplifies."""
 
@@ -348,7 +371,8 @@ def finetune() -> str:
 
     def line(run: tuple[str, ...]) -> list[str]:
         lr, init, temperature, start = run
-        falls = "" if start == "static" else "1" if float(temperature) == 1 else f"{float(temperature):g} to 1"
+        constant = float(temperature) <= 5  # as the starts have it; what falls begins above
+        falls = "" if start == "static" else f"{float(temperature):g}{'' if constant else ' to 1'}"
         return [titles[start], lr, init, falls, *(fixed(epoch["top1"], 1) for epoch in runs[run])]
 
     columns = ["start", "learning rate", "attentions", "temperature", "epoch 1", "2", "3"]

@@ -2,7 +2,8 @@
 
     python -m benchmarks.warm --weights ../shared/data/weights/mobilenet_v2_1.0_imagenet_fp16.pth
 
-1,200 of scikit-learn's digits at 32 x 32 pixels, batches of 64, plain SGD with momentum and a cosine, or AdamW; tested on the other 597.
+1,200 of scikit-learn's digits at 32 x 32 pixels, batches of 64, plain SGD with momentum and a cosine, or AdamW; tested
+on the other 597.
 The paces: warm, what odconv.convert chooses; full, temperature 1, shares that sum to 1, no norm before a router.
 """
 
