@@ -318,7 +318,7 @@ def warm() -> str:
     methods |= {"dyconv_4x": "DyConv 4x", "condconv_8x": "CondConv 8x"}
     paces = {
         "warm": "as `odconv.convert` begins",
-        "full": "`temperature=1`, `kernel_gain=1`, for CondConv `norm=\"none\"`",
+        "full": '`temperature=1`, `kernel_gain=1`, for CondConv `norm="none"`',
     }
 
     def line(optimizer: str, lr: str, pace: str) -> list[str]:
