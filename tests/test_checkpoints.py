@@ -187,6 +187,14 @@ def test_mismatches_are_explained(file: dict, model: dict, cause: str, tmp_path:
     assert_same(net.state_dict(), before)
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("batch", "layer"), ("layer", "batch"), ("none", "group")])
+def test_another_norm_of_the_attentions_is_named(theirs: str, ours: str, tmp_path: Path) -> None:
+    names = {"batch": "batch norm", "layer": "layer or group norm", "group": "layer or group norm", "none": "no norm"}
+    torch.save(ODConv2d(8, 8, 3, norm=theirs).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=f"have {names[theirs]} in the file, {names[ours]} in the model"):
+        load_checkpoint(ODConv2d(8, 8, 3, norm=ours), tmp_path / "weights.pth")
+
+
 def test_the_lists_are_short_and_counted(tmp_path: Path) -> None:
     names = [f"part{i:02d}" for i in range(20)]
     model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in names})

@@ -52,6 +52,12 @@ def dynamic_layers(keys: Iterable[str]) -> set[str]:
     return {f".{key}".rpartition(".attention.")[0][1:] for key in keys if ".attention." in f".{key}"}
 
 
+def norm_of(keys: Iterable[str]) -> str:
+    """Tell the norm of the attentions from their parts."""
+    names = {f".{key}".partition(".attention.")[2] for key in keys}
+    return "batch norm" if "bn.running_mean" in names else "layer or group norm" if "bn.weight" in names else "no norm"
+
+
 def method_of(keys: Iterable[str]) -> str:
     """Tell the method of dynamic layers from the parts of their attentions."""
     parts = {f".{key}".partition(".attention.")[2].partition(".")[0] for key in keys}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from odconv.checkpoints.keys import FACTORS, dynamic_layers, method_of
+from odconv.checkpoints.keys import FACTORS, dynamic_layers, method_of, norm_of
 from odconv.system.text import first_few
 
 
@@ -57,6 +57,8 @@ def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, T
         return [f"the file is of a {file} network, the model is {network}{hint}"]
     if theirs and (file := method_of(state)) != (network := method_of(own)):
         return [f"the file is of another method: {file}, the model is {network}"]
+    if theirs and (file := norm_of(state)) != (network := norm_of(own)):
+        return [f"the attentions have {file} in the file, {network} in the model (norm; odl_ networks have layer norm)"]
     shared = len(own.keys() & state.keys())
     if shared < 0.75 * max(len(own), len(state)):
         return [f"another architecture: of the model's {len(own)} keys, {shared} are among the file's {len(state)}"]
