@@ -10,6 +10,10 @@ from odconv.checkpoints.keys import FACTORS, dynamic_layers, method_of, norm_of
 from odconv.system.text import first_few
 
 
+METHODS_DIFFER = "the file is of another method: {}, the model is {}"
+NORMS_DIFFER = "the attentions have {} in the file, {} in the model (norm; odl_ networks have layer norm)"
+
+
 class Mismatch(NamedTuple):
     """What did not fit when weights were loaded.
 
@@ -55,10 +59,9 @@ def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, T
         file, network = ("dynamic", "static") if theirs else ("static", "dynamic")
         hint = "" if theirs else "; what begins with such a file is a warm start (warm_start)"
         return [f"the file is of a {file} network, the model is {network}{hint}"]
-    if theirs and (file := method_of(state)) != (network := method_of(own)):
-        return [f"the file is of another method: {file}, the model is {network}"]
-    if theirs and (file := norm_of(state)) != (network := norm_of(own)):
-        return [f"the attentions have {file} in the file, {network} in the model (norm; odl_ networks have layer norm)"]
+    for find, said in ((method_of, METHODS_DIFFER), (norm_of, NORMS_DIFFER)):
+        if theirs and (file := find(state)) != (network := find(own)):
+            return [said.format(file, network)]
     shared = len(own.keys() & state.keys())
     if shared < 0.75 * max(len(own), len(state)):
         return [f"another architecture: of the model's {len(own)} keys, {shared} are among the file's {len(state)}"]
