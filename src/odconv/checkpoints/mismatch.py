@@ -10,10 +10,6 @@ from odconv.checkpoints.keys import FACTORS, dynamic_layers, method_of, norm_of
 from odconv.system.text import first_few
 
 
-METHODS_DIFFER = "the file is of another method: {}, the model is {}"
-NORMS_DIFFER = "the attentions have {} in the file, {} in the model (norm; odl_ networks have layer norm)"
-
-
 class Mismatch(NamedTuple):
     """What did not fit when weights were loaded.
 
@@ -52,19 +48,28 @@ def explain(
     return "\n  ".join(lines)
 
 
-def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Guess why weights do not fit, from the keys that are alike and from which axes of which tensors differ."""
+def _another_kind(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Say by the keys that a file is of another kind of network; empty where it is not."""
     theirs, ours = dynamic_layers(state), dynamic_layers(own)
     if bool(theirs) != bool(ours):
         file, network = ("dynamic", "static") if theirs else ("static", "dynamic")
         hint = "" if theirs else "; what begins with such a file is a warm start (warm_start)"
-        return [f"the file is of a {file} network, the model is {network}{hint}"]
-    for find, said in ((method_of, METHODS_DIFFER), (norm_of, NORMS_DIFFER)):
-        if theirs and (file := find(state)) != (network := find(own)):
-            return [said.format(file, network)]
+        return f"the file is of a {file} network, the model is {network}{hint}"
+    if theirs and (file := method_of(state)) != (network := method_of(own)):
+        return f"the file is of another method: {file}, the model is {network}"
+    if theirs and (file := norm_of(state)) != (network := norm_of(own)):
+        return f"the attentions have {file} in the file, {network} in the model (norm; odl_ networks have layer norm)"
     shared = len(own.keys() & state.keys())
     if shared < 0.75 * max(len(own), len(state)):
-        return [f"another architecture: of the model's {len(own)} keys, {shared} are among the file's {len(state)}"]
+        return f"another architecture: of the model's {len(own)} keys, {shared} are among the file's {len(state)}"
+    return ""
+
+
+def _causes(mismatch: Mismatch, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Guess why weights do not fit, from the keys that are alike and from which axes of which tensors differ."""
+    if kind := _another_kind(state, own):
+        return [kind]
+    ours = dynamic_layers(own)
     budgets = [
         f"another budget: {key} is {there} in the file, {here} in the model"
         for key, there, here in mismatch.mismatched
