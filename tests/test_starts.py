@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
 from benchmarks import starts as digits
+from benchmarks import warm
 from benchmarks.gradients import amplification
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,6 +196,18 @@ def test_a_new_network_learns_as_the_static_one(method: str, lr: float, steps: i
 def test_a_new_network_of_kernelwarehouse_learns(method: str, lr: float) -> None:
     assert mean(digits.accuracies(method, "calm", lr, 3)) > 93
     assert mean(digits.accuracies(method, "published", lr, 3)) < 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["condconv_8x", "dyconv_4x", "odconv_1x", "odconv_4x"])
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.01), ("adamw", 0.001)])
+def test_a_warm_start_learns_as_the_static_network(method: str, optimizer: str, lr: float, shared_data: Path) -> None:
+    weights = shared_data / "weights" / "mobilenet_v2_1.0_imagenet_fp16.pth"
+
+    def learned(name: str) -> float:
+        return mean(warm.accuracies(name, "warm", weights, lr, 3, optimizer=optimizer))
+
+    assert learned(method) > learned("static") - 1.5
 
 
 @contextmanager
