@@ -10,10 +10,11 @@ from torch import Tensor
 from odconv.app.pages.visualize.images import Pictures
 from odconv.attentions.measurement import Layer
 from odconv.attentions.verdicts import VERDICTS, verdict
+from odconv.layers.starts import WARM_GATES
 from odconv.system.text import count, number
 
-HOT = 2.0
-"""Temperature from which attentions are held back."""
+HOT = WARM_GATES["temperature"]
+"""Temperature above which attentions are held back."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Subject:
             notes.append("No class has several images, so what differs between classes is left out.")
         if strange := [name for name in self.class_names if name not in self.answers]:
             notes.append(f"The network knows no class of the name {strange[0]}, so its accuracy is left out.")
-        if self.temperature is not None and self.temperature >= HOT:
+        if self.temperature is not None and self.temperature > HOT:
             notes.append(
                 f"The temperature of the attentions is {self.temperature:g}: they can hardly vary until training has "
                 "brought it down to 1."
