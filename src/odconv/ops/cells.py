@@ -13,6 +13,7 @@ from odconv.ops.contract import Attentions, Geometry, is_exporting
 from odconv.ops.dynamic_conv import add_bias, compute_dtype
 from odconv.ops.mixing import checked, mixed_conv
 from odconv.ops.policy import Choice, is_better_unrounded_by_tiles, is_differentiated, log_choice
+from odconv.ops.reach import within_reach
 from odconv.ops.recompute import Step, Tensors, apply
 
 BY_TILES = Choice("cpu", "the compiled kernel mixes cells a tile at a time")
@@ -92,6 +93,11 @@ def cell_conv(
         x, cells, attentions, kernel_shape, bias, stride, padding, dilation, groups
     )
     log_choice(BY_TILES, x, cells)
+    if reach := within_reach(x.shape[2:], kernel_shape[2:], geometry):
+        rows = reach.cut(shares.unflatten(1, (*kernel_shape[2:], -1)), 1)
+        kernel_shape, geometry = (*kernel_shape[:2], *rows.shape[1:-2]), reach.geometry
+        attentions = attentions._replace(kernel=rows.flatten(1, -2).to(cells.dtype))
+        mix = partial(assemble, shape=kernel_shape)
 
     def run(x: Tensor, cells: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
         assert attentions.kernel is not None

@@ -10,6 +10,7 @@ from odconv.ops import cpu, eager, flops, traced, tuning
 from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, per_axis
 from odconv.ops.epilogue import NO_EPILOGUE, Epilogue, Finished, activate, finish
 from odconv.ops.policy import EAGER, choose, is_better_unrounded, is_differentiated, is_pointwise, log_choice
+from odconv.ops.reach import within_reach
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
 from odconv.ops.triton import triton_conv
@@ -175,6 +176,10 @@ def compute(
         with torch.autocast(x.device.type, enabled=False):
             y = compute(x.float(), weight, attentions, bias, geometry, per_sample=per_sample, epilogue=epilogue)
         return y.to(dtype)
+    if backend == "auto" and (reach := within_reach(x.shape[2:], weight.shape[3:], geometry)):
+        weight, geometry, packed = reach.cut(weight, 3).contiguous(), reach.geometry, None
+        if attentions.spatial is not None:
+            attentions = attentions._replace(spatial=reach.cut(attentions.spatial, 1))
     if x.dtype != dtype or weight.dtype != dtype:
         x, weight = x.to(dtype), weight.to(dtype)
     attentions = Attentions(*(a if a is None or a.dtype == dtype else a.to(dtype) for a in attentions))

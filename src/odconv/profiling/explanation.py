@@ -15,6 +15,7 @@ from odconv.ops.contract import Attentions, Geometry, check_map, output_size
 from odconv.ops.dynamic_conv import compute_dtype
 from odconv.ops.mixing import part_of_batch
 from odconv.ops.policy import Choice, choose, choose_transposed
+from odconv.ops.reach import within_reach
 from odconv.ops.recompute import samples_at_a_time
 from odconv.ops.tuning.memory import memory_of
 from odconv.ops.tuning.problem import describe
@@ -132,7 +133,11 @@ def chosen(
     per_sample: bool = False,
 ) -> tuple[Choice, dict[str, float]]:
     """Return what the operator chooses for a call on a device, and the times that were measured for it."""
+    if reach := within_reach(x.shape[2:], weight.shape[3:], geometry):
+        weight, geometry = reach.cut(weight, 3), reach.geometry
     choice = choose(x, weight, geometry, differentiated, per_sample)
+    if reach:
+        choice = choice._replace(why=f"{tuple(weight.shape[3:])} taps meet more than padding; {choice.why}")
     if not tuning.applies(x, weight, device):
         return choice, {}
     present = [name for name in Attentions._fields if name in attentions]
