@@ -10,8 +10,8 @@
 
 What is timed is the operator, its attentions given. Where taps meet padding alone, "all taps" keeps them, and "fewest
 taps" leaves out all that it can; odconv.ops.reach chooses. Rows whose attentions are "kernel" have no other: ours is
-compared with timm's CondConv2d there, where timm is installed. Rows go to results/layers_MODE.csv as they come, the picture
-beside it; the limits in odconv.ops.policy are set by them. Ends with the rows in which ours is slower than
+compared with timm's CondConv2d there, where timm is installed. Rows go to results/layers_MODE.csv as they come, the
+picture beside it; the limits in odconv.ops.policy are set by them. Ends with the rows in which ours is slower than
 1.05 times the published form.
 """
 
