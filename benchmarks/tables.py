@@ -93,12 +93,15 @@ def targets() -> str:
 
 
 BEST = (
-    ("inference", "float32", "1"),
-    ("inference", "float32", "8"),
-    ("inference", "bfloat16", "4"),
-    ("training", "float32", "16"),
-    ("training", "bfloat16", "16"),
+    ("inference", "float32", "1", "224"),
+    ("inference", "float32", "8", "224"),
+    ("inference", "bfloat16", "4", "224"),
+    ("training", "float32", "16", "224"),
+    ("training", "bfloat16", "16", "224"),
+    ("training", "float32", "64", "24"),
+    ("training", "float32", "64", "8"),
 )
+"""Mode, dtype, batch and size of the images in pixels."""
 
 
 def best() -> str:
@@ -117,17 +120,17 @@ def best() -> str:
             ratio = fixed(ours["ratio_to_best_static"], 2)
             yield f"**{ratio}** ({float(ours['median_ms']):.4g} ms, {ours['way']})"
 
-    known = {(one["model"], one["mode"], one["dtype"], one["batch"]) for one in measured}
+    known = {(one["model"], one["mode"], one["dtype"], one["batch"], one["size"]) for one in measured}
     return table(
-        ["network, mode, dtype, batch", "static, its best way", "ODConv 1x", "ODConv 4x"],
+        ["network, mode, dtype, batch, pixels", "static, its best way", "ODConv 1x", "ODConv 4x"],
         (
             [
-                f"{NETWORKS[network]}, {mode}, {dtype}, {batch}",
-                *cells(model=f"od_{network}", mode=mode, dtype=dtype, batch=batch),
+                f"{NETWORKS[network]}, {mode}, {dtype}, {batch}, {size}",
+                *cells(model=f"od_{network}", mode=mode, dtype=dtype, batch=batch, size=size),
             ]
             for network in ("resnet18", "mobilenetv2_100")
-            for mode, dtype, batch in BEST
-            if (f"od_{network}", mode, dtype, batch) in known
+            for mode, dtype, batch, size in BEST
+            if (f"od_{network}", mode, dtype, batch, size) in known
         ),
     )
 
