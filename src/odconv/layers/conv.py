@@ -297,6 +297,8 @@ class _DyConv(DynamicConv):
         kernel_num: number n of kernels. Default 4.
         reduction: width of the attention's hidden layer as a share of C. Default 1/4.
         min_channels: least width of that hidden layer. Default 4.
+        norm: normalisation of the hidden layer: "batch", "group", "layer" or "none". Default "none", as published; with
+            "layer" its shares move slowly enough to train from the first step.
         temperature: divisor of the attention's logits. Default 1; see :func:`odconv.set_temperature`.
         kernel_gain: factor of the kernels' shares, or "sqrt" for sqrt(n), with which a mixture of n freshly drawn
             kernels is as large as one of them. Default 1, as published.
@@ -330,6 +332,7 @@ class _DyConv(DynamicConv):
         kernel_num: int = 4,
         reduction: float = 0.25,
         min_channels: int = 4,
+        norm: str = "none",
         temperature: float = 1.0,
         kernel_gain: float | str = 1.0,
         init: str = "calm",
@@ -347,6 +350,7 @@ class _DyConv(DynamicConv):
             context_channels or in_channels,
             {"kernel": (kernel_num,)},
             hidden_width(context_channels or in_channels, reduction, min_channels),
+            norm=norm,
             kernel_gain=share_factor(kernel_gain, kernel_num),
             temperature=temperature,
             init=init,

@@ -22,7 +22,7 @@ LOGIT = 0.03
 
 SETTLED: dict[str, dict[str, Any]] = {
     "odconv": {"norm": "layer", "gain": 2.0, "kernel_gain": "sqrt"},
-    "dyconv": {"kernel_gain": "sqrt"},
+    "dyconv": {"norm": "layer", "kernel_gain": "sqrt"},
     "condconv": {"norm": "layer"},
 }
 """Options with which new layers learn best: gates of 1, mixtures as large as a kernel, and images that stay as alike as
@@ -38,7 +38,7 @@ Rows: finetune.csv, "start=warm_1x" and "start=warm_4x", init=calm against "init
 WARM_SHARES: dict[str, Any] = {"kernel_gain": "sqrt"}
 """The same of shares: a mixture takes as large a step of SGD as one kernel does."""
 
-PACE = {"batch": 0.2, "group": 0.5, "layer": 0.5, "none": 0.1}
+PACE = {"batch": 0.2, "group": 0.5, "layer": 0.5, "none": 0.2}
 """Size of what the heads read, by the norm before them: a step of SGD moves their logits by its square, one of Adam by
 itself. Batch norm spreads the images of a batch however alike they are; the others leave them as alike as they were."""
 

@@ -139,7 +139,7 @@ class _DyConvTranspose(DynamicConvTranspose, _DyConv):
             ``torch.nn.ConvTranspose2d``, with its order and defaults.
         bias: add a mixed bias. Default False.
         padding_mode: only "zeros".
-        kernel_num, reduction, min_channels, temperature, kernel_gain: as in :class:`DyConv2d`.
+        kernel_num, reduction, min_channels, norm, temperature, kernel_gain: as in :class:`DyConv2d`.
         init, context_channels, device, dtype: as in :class:`DyConv2d`.
 
     Raises:
@@ -164,6 +164,7 @@ class _DyConvTranspose(DynamicConvTranspose, _DyConv):
         kernel_num: int = 4,
         reduction: float = 0.25,
         min_channels: int = 4,
+        norm: str = "none",
         temperature: float = 1.0,
         kernel_gain: float | str = 1.0,
         init: str = "calm",
@@ -174,7 +175,7 @@ class _DyConvTranspose(DynamicConvTranspose, _DyConv):
         super().__init__(
             in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride, padding=padding,
             output_padding=output_padding, groups=groups, bias=bias, dilation=dilation, padding_mode=padding_mode,
-            kernel_num=kernel_num, reduction=reduction, min_channels=min_channels, temperature=temperature,
+            kernel_num=kernel_num, reduction=reduction, min_channels=min_channels, norm=norm, temperature=temperature,
             kernel_gain=kernel_gain, init=init, context_channels=context_channels, device=device, dtype=dtype,
         )  # fmt: skip
 
