@@ -26,7 +26,7 @@ from odconv.layers import Attention, DynamicConv, PerSampleConv
 from odconv.layers.starts import LOGIT, OPEN, ROUTED
 
 LAYERS = {name: getattr(odconv, name) for name in odconv.__all__ if re.fullmatch(r"(OD|Dy|Cond)Conv.*d", name)}
-NORMS = {"OD": ["batch", "group", "layer", "none"], "Dy": [None], "Co": ["none", "layer"]}
+NORMS = {"OD": ["batch", "group", "layer", "none"], "Dy": ["none", "layer", "batch"], "Co": ["none", "layer"]}
 """Norms of the attention that the layers of a method have."""
 WIDE = {"norm": "layer", "gain": 2.0, "kernel_gain": "sqrt"}
 """The options with which a mixture of new kernels is as large as one of them."""

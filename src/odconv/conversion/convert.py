@@ -100,9 +100,9 @@ def convert(
             name and module. Default: all but stem and shortcuts.
         exclude: which of these to leave, likewise. Default none.
         warm_start: start from the trained weights, as above. False for freshly drawn layers, with the options with
-            which these learn best (:data:`odconv.layers.starts.SETTLED`) where `to` is a word: ODConv and CondConv with
-            layer norm in the attention, ODConv with gain 2, ODConv and DyConv with shares times sqrt(n). What you
-            choose goes before, and ``init="published"`` takes none of them but the gain of a warm start.
+            which these learn best (:data:`odconv.layers.starts.SETTLED`) where `to` is a word: layer norm in the
+            attention, in ODConv gain 2, in ODConv and DyConv shares times sqrt(n). What you choose goes before, and
+            ``init="published"`` takes none of them but the gain of a warm start.
         **layer_options: options of the layers: `kernel_num`, `reduction`, `attentions`, `norm`, `init` and so on.
 
     Returns:
