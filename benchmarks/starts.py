@@ -71,7 +71,7 @@ def network(method: str, variant: str, seed: int) -> nn.Module:
     if options is None:
         return model
     known = WAREHOUSE_OPTIONS if options["to"] == METHOD else options_of(find_family(options["to"])[0])
-    norm = {} if variant != "calm" else {"norm": "batch" if options["to"] == "odconv" else "none"}
+    norm = {} if variant != "calm" else {"norm": "none" if options["to"] in ("condconv", "dyconv") else "batch"}
     chosen = {name: value for name, value in (VARIANTS[variant] | norm).items() if name in known}
     return odconv.convert(model, warm_start=False, **options | chosen)
 
