@@ -292,10 +292,17 @@ def top1_by_method(**wanted: str) -> str:
     return table(["", *(TITLES[name] for name in trained)], lines)
 
 
+DIGITS = {
+    "static": "static",
+    "condconv_8x": "CondConv 8x",
+    "dyconv_4x": "DyConv 4x",
+    "odconv_1x": "ODConv 1x",
+    "odconv_4x": "ODConv 4x",
+}
+
+
 def starts() -> str:
-    methods = {"static": "static", "condconv_8x": "CondConv 8x", "dyconv_4x": "DyConv 4x"}
-    methods |= {"odconv_1x": "ODConv 1x", "odconv_4x": "ODConv 4x"}
-    methods |= {"kernelwarehouse_1x": "KernelWarehouse 1x", "kernelwarehouse_4x": "KernelWarehouse 4x"}
+    methods = DIGITS | {"kernelwarehouse_1x": "KernelWarehouse 1x", "kernelwarehouse_4x": "KernelWarehouse 4x"}
     titles = {
         "settled": "settled: `odconv.convert(warm_start=False)`, `odl_` networks",
         "calm": "calm: the layers as they are, `od_`, `dy_`, `cond_` and `kw_` networks",
@@ -317,8 +324,6 @@ def starts() -> str:
 
 def warm() -> str:
     """Warm starts in a short training at a high rate, at the pace that they have and at the full one."""
-    methods = {"static": "static", "odconv_1x": "ODConv 1x", "odconv_4x": "ODConv 4x"}
-    methods |= {"dyconv_4x": "DyConv 4x", "condconv_8x": "CondConv 8x"}
     paces = {
         "warm": "as `odconv.convert` begins",
         "full": '`temperature=1`, `kernel_gain=1`, for CondConv `norm="none"`',
@@ -326,14 +331,14 @@ def warm() -> str:
 
     def line(optimizer: str, lr: str, pace: str) -> list[str]:
         found = {(one["method"], one["pace"]): one for one in rows("warm", optimizer=optimizer, lr=lr)}
-        cells = (found.get((method, pace)) or found.get((method, "")) for method in methods)
+        cells = (found.get((method, pace)) or found.get((method, "")) for method in DIGITS)
         rate = f"{'SGD' if optimizer == 'sgd' else 'AdamW'}, {lr}"
         return [rate, paces[pace], *(fixed(one["top1"], 1) if one else "" for one in cells)]
 
     runs = groups(rows("warm"), ["optimizer", "lr"])
     order = sorted(runs, key=lambda run: (run[0] != "sgd", float(run[1])))
     return table(
-        ["optimizer, rate", "pace", *methods.values()],
+        ["optimizer, rate", "pace", *DIGITS.values()],
         (line(*run, pace) for run in order for pace in paces),
     )
 

@@ -13,20 +13,16 @@ from statistics import mean
 from typing import Any
 
 import torch
+from benchmarks import starts
 from benchmarks.common import RESULTS, Sheet, origin
 from benchmarks.starts import TRAINED, digits, top1, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import odconv
+from odconv.conversion.warehouse import METHOD
 
-METHODS: dict[str, dict[str, Any] | None] = {  # options of odconv.convert; None stays static
-    "static": None,
-    "condconv_8x": {"to": "condconv"},
-    "dyconv_4x": {"to": "dyconv"},
-    "odconv_1x": {"to": "odconv", "kernel_num": 1},
-    "odconv_4x": {"to": "odconv"},
-}
+METHODS = {name: options for name, options in starts.METHODS.items() if (options or {}).get("to") != METHOD}
 FULL: dict[str, dict[str, Any]] = {
     "condconv": {"norm": "none"},
     "dyconv": {"kernel_gain": 1.0},

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from odconv.ops.contract import Geometry, is_exporting
+from odconv.ops.contract import Geometry, is_exporting, output_size
 
 FEW = 3
 """How many times fewer taps there must be to take them out of the kernels, of which the others are read as well.
@@ -55,9 +55,9 @@ def reached(extent: int, taps: int, stride: int, padding: int, dilation: int) ->
 
     All of them where fewer would need other padding at one side than at the other.
     """
-    positions = (extent + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+    (positions,) = output_size([extent], [taps], [stride], [padding], [dilation])
     first = max(0, -(((positions - 1) * stride - padding) // dilation))  # seen from the last position
     end = min(taps, (extent - 1 + padding) // dilation + 1)  # seen from the first
     margin = padding - first * dilation
-    same = (extent + 2 * margin - dilation * (end - first - 1) - 1) // stride + 1 == positions
+    same = output_size([extent], [end - first], [stride], [margin], [dilation]) == (positions,)
     return (first, end) if first < end and margin >= 0 and same else (0, taps)
