@@ -484,6 +484,7 @@ def test_a_static_bias_beside_a_mixed_one_is_added_too():
         ({"temperature": 0}, "temperature must be a positive number, got 0"),
         ({"attentions": "kernel"}, "attentions must be some of"),
         ({"attentions": ()}, "attentions must be some of"),
+        ({"attentions": 3}, "attentions must be some of .* got 3"),
         ({"attentions": ("kernels",)}, r"attentions must be some of .* got \('kernels',\)"),
         ({"attentions": ("channel",)}, "kernel_num must be 1 without the kernel attention, got 4"),
     ],

@@ -1,7 +1,7 @@
 """The dynamic layers: one N-d core and, for each method, how its attention is built."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -256,8 +256,9 @@ class _ODConv(DynamicConv):
             dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode, kernel_num=kernel_num,
             context_channels=context_channels, device=device, dtype=dtype,
         )  # fmt: skip
-        attentions = attentions if isinstance(attentions, str) else tuple(attentions)
-        if isinstance(attentions, str) or not attentions or not set(attentions) <= set(ATTENTIONS):
+        if isinstance(attentions, Iterable) and not isinstance(attentions, str):
+            attentions = tuple(attentions)
+        if not isinstance(attentions, tuple) or not attentions or not set(attentions) <= set(ATTENTIONS):
             raise ValueError(f"attentions must be some of {ATTENTIONS}, got {attentions!r}")
         if kernel_num > 1 and "kernel" not in attentions:
             raise ValueError(f"kernel_num must be 1 without the kernel attention, got {kernel_num} and {attentions!r}")
