@@ -185,17 +185,32 @@ def test_a_new_network_of_fifty_layers_amplifies_as_a_static_one(prefix: str, n:
 @pytest.mark.parametrize("method", ["condconv_8x", "dyconv_4x", "odconv_1x", "odconv_4x"])
 @pytest.mark.parametrize(("lr", "steps"), [(0.02, 300), (0.1, 60), (0.2, 60)])
 def test_a_new_network_learns_as_the_static_one(method: str, lr: float, steps: int) -> None:
-    static = mean(digits.accuracies("static", "calm", lr, 3, steps))
-    assert mean(digits.accuracies(method, "settled", lr, 3, steps)) > static - 1.5
-    assert mean(digits.accuracies(method, "calm", lr, 3, steps)) > 93
+    static, _ = digits.accuracies("static", "calm", lr, 3, steps)
+    settled, _ = digits.accuracies(method, "settled", lr, 3, steps)
+    calm, _ = digits.accuracies(method, "calm", lr, 3, steps)
+    assert mean(settled) > mean(static) - 1.5
+    assert mean(calm) > 93
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["kernelwarehouse_1x", "kernelwarehouse_4x"])
 @pytest.mark.parametrize("lr", [0.1, 0.2])
 def test_a_new_network_of_kernelwarehouse_learns(method: str, lr: float) -> None:
-    assert mean(digits.accuracies(method, "calm", lr, 3)) > 93
-    assert mean(digits.accuracies(method, "published", lr, 3)) < 50
+    calm, _ = digits.accuracies(method, "calm", lr, 3)
+    published, _ = digits.accuracies(method, "published", lr, 3)
+    assert mean(calm) > 93
+    assert mean(published) < 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in digits.METHODS if name != "static"])
+@pytest.mark.parametrize(("lr", "steps"), [(0.004, 60), (0.001, 240)])
+def test_a_new_network_learns_with_adamw_as_the_static_one(method: str, lr: float, steps: int) -> None:
+    # with recomputed statistics: in sixty steps AdamW moves weights faster than batch norm's running averages follow
+    _, static = digits.accuracies("static", "calm", lr, 3, steps, "adamw")
+    for start in ("settled", "calm"):
+        _, found = digits.accuracies(method, start, lr, 3, steps, "adamw")
+        assert mean(found) > mean(static) - 1.5
 
 
 @pytest.mark.slow
