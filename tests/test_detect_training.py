@@ -468,6 +468,14 @@ def test_a_warm_start(coco: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_warm_start_of_condconv_keeps_the_norm_before_its_routers(coco: Path, tmp_path: Path) -> None:
+    torch.save(odconv.create_model("tiny", num_classes=3).state_dict(), tmp_path / "static.pth")
+    options = OPTIONS | {"arch": "cond_tiny", "weights_backbone": str(tmp_path / "static.pth"), "data": str(coco)}
+    train(**options | {"warm_start": True}, out=str(tmp_path / "run"))
+    restored = odconv.app.detect.restore.restore(str(tmp_path / "run" / "last.ckpt"))
+    assert {part.norm for part in restored.model.modules() if isinstance(part, Attention)} == {"layer"}
+
+
 def test_unreadable_images_are_counted(tmp_path: Path, caplog) -> None:
     data = make_coco(tmp_path / "data", {"train": 5, "val": 3})
     for path in ("train2017/2.png", "train2017/1.png", "val2017/0.png"):

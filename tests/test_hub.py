@@ -179,11 +179,12 @@ def test_a_config_json_that_is_malformed(text, tmp_path):
         load_classifier(str(tmp_path))
 
 
-def test_a_warm_start_is_not_repeated(tmp_path):
+@pytest.mark.parametrize("name", [tiny.DYNAMIC, f"cond_{tiny.STATIC}", f"dy_{tiny.STATIC}"])
+def test_a_warm_start_is_not_repeated(tmp_path, name):
     static = odconv.create_model(tiny.STATIC, num_classes=3)
     torch.save(static.state_dict(), tmp_path / "static.pth")
     options = {"kernel_num": 2, "num_classes": 3, "weights": tmp_path / "static.pth", "warm_start": True}
-    network = HubModel(tiny.DYNAMIC, **options).eval()
+    network = HubModel(name, **options).eval()
     network.save_pretrained(tmp_path / "saved")
     again = HubModel.from_pretrained(tmp_path / "saved")
     x = torch.randn(1, 3, 64, 64)

@@ -202,6 +202,17 @@ def test_a_warm_start_computes_what_the_static_network_does(tmp_path):
         torch.testing.assert_close(again(x), warm(x))
     with pytest.raises(ValueError, match="does not fit"):
         odconv.create_model("od_mobilenetv2_050", **options)
+    routed = odconv.create_model("cond_mobilenetv2_050", warm_start=True, **options).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(routed(x), static(x), rtol=1e-4, atol=1e-5)
+    torch.save(routed.state_dict(), tmp_path / "routed.pth")
+    options["weights"] = tmp_path / "routed.pth"
+    again = odconv.create_model("cond_mobilenetv2_050", norm="layer", **options).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), routed(x))
+    with pytest.raises(ValueError, match=r'no norm in the model \(norm: .* a warm start of cond_ is "layer"'):
+        odconv.create_model("cond_mobilenetv2_050", **options)
+    options["weights"] = tmp_path / "static.pth"
     with pytest.raises(ValueError, match="warm_start needs the weights of the static network"):
         odconv.create_model("od_mobilenetv2_050", warm_start=True)
     with pytest.raises(ValueError, match="mobilenetv2_050 is static: warm_start is for dynamic networks"):

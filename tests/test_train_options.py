@@ -20,6 +20,7 @@ from odconv.app.classify.restore import restore
 from odconv.app.classify.schedule import learning_rate, temperature
 from odconv.app.data import Images, evaluation_transform
 from odconv.app.engine.loaders import training_loader
+from odconv.layers import Attention
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 IMAGENET = 1_281_167
@@ -312,6 +313,22 @@ def test_a_warm_start(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_classes is 7 in the file, 3 in the model"):
         train(**options, warm_start=True, out=str(tmp_path / "seven"))
     assert train(**options, warm_start=True, new_classifier=True, out=str(tmp_path / "other"))["epochs"] == 1
+
+
+def test_a_warm_start_of_condconv_keeps_the_norm_before_its_routers(folder: Path, tmp_path: Path) -> None:
+    torch.save(create_model("tiny", num_classes=3, stem="small").state_dict(), tmp_path / "static.pth")
+    options = OPTIONS | {"weights": str(tmp_path / "static.pth"), "data": str(folder), "temp_epoch": 0}
+    options |= {"arch": "cond_tiny", "warm_start": True}
+    first = train(**options, out=str(tmp_path / "run"))
+    train(**options | {"epochs": 2}, resume="auto", out=str(tmp_path / "run"))
+    file = tmp_path / "run" / "last.ckpt"
+    restored = restore(str(file))
+    assert evaluate(weights=str(file), data=str(folder))["top1"] >= 0
+    assert {part.norm for part in restored.model.modules() if isinstance(part, Attention)} == {"layer"}
+    assert first["parameters"] == sum(parameter.numel() for parameter in restored.model.parameters())
+    for out, published in {"named": {"layer_options": {"norm": "none"}}, "published": {"init": "published"}}.items():
+        train(**options | published, out=str(tmp_path / out))
+        assert not any("attention.bn." in key for key in weights(tmp_path / out / "last.ckpt"))
 
 
 def test_a_trial_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:

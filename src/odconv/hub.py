@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from odconv.checkpoints import RELEASED, find_released, load_checkpoint, save_safetensors
 from odconv.checkpoints.finding import meant
-from odconv.models.build import check_described, create_model
+from odconv.models.build import check_described, create_model, with_warm_norm
 from odconv.profiling import profile
 from odconv.profiling.table import short
 from odconv.system.packages import needed_by
@@ -71,6 +71,8 @@ class HubModel(
         arguments = inspect.signature(create_model).bind(name, **options)
         arguments.apply_defaults()
         layer_options = arguments.arguments.pop("layer_options")
+        if arguments.arguments["warm_start"]:
+            layer_options = with_warm_norm(name, layer_options)
         self.config = {k: v for k, v in (arguments.arguments | layer_options).items() if k not in START}
 
     def forward(self, x: Tensor) -> Tensor:

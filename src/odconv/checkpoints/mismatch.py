@@ -58,7 +58,10 @@ def _another_kind(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str
     if theirs and (file := method_of(state)) != (network := method_of(own)):
         return f"the file is of another method: {file}, the model is {network}"
     if theirs and (file := norm_of(state)) != (network := norm_of(own)):
-        return f"the attentions have {file} in the file, {network} in the model (norm; odl_ networks have layer norm)"
+        return (
+            f"the attentions have {file} in the file, {network} in the model (norm: that of odl_ networks and of "
+            'a warm start of cond_ is "layer")'
+        )
     shared = len(own.keys() & state.keys())
     if shared < 0.75 * max(len(own), len(state)):
         return f"another architecture: of the model's {len(own)} keys, {shared} are among the file's {len(state)}"

@@ -4,7 +4,7 @@ import fnmatch
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 import odconv.layers
 from odconv.layers import DynamicConv, PerSampleConv
-from odconv.layers.starts import SETTLED, WARM_GATES, WARM_SHARES
+from odconv.layers.starts import SETTLED, WARM_GATES, WARM_ROUTERS, WARM_SHARES
 from odconv.layers.warehouse_conv import KWConv, KWConv1d, KWConv2d, KWConv3d
 from odconv.system.modules import check_module
 from odconv.system.text import first_few, suggest
@@ -83,9 +83,9 @@ def convert(
     With `warm_start` the network computes what it did before, up to rounding, and learns from there: the heads of the
     attentions are zero, ODConv's gates have gain 2 and so are 1, and the n kernels lie around the trained one, which
     is their mixture, by shares times sqrt(n). So that the new attentions do not answer to every step of training at
-    once, ODConv's temperature is 5, and CondConv, which has none, has layer norm where `to` is a word. Factors and
+    once, ODConv's temperature is 5, and CondConv, which has none, has layer norm before its router. Factors and
     temperature travel beside the weights, in PyTorch's state dicts and in what :mod:`odconv.checkpoints` writes; load
-    others into a network that was converted in the same way.
+    others into a network that was converted in the same way, and CondConv's into one with ``norm="layer"``.
 
     With "kernelwarehouse" the layers share the cells of a warehouse, which becomes the network's first module,
     `warehouse_manager`; the options are those of
@@ -119,8 +119,7 @@ def convert(
 
         check_known(layer_options, WAREHOUSE_OPTIONS, to)
         return convert_to_warehouse(model, include=include, exclude=exclude, warm_start=warm_start, **layer_options)
-    own_keys = not warm_start or to == "condconv"  # keys beside the published ones, those of a norm
-    if own_keys and isinstance(to, str) and layer_options.get("init") != "published":
+    if not warm_start and isinstance(to, str) and layer_options.get("init") != "published":
         layer_options = SETTLED.get(to, {}) | layer_options
     decisions = decide(model, to, include, exclude, layer_options)
     made: dict[nn.Module, DynamicConv] = {
@@ -299,11 +298,14 @@ def replacement(conv: Convolution, layer: type[DynamicConv], warm_start: bool, o
 
 def warm_options(layer: type[DynamicConv], options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a layer that begins at a trained kernel: the best ones, but for what was chosen."""
-    known = options_of(layer)
-    gated = "gain" in known and options.get("attentions") not in (["kernel"], ("kernel",))
-    best = WARM_SHARES | (WARM_GATES if gated else {})
+    known, attentions = options_of(layer), options.get("attentions")
+    best = dict(WARM_SHARES)
     if options.get("init") == "published":
         best = {"gain": WARM_GATES["gain"]}
+    elif "gain" in known and not (isinstance(attentions, Collection) and {*attentions} == {"kernel"}):
+        best |= WARM_GATES
+    elif issubclass(layer, tuple(FAMILIES["condconv"])):
+        best |= WARM_ROUTERS
     return {name: value for name, value in best.items() if name in known} | options
 
 

@@ -38,6 +38,9 @@ Rows: finetune.csv, "start=warm_1x" and "start=warm_4x", init=calm against "init
 WARM_SHARES: dict[str, Any] = {"kernel_gain": "sqrt"}
 """The same of shares: a mixture takes as large a step of SGD as one kernel does."""
 
+WARM_ROUTERS = SETTLED["condconv"]
+"""The same of CondConv's router, which has no temperature: without a norm it runs away with trained kernels."""
+
 PACE = {"batch": 0.2, "group": 0.5, "layer": 0.5, "none": 0.2}
 """Size of what the heads read, by the norm before them: a step of SGD moves their logits by its square, one of Adam by
 itself. Batch norm spreads the images of a batch however alike they are; the others leave them as alike as they were."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from odconv.checkpoints import Weights, find_checkpoint, load_all_but, load_checkpoint, size_limit
-from odconv.conversion.convert import check_known, check_options, convert
+from odconv.conversion.convert import check_known, check_options, convert, warm_options
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 from odconv.layers.starts import SETTLED
 from odconv.models.warehouse import OPTIONS, make_warehouse
@@ -206,6 +206,16 @@ def make_dynamic(
         raise ValueError(f"{name} is static: warm_start is for dynamic networks")
     else:
         check_layer_options(name, layer_options)
+
+
+def with_warm_norm(name: str, layer_options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a network's dynamic layers with the norm that a warm start puts into their attentions.
+
+    The norm has keys of its own: who builds the network again without a warm start, to load its weights, must name it.
+    """
+    method = METHODS.get(split_name(name)[0] or "")
+    chosen = {} if method is None else warm_options(method.layer, layer_options)
+    return {key: chosen[key] for key in chosen if key == "norm"} | layer_options
 
 
 def check_layer_options(name: str, options: dict[str, Any]) -> None:

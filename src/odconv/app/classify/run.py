@@ -105,7 +105,7 @@ def _resolve(config: TrainConfig, classes: int) -> TrainConfig:
     """Return the options with what was left to the network and the data filled in."""
     if config.num_classes is not None and config.num_classes < classes:
         raise ValueError(f"num_classes must be at least {classes}, the classes in the data, got {config.num_classes}")
-    chosen = resolve_layers(config.arch, config.kernel_num, config.reduction)
+    chosen = resolve_layers(config, config.warm_start)
     _, resized = evaluation_sizes(config.image_size, config.resize_size)
     return replace(config, num_classes=config.num_classes or classes, resize_size=resized, **chosen)
 

@@ -46,7 +46,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
 def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory) -> dict[str, Any]:
     training, evaluation = read_data(config)
     check_fall(config.arch, config.warm_start, "blend_epochs", config.blend_epochs)
-    config = replace(config, **resolve_layers(config.arch, config.kernel_num, config.reduction))
+    config = replace(config, **resolve_layers(config, config.warm_start))
     resumed = find_resumed(config, training.classes, FIXED)
     weights = find_checkpoint(config.weights) if config.weights and not resumed.path else None
     config = replace(config, **_inherited(config, resumed, weights))

@@ -4,19 +4,21 @@ import inspect
 from typing import Any
 
 from odconv.app.engine.config import RunConfig
-from odconv.models.build import METHODS, check_layer_options, split_name
+from odconv.models.build import METHODS, check_layer_options, split_name, with_warm_norm
 from odconv.models.zoo import WAREHOUSE
 
 
-def resolve_layers(arch: str, kernel_num: int | None, reduction: float | None) -> dict[str, Any]:
-    """Return the options of a network's dynamic layers by name, with what is None filled in by the defaults."""
-    given = {"kernel_num": kernel_num, "reduction": reduction}
-    method_name, _ = split_name(arch)
+def resolve_layers(config: RunConfig, warm_start: bool) -> dict[str, Any]:
+    """Return the options of a run's dynamic layers by name, with what is None filled in by the defaults."""
+    given: dict[str, Any] = {"kernel_num": config.kernel_num, "reduction": config.reduction}
+    method_name, _ = split_name(config.arch)
     if method_name not in METHODS:  # static, or KernelWarehouse, whose settings fill themselves in
         return given
     method = METHODS[method_name]
     defaults = {name: parameter.default for name, parameter in inspect.signature(method.layer).parameters.items()}
-    return {name: (defaults | method.options).get(name) if value is None else value for name, value in given.items()}
+    given = {name: (defaults | method.options).get(name) if value is None else value for name, value in given.items()}
+    norm = with_warm_norm(config.arch, layer_options(config)).get("norm") if warm_start else None
+    return given if norm is None else given | {"layer_options": {"norm": norm} | (config.layer_options or {})}
 
 
 def check_fall(arch: str, warm_start: bool, option: str, epochs: int) -> None:
