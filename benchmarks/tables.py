@@ -301,24 +301,49 @@ DIGITS = {
 }
 
 
+NEW = DIGITS | {"kernelwarehouse_1x": "KernelWarehouse 1x", "kernelwarehouse_4x": "KernelWarehouse 4x"}
+
+
+def starts_by_method(start: str, column: str, **training: str) -> list[str]:
+    """Return a figure of each method's new networks, after a training, as cells."""
+
+    def cell(method: str) -> str:
+        found = {one["start"]: one[column] for one in rows("starts", method=method, **training)}
+        # the static network has no start, KernelWarehouse no settled options: those of the layers are all
+        return fixed(found.get("") or found.get(start) or found["calm"], 1)
+
+    return [cell(method) for method in NEW]
+
+
 def starts() -> str:
-    methods = DIGITS | {"kernelwarehouse_1x": "KernelWarehouse 1x", "kernelwarehouse_4x": "KernelWarehouse 4x"}
     titles = {
         "settled": "settled: `odconv.convert(warm_start=False)`, `odl_` networks",
         "calm": "calm: the layers as they are, `od_`, `dy_`, `cond_` and `kw_` networks",
         "published": "published",
     }
-
-    def cell(start: str, method: str) -> str:
-        found = {
-            one["start"]: one["top1"] for one in rows("starts", method=method, optimizer="sgd", lr="0.1", steps="60")
-        }
-        # the static network has no start, KernelWarehouse no settled options: those of the layers are all
-        return fixed(found.get("") or found.get(start) or found["calm"], 1)
-
     return table(
-        ["start", *methods.values()],
-        ([title, *(cell(start, method) for method in methods)] for start, title in titles.items()),
+        ["start", *NEW.values()],
+        (
+            [title, *starts_by_method(start, "top1", optimizer="sgd", lr="0.1", steps="60")]
+            for start, title in titles.items()
+        ),
+    )
+
+
+def adamw() -> str:
+    """New networks after short trainings with AdamW: as they are, and with batch norm's statistics recomputed."""
+    trainings = [("0.004", "60", "top1"), ("0.004", "60", "recomputed"), ("0.001", "240", "top1")]
+    return table(
+        ["learning rate, steps", "start", *NEW.values()],
+        (
+            [
+                f"{lr}, {steps}{', recomputed' if column == 'recomputed' else ''}",
+                start,
+                *starts_by_method(start, column, optimizer="adamw", lr=lr, steps=steps),
+            ]
+            for lr, steps, column in trainings
+            for start in ("settled", "calm")
+        ),
     )
 
 
@@ -671,7 +696,7 @@ TABLES: dict[str, Callable[..., str]] = {
     make.__name__: make
     for make in (
         best, targets, detectors, detect_evaluated, accelerating, warehouse, export, quantising, serving, accuracy,
-        ablations, top1_by_method, starts, gradients, finetune, warm, counters, bandwidth, reading, communication,
+        ablations, top1_by_method, starts, adamw, gradients, finetune, warm, counters, bandwidth, reading, communication,
         decoding, decoding_steps, weights, published, methods, gflops, detector_sizes,
     )
 }  # fmt: skip

@@ -85,6 +85,26 @@ def test_outputs_and_means_depend_neither_on_threads_nor_on_the_batch(shape, dty
 
 
 @needs_kernel
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("filters", "groups", "taps"), [(48, 1, 1), (64, 2, 3), (44, 1, 1), (48, 2, 1)])
+def test_maps_that_are_written_past_the_caches_are_those_of_their_samples(filters, groups, taps, dtype, n):
+    # each map is below, and all together are above, the size from which they are; not where vectors are not whole
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, 120, 130, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(n, filters, 6 // groups, taps, taps, dtype=dtype)
+    kernel = torch.rand(5, n, dtype=dtype) if n > 1 else None
+    attentions = Attentions(kernel, torch.rand(5, taps, taps, dtype=dtype), torch.rand(5, 6, dtype=dtype))
+    arguments = (Geometry((1, 1), (taps // 2,) * 2, (1, 1), groups), torch.randn(filters, dtype=dtype), "relu6", True)
+    together, means = cpu.convolve_fused(x, weight, attentions, *arguments)
+    for i in range(5):
+        own = Attentions(*(None if a is None else a[i : i + 1] for a in attentions))
+        alone, mean = cpu.convolve_fused(x[i : i + 1], weight, own, *arguments)
+        assert torch.equal(together[i : i + 1], alone)
+        assert torch.equal(means[i : i + 1], mean)
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_activations_at_the_ends_of_numbers(dtype):
     values = [-1e30, -200, -88, -20, -3, -1, -0.0, 0, 0.5, 3, 6, 20, 88, 1e30, float("inf"), float("nan")]

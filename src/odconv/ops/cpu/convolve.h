@@ -134,13 +134,14 @@ struct Operands {
   std::vector<int64_t> offsets, outputs, tap_offsets;
   std::vector<const T*> positions;
   std::vector<Step> steps;
-  int64_t channel_step;
+  int64_t channel_step, apart;  // how far apart positions are, where each is read once, channel after channel; else 0
 
   void read_positions(const Panel& panel, const Window<T>& window) {
     offsets_of(panel, panel.phase->jump, window.step, offsets);
     positions.resize(offsets.size());
     for (size_t i = 0; i < offsets.size(); ++i) positions[i] = window.data + offsets[i];
     channel_step = window.channel_step;
+    apart = channel_step == 1 && panel.phase->taps.size() == 1 && offsets.size() > 1 ? offsets[1] - offsets[0] : 0;
     tap_offsets.clear();
     for (const Tap& tap : panel.phase->taps) tap_offsets.push_back(tap_offset(*panel.phase, tap, window.step));
   }
@@ -159,6 +160,7 @@ struct Operands {
     for (int64_t p = 0; p < count; ++p) positions[p] = columns + p;
     for (int64_t t = 0; t < taps; ++t) tap_offsets[t] = t * count;
     channel_step = taps * count;
+    apart = 0;
   }
 
   void read_outputs(const Panel& panel, const Map<T>& out) { offsets_of(panel, panel.phase->stride, out.step, outputs); }
@@ -342,7 +344,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
               for (int64_t i = 0; i < run.count; ++i) {
                 const int64_t steps = block[i].count * panel->phase->taps.size();
                 multiply<T>(operands.positions.data() + line * lines.length, some.count * lines.length, tile.vectors, factors, step,
-                            steps, to, block[i].first > 0);
+                            steps, to, block[i].first > 0, c == 0 ? operands.apart : 0);
                 step += steps;
               }
               if (whole) finish(tile, *panel, some, group, to);
@@ -360,6 +362,7 @@ void convolve(const Map<const T>& source, const Map<T>& out, const Kernels<T>& k
         }
       }
     }
+    if (epilogue.streamed) fence_streams();
   });
 }
 

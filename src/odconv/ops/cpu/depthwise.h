@@ -103,11 +103,12 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
   constexpr bool widens = !std::is_same_v<T, Sum>;
   using In = std::conditional_t<widens, Sum, T>;
   constexpr int L = Simd<Sum>::LANES, P = 4, V = 4;
-  // for one position and P of them, of one vector and V of them
+  // for one position and P of them, of 1 to V vectors
   const auto multiply = with_activation(epilogue.activation, [](auto activate) {
     using A = decltype(activate);
-    return std::array{std::array{&multiply_taps<T, In, 1, 1, A>, &multiply_taps<T, In, 1, V, A>},
-                      std::array{&multiply_taps<T, In, P, 1, A>, &multiply_taps<T, In, P, V, A>}};
+    return std::array{
+        std::array{&multiply_taps<T, In, 1, 1, A>, &multiply_taps<T, In, 1, 2, A>, &multiply_taps<T, In, 1, 3, A>, &multiply_taps<T, In, 1, V, A>},
+        std::array{&multiply_taps<T, In, P, 1, A>, &multiply_taps<T, In, P, 2, A>, &multiply_taps<T, In, P, 3, A>, &multiply_taps<T, In, P, V, A>}};
   });
   const Axes& count = phase.count;
   const Axes step = {size[1] * size[2] * channels, size[2] * channels, channels};
@@ -141,7 +142,8 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
         starts.push_back(widens ? widened->at(row, column, map + start) : start);
       }
       for (int64_t c = 0; c < channels;) {
-        const int vectors = channels - c >= V * L ? V : 1;
+        const int64_t left = ceil_div(channels - c, L);  // in nearly equal blocks
+        const int vectors = int(std::min(ceil_div(left, ceil_div(left, V)), channels / L));
         c = std::min(c, channels - vectors * L);
         alignas(VECTOR_BYTES) Sum line[V * L] = {};
         from.clear(), weights.clear();
@@ -153,7 +155,7 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
           const In* a = lines_at + k * jump + c;
           T* to = out + k * apart + c;
           const Sum* add = epilogue.bias.data ? epilogue.bias.of_sample(b) + c : nullptr;
-          multiply[block][vectors == V](a, jump, at, of.data(), add, to, apart, line);
+          multiply[block][vectors - 1](a, jump, at, of.data(), add, to, apart, line);
         };
         auto border = [&](int64_t k) {
           some.clear(), chosen.clear();

@@ -123,6 +123,15 @@ struct Bias {
   const T* of_sample(int64_t sample) const { return data ? data + sample * sample_step : nullptr; }
 };
 
+constexpr int64_t STREAMED_BYTES = 12 * 1024 * 1024;  // of a map that the caches would not keep for the layer that reads it
+
+// Whether a map of that many filters a group is written past the caches, which saves reading what is overwritten.
+inline bool is_streamed(const Tensor& y, int64_t filters) {
+  const int64_t size = y.element_size();
+  return y.numel() * size >= STREAMED_BYTES && has_channels_last(y) && filters * size % VECTOR_BYTES == 0 &&
+         reinterpret_cast<uintptr_t>(y.const_data_ptr()) % VECTOR_BYTES == 0;
+}
+
 // A line is a run of outputs along the last axis; the order in which it is summed does not depend on how work is split.
 template <class T>
 struct Epilogue {
@@ -130,6 +139,7 @@ struct Epilogue {
   std::string_view activation = "none";
   T* line_sums = nullptr;  // (B, lines, filters), or null where none are wanted
   int64_t lines = 0, filters = 0;
+  bool streamed = false;  // past the caches, in whole vectors, not of 16 bits
 
   bool is_empty() const { return !bias.data && activation == "none" && !line_sums; }
   T* line(int64_t sample, int64_t index) const { return line_sums ? line_sums + (sample * lines + index) * filters : nullptr; }
@@ -142,9 +152,10 @@ template <class T>
 struct Lanes {
   static constexpr int64_t MOST = 64;
   alignas(VECTOR_BYTES) T filter[MOST], bias[MOST], line[MOST];
+  const bool streamed;
 
   // From `first` on, `count` of them.
-  Lanes(const Epilogue<T>& epilogue, const T* filters, int64_t sample, int64_t first, int64_t count) {
+  Lanes(const Epilogue<T>& epilogue, const T* filters, int64_t sample, int64_t first, int64_t count) : streamed(epilogue.streamed) {
     std::fill_n(filter, MOST, T(1)), std::fill_n(bias, MOST, T(0)), std::fill_n(line, MOST, T(0));
     if (filters) std::copy_n(filters, count, filter);
     if (epilogue.bias.data) std::copy_n(epilogue.bias.of_sample(sample) + first, count, bias);
@@ -173,6 +184,7 @@ void write_vectors(const typename Stored<T>::Sum* sums, int64_t width, int64_t p
                    int64_t first, T* out, int64_t step) {
   using S = Simd<typename Stored<T>::Sum>;
   constexpr int L = S::LANES;
+  const bool streamed = std::is_same_v<T, typename Stored<T>::Sum> && lanes.streamed;
   typename S::Vec filter[V], bias[V], line[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
@@ -185,7 +197,9 @@ void write_vectors(const typename Stored<T>::Sum* sums, int64_t width, int64_t p
     for (int v = 0; v < V; ++v) {
       const typename S::Vec y = A()(S::load(sums + p * width + v * L) * filter[v] + bias[v]);
       line[v] += y;
-      if (v + 1 < V || last == L) {
+      if (streamed) {
+        stream(out + p * step + v * L, y);
+      } else if (v + 1 < V || last == L) {
         Stored<T>::store(out + p * step + v * L, y);
       } else {
         T rest[L];

@@ -152,7 +152,8 @@ std::vector<Tensor> attend_checked(const Tensor& pooled, const Optional& fc, con
   return attend(pooled, fc, norm, groups, eps, {weights, biases, sizes, gains, softmax}, temperature);
 }
 
-// What is done to the outputs, in the dtype of sums: the bias, the activation, and where the sums of lines go, or nowhere.
+// What is done to the outputs, in the dtype of sums: the bias, the activation, and where the sums of lines go, or nowhere; and
+// whether they are written past the caches.
 struct Extras {
   Optional bias;
   std::string_view activation;
@@ -160,10 +161,10 @@ struct Extras {
 };
 
 template <class T>
-Epilogue<T> epilogue_of(const Extras& extras) {
+Epilogue<T> epilogue_of(const Extras& extras, bool streamed = false) {
   const Tensor& sums = extras.line_sums;
   return {bias_of<T>(extras.bias), extras.activation, sums.defined() ? sums.mutable_data_ptr<T>() : nullptr,
-          sums.defined() ? sums.size(1) : 0, sums.defined() ? sums.size(2) : 0};
+          sums.defined() ? sums.size(1) : 0, sums.defined() ? sums.size(2) : 0, streamed};
 }
 
 // Whether matrix units convolve in this dtype with so many channels a group.
@@ -271,7 +272,7 @@ Tensor conv_dense(const Tensor& x, const Tensor& weight, const Optional& kernel,
       return convolve_points<T>(x.const_data_ptr<T>(), kernels, g.groups, gates, epilogue_of<T>(extras), x.size(0), x.numel() / (x.size(0) * x.size(1)),
                                 y.mutable_data_ptr<T>());
     convolve<T>(map_of<const T>(x, x.const_data_ptr<T>()), map_of<T>(y, y.mutable_data_ptr<T>()), kernels, g.groups, gates,
-                epilogue_of<T>(extras), x.size(0), {phase});
+                epilogue_of<T>(extras, is_streamed(y, filters)), x.size(0), {phase});
   };
   with_sum_type(x, run);
   return y;

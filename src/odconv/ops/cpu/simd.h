@@ -30,6 +30,24 @@ constexpr int VECTOR_BYTES = 32, VECTORS = 2, ROWS[] = {6, 6, 4, 3};
 constexpr int VECTOR_BYTES = 16, VECTORS = 4, ROWS[] = {12, 10, 7, 5};
 #endif
 
+// Write a vector to memory past the caches, at a multiple of its size; others may read it after a fence.
+template <class V>
+void stream(void* to, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), __m512i(v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(to), __m256i(v));
+#else
+  *static_cast<V*>(to) = v;
+#endif
+}
+
+inline void fence_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // These lanes of a and then b, counted through both.
 template <int... L, class V>
 [[gnu::always_inline]] inline V shuffle(V a, V b) {
@@ -167,14 +185,23 @@ Multiply<T> pick(int64_t rows, int vectors) {
   return pick<T, 2>(rows, std::make_integer_sequence<int, ROWS[1]>());
 }
 
-// out[row] (+)= the sum over `length` steps, for `rows` rows that start at a[row]; out is `vectors` vectors wide.
+constexpr int64_t TILES_AHEAD = 3;  // that are read next: rows lie too far apart for the hardware to guess
+
+// out[row] (+)= the sum over `length` steps, for `rows` rows that start at a[row]; out is `vectors` vectors wide. Where the steps of a
+// row follow each other, `apart` is how far apart rows are, and the next ones are read ahead.
 template <class T>
-void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const Step* steps, int64_t length, T* out, bool accumulate) {
+void multiply(const T* const* a, int64_t rows, int vectors, const T* b, const Step* steps, int64_t length, T* out, bool accumulate,
+              int64_t apart = 0) {
   const int most = ROWS[vectors - 1], tiles = (int(rows) + most - 1) / most, width = vectors * Simd<T>::LANES;
   const int least = int(rows) / tiles, higher = int(rows) % tiles;  // of nearly equal height: a tile of a single row would be slow
   auto run = [&](int count, int height) {
     const Multiply<T> one = count > 0 ? pick<T>(height, vectors) : nullptr;
-    for (int tile = 0; tile < count; ++tile, a += height, out += height * width) one(a, b, steps, length, out, accumulate);
+    const int64_t ahead = steps->a + TILES_AHEAD * height * apart;
+    for (int tile = 0; tile < count; ++tile, a += height, out += height * width) {
+      for (int row = 0; row < height && apart; ++row)
+        for (int64_t i = 0; i < length; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(a[row] + ahead + i);
+      one(a, b, steps, length, out, accumulate);
+    }
   };
   run(higher, least + 1);
   run(tiles - higher, least);
