@@ -696,8 +696,8 @@ TABLES: dict[str, Callable[..., str]] = {
     make.__name__: make
     for make in (
         best, targets, detectors, detect_evaluated, accelerating, warehouse, export, quantising, serving, accuracy,
-        ablations, top1_by_method, starts, adamw, gradients, finetune, warm, counters, bandwidth, reading, communication,
-        decoding, decoding_steps, weights, published, methods, gflops, detector_sizes,
+        ablations, top1_by_method, starts, adamw, gradients, finetune, warm, counters, bandwidth, reading,
+        communication, decoding, decoding_steps, weights, published, methods, gflops, detector_sizes,
     )
 }  # fmt: skip
 
