@@ -312,6 +312,7 @@ def test_the_warm_start_is_exact_with_any_option(options):
     (odconv.CondConv2d, {"norm": "none"}, (1.0, 1.0, None, "none")),
     ("condconv", {"init": "published"}, (1.0, 1.0, None, "none")),
     ("odconv", {"attentions": {"kernel"}}, (1.0, 2.0, 1.0, "batch")),
+    ("odconv", {"attentions": iter(["kernel"])}, (1.0, 2.0, 1.0, "batch")),
 ])  # fmt: skip
 def test_what_a_warm_start_chooses(to, options, expected):
     layer = odconv.convert(nn.Conv2d(4, 6, 3), to, kernel_num=4, **options)

@@ -669,6 +669,8 @@ def test_a_network_without_a_classifier_loads_no_classification_weights(tmp_path
 def test_unknown_options_name_the_nearest():
     with pytest.raises(TypeError, match="no option 'box_nms_tresh', nor has FasterRCNN; did you mean box_nms_thresh"):
         odconv.create_detector("faster_rcnn", "mobilenetv2_050", box_nms_tresh=0.3)
+    with pytest.raises(TypeError, match=r"layers of the backbone have it: layer_options=\{'norm': \.\.\.\}"):
+        odconv.create_detector("faster_rcnn", "cond_mobilenetv2_050", norm="layer")
 
 
 @pytest.mark.usefixtures("narrow")

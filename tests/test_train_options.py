@@ -326,9 +326,19 @@ def test_a_warm_start_of_condconv_keeps_the_norm_before_its_routers(folder: Path
     assert evaluate(weights=str(file), data=str(folder))["top1"] >= 0
     assert {part.norm for part in restored.model.modules() if isinstance(part, Attention)} == {"layer"}
     assert first["parameters"] == sum(parameter.numel() for parameter in restored.model.parameters())
+    with pytest.raises(
+        ValueError, match=r"its layer_options is \{'norm': 'layer'\}, that of this run \{'norm': 'none'\}"
+    ):
+        train(**options | {"epochs": 3, "layer_options": {"norm": "none"}}, resume="auto", out=str(tmp_path / "run"))
     for out, published in {"named": {"layer_options": {"norm": "none"}}, "published": {"init": "published"}}.items():
         train(**options | published, out=str(tmp_path / out))
         assert not any("attention.bn." in key for key in weights(tmp_path / out / "last.ckpt"))
+    file = tmp_path / "named" / "last.ckpt"  # as one that began before warm starts had the norm, and named none
+    content = checkpoint(file)
+    content["hyper_parameters"]["layer_options"] = None
+    torch.save(content, file)
+    train(**options | {"epochs": 2}, resume="auto", out=str(tmp_path / "named"))
+    assert not any("attention.bn." in key for key in weights(file))
 
 
 def test_a_trial_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -119,6 +119,8 @@ def convert(
 
         check_known(layer_options, WAREHOUSE_OPTIONS, to)
         return convert_to_warehouse(model, include=include, exclude=exclude, warm_start=warm_start, **layer_options)
+    if isinstance(attentions := layer_options.get("attentions"), Iterable) and not isinstance(attentions, str):
+        layer_options["attentions"] = tuple(attentions)  # which every layer reads
     if not warm_start and isinstance(to, str) and layer_options.get("init") != "published":
         layer_options = SETTLED.get(to, {}) | layer_options
     decisions = decide(model, to, include, exclude, layer_options)
@@ -302,7 +304,7 @@ def warm_options(layer: type[DynamicConv], options: dict[str, Any]) -> dict[str,
     best = dict(WARM_SHARES)
     if options.get("init") == "published":
         best = {"gain": WARM_GATES["gain"]}
-    elif "gain" in known and not (isinstance(attentions, Collection) and {*attentions} == {"kernel"}):
+    elif "gain" in known and not (isinstance(attentions, Collection) and [*attentions] == ["kernel"]):
         best |= WARM_GATES
     elif issubclass(layer, tuple(FAMILIES["condconv"])):
         best |= WARM_ROUTERS

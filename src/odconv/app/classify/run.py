@@ -18,7 +18,7 @@ from odconv.app.classify.schedule import blend, temperature
 from odconv.app.data import open_data
 from odconv.app.data.transforms import evaluation_sizes
 from odconv.app.engine.history import Row
-from odconv.app.engine.layer_options import check_fall, layer_options, resolve_layers
+from odconv.app.engine.layer_options import check_fall, layer_options, resolve_layers, with_norm
 from odconv.app.engine.loaders import evaluation_loader, training_loader
 from odconv.app.engine.resume import describe_resumption, find_resumed
 from odconv.app.engine.run_folder import conclusion, lock_folder, place, write_beginning, write_result
@@ -59,6 +59,7 @@ def _train(config: TrainConfig, trainer: pl.Trainer, history: AccuracyHistory) -
     config = _resolve(config, len(splits.classes))
     check_fall(config.arch, config.warm_start, "temp_epoch", config.temp_epoch)
     resumed = find_resumed(config, splits.classes, FIXED)
+    config = replace(config, layer_options=with_norm(config, config.warm_start, resumed.options))
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = create_model(
         config.arch,
@@ -105,7 +106,7 @@ def _resolve(config: TrainConfig, classes: int) -> TrainConfig:
     """Return the options with what was left to the network and the data filled in."""
     if config.num_classes is not None and config.num_classes < classes:
         raise ValueError(f"num_classes must be at least {classes}, the classes in the data, got {config.num_classes}")
-    chosen = resolve_layers(config, config.warm_start)
+    chosen = resolve_layers(config)
     _, resized = evaluation_sizes(config.image_size, config.resize_size)
     return replace(config, num_classes=config.num_classes or classes, resize_size=resized, **chosen)
 

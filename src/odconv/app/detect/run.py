@@ -14,7 +14,7 @@ from odconv.app.detect.images import CocoImages, collate
 from odconv.app.detect.module import DetectionHistory, DetectorTraining
 from odconv.app.detect.restore import build
 from odconv.app.detect.sampler import GroupedSampler
-from odconv.app.engine.layer_options import check_fall, resolve_layers
+from odconv.app.engine.layer_options import check_fall, resolve_layers, with_norm
 from odconv.app.engine.loaders import Loader, TrainingLoader, evaluation_loader, reading
 from odconv.app.engine.resume import Resumed, describe_resumption, find_resumed
 from odconv.app.engine.run_folder import conclusion, lock_folder, place, write_beginning, write_result
@@ -46,9 +46,10 @@ def run(config: DetectConfig) -> dict[str, Any]:
 def _train(config: DetectConfig, trainer: pl.Trainer, history: DetectionHistory) -> dict[str, Any]:
     training, evaluation = read_data(config)
     check_fall(config.arch, config.warm_start, "blend_epochs", config.blend_epochs)
-    config = replace(config, **resolve_layers(config, config.warm_start))
+    config = replace(config, **resolve_layers(config))
     resumed = find_resumed(config, training.classes, FIXED)
     weights = find_checkpoint(config.weights) if config.weights and not resumed.path else None
+    config = replace(config, layer_options=with_norm(config, config.warm_start, resumed.options))
     config = replace(config, **_inherited(config, resumed, weights))
     pl.seed_everything(config.seed, workers=True, verbose=False)
     fresh = config if not resumed.path else replace(config, weights=None, weights_backbone=None, warm_start=False)

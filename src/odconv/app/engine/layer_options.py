@@ -1,6 +1,7 @@
 """The options of the dynamic layers of a run's network."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from odconv.app.engine.config import RunConfig
@@ -8,7 +9,7 @@ from odconv.models.build import METHODS, check_layer_options, split_name, with_w
 from odconv.models.zoo import WAREHOUSE
 
 
-def resolve_layers(config: RunConfig, warm_start: bool) -> dict[str, Any]:
+def resolve_layers(config: RunConfig) -> dict[str, Any]:
     """Return the options of a run's dynamic layers by name, with what is None filled in by the defaults."""
     given: dict[str, Any] = {"kernel_num": config.kernel_num, "reduction": config.reduction}
     method_name, _ = split_name(config.arch)
@@ -16,9 +17,15 @@ def resolve_layers(config: RunConfig, warm_start: bool) -> dict[str, Any]:
         return given
     method = METHODS[method_name]
     defaults = {name: parameter.default for name, parameter in inspect.signature(method.layer).parameters.items()}
-    given = {name: (defaults | method.options).get(name) if value is None else value for name, value in given.items()}
+    return {name: (defaults | method.options).get(name) if value is None else value for name, value in given.items()}
+
+
+def with_norm(config: RunConfig, warm_start: bool, resumed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a run's `layer_options`: with the norm that a warm start adds, or those of the run that it goes on with."""
+    if resumed:
+        return resumed.get("layer_options", config.layer_options)
     norm = with_warm_norm(config.arch, layer_options(config)).get("norm") if warm_start else None
-    return given if norm is None else given | {"layer_options": {"norm": norm} | (config.layer_options or {})}
+    return config.layer_options if norm is None else {"norm": norm} | (config.layer_options or {})
 
 
 def check_fall(arch: str, warm_start: bool, option: str, epochs: int) -> None:

@@ -89,6 +89,8 @@ def _check(checkpoint: Checkpoint, config: RunConfig, classes: list[str], fixed:
         for name in (*FIXED, *fixed):
             now = getattr(config, name)
             before = saved.get(name, now)  # an option that is younger than the checkpoint
+            if name == "layer_options" and "norm" in (before or {}):  # which a warm start may have added
+                now = {"norm": before["norm"]} | (now or {})
             if before != now:
                 raise ValueError(f"cannot resume {path}: its {name} is {before}, that of this run {now}")
         if (known := notes["classes"]) != classes:

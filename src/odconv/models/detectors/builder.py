@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from odconv.checkpoints import Checkpoint, Weights, find_checkpoint
-from odconv.layers import set_temperature, try_temperature
+from odconv.conversion.convert import options_of
+from odconv.layers import ODConv2d, set_temperature, try_temperature
 from odconv.models.build import (
     check_layer_options,
     create_model,
@@ -260,10 +261,10 @@ def check_options(builder: type, options: dict[str, Any]) -> None:
     options_known = [name for name in inspect.signature(builder).parameters if name not in ("backbone", "kwargs")]
     for option in options:
         if option not in options_known:
-            raise TypeError(
-                f"create_detector has no option {option!r}, nor has {builder.__name__}"
-                f"{suggest(option, options_known, known(options_known))}"
-            )
+            hint = suggest(option, options_known, known(options_known))
+            if option in options_of(ODConv2d):
+                hint = f"; layers of the backbone have it: layer_options={{{option!r}: ...}}"
+            raise TypeError(f"create_detector has no option {option!r}, nor has {builder.__name__}{hint}")
 
 
 def known(names: Iterable[str]) -> str:
