@@ -21,7 +21,7 @@ def resolve_layers(config: RunConfig) -> dict[str, Any]:
 
 
 def with_norm(config: RunConfig, warm_start: bool, resumed: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a run's `layer_options`: with the norm that a warm start adds, or those of the run that it goes on with."""
+    """Return the `layer_options` of a run: of the one that it goes on with, or with the norm that a warm start adds."""
     if resumed:
         return resumed.get("layer_options", config.layer_options)
     norm = with_warm_norm(config.arch, layer_options(config)).get("norm") if warm_start else None
