@@ -1,5 +1,6 @@
 """The examples do what they say; the demo shortens its trainings where they would take too long."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,23 @@ def test_epochs_fit_the_machine(seconds: float, epochs: int, monkeypatch, capsys
     said = capsys.readouterr().out
     assert ("instead of 6" in said) == (epochs < 6)
     assert ("for 1 epoch instead" in said) == (epochs == 1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "verdict"),
+    [
+        ((98.6, 98.3, 98.9), "ODConv 1x is level with ResNet18, ODConv 4x is level with ResNet18; a difference below"),
+        ((94.0, 97.0, 91.0), "ODConv 1x is ahead of ResNet18, ODConv 4x is behind ResNet18; a difference below"),
+        ((10.0, 27.8, 18.6), "Not all of them have learned the digits in this time: below 90 %"),
+        ((98.0, 98.0, 60.0), "Not all of them have learned"),
+    ],
+)
+def test_the_verdict_says_which_network_is_ahead(scores: tuple, verdict: str, tmp_path: Path) -> None:
+    runs = {name: tmp_path / recipe for name, recipe in demo.RECIPES.items()}
+    for run, top1 in zip(runs.values(), scores, strict=True):
+        run.mkdir()
+        (run / "result.json").write_text(json.dumps({"top1": top1}))
+    assert demo.verdict(runs).startswith(verdict)
 
 
 def test_a_step_is_measured() -> None:
