@@ -299,8 +299,6 @@ DIGITS = {
     "odconv_1x": "ODConv 1x",
     "odconv_4x": "ODConv 4x",
 }
-
-
 NEW = DIGITS | {"kernelwarehouse_1x": "KernelWarehouse 1x", "kernelwarehouse_4x": "KernelWarehouse 4x"}
 
 

@@ -4,7 +4,7 @@ import fnmatch
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -300,11 +300,11 @@ def replacement(conv: Convolution, layer: type[DynamicConv], warm_start: bool, o
 
 def warm_options(layer: type[DynamicConv], options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a layer that begins at a trained kernel: the best ones, but for what was chosen."""
-    known, attentions = options_of(layer), options.get("attentions")
+    known = options_of(layer)
     best = dict(WARM_SHARES)
     if options.get("init") == "published":
         best = {"gain": WARM_GATES["gain"]}
-    elif "gain" in known and not (isinstance(attentions, Collection) and [*attentions] == ["kernel"]):
+    elif "gain" in known and options.get("attentions") != ("kernel",):
         best |= WARM_GATES
     elif issubclass(layer, tuple(FAMILIES["condconv"])):
         best |= WARM_ROUTERS
