@@ -473,7 +473,11 @@ def test_a_warm_start_of_condconv_keeps_the_norm_before_its_routers(coco: Path, 
     options = OPTIONS | {"arch": "cond_tiny", "weights_backbone": str(tmp_path / "static.pth"), "data": str(coco)}
     train(**options | {"warm_start": True}, out=str(tmp_path / "run"))
     restored = odconv.app.detect.restore.restore(str(tmp_path / "run" / "last.ckpt"))
-    assert {part.norm for part in restored.model.modules() if isinstance(part, Attention)} == {"layer"}
+    torch.save(restored.model.state_dict(), tmp_path / "alone.pth")  # weights that say nothing of themselves
+    described = {name: OPTIONS[name] for name in ("detector", "kernel_num", "anchor_sizes", "options")}
+    told = odconv.app.detect.restore.restore(str(tmp_path / "alone.pth"), arch="cond_tiny", **described)
+    for model in (restored.model, told.model):
+        assert {part.norm for part in model.modules() if isinstance(part, Attention)} == {"layer"}
 
 
 def test_unreadable_images_are_counted(tmp_path: Path, caplog) -> None:

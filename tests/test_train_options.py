@@ -325,6 +325,9 @@ def test_a_warm_start_of_condconv_keeps_the_norm_before_its_routers(folder: Path
     restored = restore(str(file))
     assert evaluate(weights=str(file), data=str(folder))["top1"] >= 0
     assert {part.norm for part in restored.model.modules() if isinstance(part, Attention)} == {"layer"}
+    torch.save(restored.model.state_dict(), tmp_path / "alone.pth")  # weights that say nothing of themselves
+    told = restore(str(tmp_path / "alone.pth"), arch="cond_tiny", stem="small").model
+    assert {part.norm for part in told.modules() if isinstance(part, Attention)} == {"layer"}
     assert first["parameters"] == sum(parameter.numel() for parameter in restored.model.parameters())
     with pytest.raises(
         ValueError, match=r"its layer_options is \{'norm': 'layer'\}, that of this run \{'norm': 'none'\}"

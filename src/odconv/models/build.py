@@ -1,7 +1,7 @@
 """The zoo: torchvision's networks with their convolutions replaced, as rows of data."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from odconv.checkpoints import Weights, find_checkpoint, load_all_but, load_checkpoint, size_limit
+from odconv.checkpoints.keys import norm_of
 from odconv.conversion.convert import check_known, check_options, convert, warm_options
 from odconv.layers import CondConv2d, DyConv2d, DynamicConv, ODConv2d
 from odconv.layers.starts import SETTLED
@@ -216,6 +217,12 @@ def with_warm_norm(name: str, layer_options: dict[str, Any]) -> dict[str, Any]:
     method = METHODS.get(split_name(name)[0] or "")
     chosen = {} if method is None else warm_options(method.layer, layer_options)
     return {key: chosen[key] for key in chosen if key == "norm"} | layer_options
+
+
+def norm_told(name: str, state: Iterable[str]) -> dict[str, Any]:
+    """Return as an option the norm that the keys of a network's file tell: CondConv has layer norm or none."""
+    routed = split_name(name)[0] == "cond" and norm_of(state) != "no norm"
+    return {"norm": "layer"} if routed else {}
 
 
 def check_layer_options(name: str, options: dict[str, Any]) -> None:

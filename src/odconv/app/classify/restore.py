@@ -16,7 +16,15 @@ from odconv.app.engine.config import check
 from odconv.checkpoints import Checkpoint, find_checkpoint, find_released, load_checkpoint, malformed
 from odconv.conversion.warehouse import NAME
 from odconv.layers import try_temperature
-from odconv.models.build import METHODS, check_described, check_layer_options, create_model, shapes_alone, split_name
+from odconv.models.build import (
+    METHODS,
+    check_described,
+    check_layer_options,
+    create_model,
+    norm_told,
+    shapes_alone,
+    split_name,
+)
 from odconv.models.zoo import BACKBONES, WAREHOUSE
 
 BUDGETS = (1.0, 0.5, 4.0, 2.0, 0.25)
@@ -98,7 +106,7 @@ def _restore(checkpoint: Checkpoint, given: dict[str, Any]) -> Restored:
     num_classes = count_classes(state)
     if num_classes is None:
         raise ValueError(f"{path} holds no classifier")
-    layer_options = dict(options.get("layer_options") or {})
+    layer_options = norm_told(options["arch"], state) | (options.get("layer_options") or {})
     check_layer_options(options["arch"], layer_options)  # what a file says must not be any argument of create_model
     if split_name(options["arch"])[0] == WAREHOUSE and "budget" not in layer_options:
         layer_options["budget"] = find_budget(state, options["arch"])

@@ -10,7 +10,7 @@ from odconv.app.detect.config import DetectConfig, names
 from odconv.app.engine.config import check
 from odconv.app.engine.layer_options import layer_options
 from odconv.checkpoints import Checkpoint, find_checkpoint, malformed
-from odconv.models.build import check_described
+from odconv.models.build import check_described, norm_told
 from odconv.models.detectors import mmdetection_keys
 from odconv.models.detectors.builder import create_detector
 
@@ -119,7 +119,8 @@ def _restore(checkpoint: Checkpoint, given: dict[str, Any], classes: str | Seque
     check(described)
     outputs = _outputs(checkpoint)
     backbone = {name: described[name] for name in ("kernel_num", "reduction") if name in described}
-    check_described(path, described["arch"], **backbone, **described.get("layer_options") or {})
+    layers = norm_told(described["arch"], checkpoint.state) | (described.get("layer_options") or {})
+    check_described(path, described["arch"], **backbone, **layers)
     titles, categories = (notes["classes"], notes["categories"]) if notes else coco_classes(outputs)
     if not notes and (noted := mmdetection_keys.class_names(checkpoint, outputs - 1)):
         known = dict(zip(titles, categories, strict=True))
@@ -133,7 +134,7 @@ def _restore(checkpoint: Checkpoint, given: dict[str, Any], classes: str | Seque
         described["arch"],
         num_classes=outputs,
         weights=checkpoint,
-        layer_options=described.get("layer_options"),
+        layer_options=layers,
         **{name: described[name] for name in PASSED if name in described},
         **described.get("options") or {},
     )
