@@ -362,7 +362,12 @@ def warm() -> str:
     order = sorted(runs, key=lambda run: (run[0] != "sgd", float(run[1])))
     return table(
         ["optimizer, rate", "pace", *DIGITS.values()],
-        (line(*run, pace) for run in order for pace in paces),
+        (
+            line(*run, pace)
+            for run in order
+            for pace in paces
+            if any(one["pace"] == pace for one in rows("warm", optimizer=run[0], lr=run[1]))
+        ),
     )
 
 
