@@ -349,7 +349,7 @@ def warm() -> str:
     """Warm starts in a short training at a high rate, at the pace that they have and at the full one."""
     paces = {
         "warm": "as `odconv.convert` begins",
-        "full": '`temperature=1`, `kernel_gain=1`, for CondConv `norm="none"`',
+        "full": '`temperature=1`, `kernel_gain=1`, for CondConv `init="published"`',
     }
 
     def line(optimizer: str, lr: str, pace: str) -> list[str]:

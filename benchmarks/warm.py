@@ -4,7 +4,7 @@
 
 1,200 of scikit-learn's digits at 32 x 32 pixels, batches of 64, plain SGD with momentum and a cosine, or AdamW; tested
 on the other 597.
-The paces: warm, what odconv.convert chooses; full, temperature 1, shares that sum to 1, no norm before a router.
+The paces: warm, what odconv.convert chooses; full, temperature 1, shares that sum to 1, CondConv's published start.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from odconv.conversion.warehouse import METHOD
 
 METHODS = {name: options for name, options in starts.METHODS.items() if (options or {}).get("to") != METHOD}
 FULL: dict[str, dict[str, Any]] = {
-    "condconv": {"norm": "none"},
+    "condconv": {"init": "published"},
     "dyconv": {"kernel_gain": 1.0},
     "odconv": {"temperature": 1.0, "kernel_gain": 1.0},
 }

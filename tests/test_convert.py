@@ -371,6 +371,16 @@ def test_the_effective_kernel_moves_at_least_half_an_nth_as_far_as_the_static_on
     assert moved >= 1 / (2 * n)
 
 
+@pytest.mark.parametrize(
+    ("n", "options", "share"),
+    [(2, {}, 1 / 2), (4, {}, 1 / 2), (8, {}, 1 / 4), (16, {}, 1 / 8), (8, {"init": "published"}, 1 / 2)],
+)
+def test_the_sigmoids_of_a_warm_router_sum_to_two_at_most(n, options, share):
+    layer = odconv.convert(nn.Conv2d(8, 8, 3), "condconv", kernel_num=n, **options)
+    shares = layer.attention(image(3, 8, 5, 5)).kernel.detach()
+    torch.testing.assert_close(shares, torch.full((3, n), share).to(shares.dtype))
+
+
 def test_a_cold_start_takes_the_settled_options_unless_others_are_chosen():
     settled = odconv.convert(nn.Conv2d(8, 8, 3), warm_start=False).attention
     assert (settled.norm, settled.gain, settled.kernel_gain) == ("layer", 2, 2)

@@ -215,7 +215,7 @@ def test_a_new_network_learns_with_adamw_as_the_static_one(method: str, lr: floa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["condconv_8x", "dyconv_4x", "odconv_1x", "odconv_4x"])
-@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.01), ("adamw", 0.001)])
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.01), ("adamw", 0.0001), ("adamw", 0.001), ("adamw", 0.004)])
 def test_a_warm_start_learns_as_the_static_network(method: str, optimizer: str, lr: float, shared_data: Path) -> None:
     weights = shared_data / "weights" / "mobilenet_v2_1.0_imagenet_fp16.pth"
 

@@ -41,6 +41,14 @@ WARM_SHARES: dict[str, Any] = {"kernel_gain": "sqrt"}
 WARM_ROUTERS = SETTLED["condconv"]
 """The same of CondConv's router, which has no temperature: without a norm it runs away with trained kernels."""
 
+WARM_SIGMOIDS = 2.0
+"""What CondConv's sigmoids sum to around trained kernels, at most: as the shares of ODConv's four kernels do.
+
+A step of Adam moves the mixture so many times as far as one kernel. At 1/2 each, eight sum to 4, and Adam is behind.
+
+Rows: warm.csv, method=condconv_8x.
+"""
+
 PACE = {"batch": 0.2, "group": 0.5, "layer": 0.5, "none": 0.2}
 """Size of what the heads read, by the norm before them: a step of SGD moves their logits by its square, one of Adam by
 itself. Batch norm spreads the images of a batch however alike they are; the others leave them as alike as they were."""
