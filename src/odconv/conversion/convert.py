@@ -338,8 +338,8 @@ def dynamic_like(
 def start_from(layer: DynamicConv, conv: Convolution) -> None:
     """Let a freshly drawn layer compute what a convolution does.
 
-    With heads of zero every sigmoid is 1/2 and every softmax 1/n. So the shares of the n kernels sum to kernel_gain, and
-    the gates are gain/2; CondConv's sigmoids sum to n/2, or by their bias to `WARM_SIGMOIDS` if that is less. The
+    With heads of zero every sigmoid is 1/2 and every softmax 1/n. So the gates are gain/2, and the shares of the n
+    kernels sum to kernel_gain; CondConv's sigmoids to n/2, or by their bias to `WARM_SIGMOIDS` if that is less. The
     kernels are divided by both. What they deviate by from the trained kernel is drawn at random and sums to zero:
     kernels that are alike would stay alike, and the kernel head get no gradient.
     """

@@ -8,9 +8,17 @@ from torch.nn import functional as F
 
 from odconv.ops import cpu, eager, flops, traced, tuning
 from odconv.ops.contract import Attentions, Geometry, check_map, check_shapes, per_axis
+from odconv.ops.cpu import samples
 from odconv.ops.epilogue import NO_EPILOGUE, Epilogue, Finished, activate, finish
-from odconv.ops.policy import EAGER, choose, is_better_unrounded, is_differentiated, is_pointwise, log_choice
-from odconv.ops.reach import within_reach
+from odconv.ops.policy import (
+    EAGER,
+    choose,
+    is_better_unrounded,
+    is_differentiated,
+    is_pointwise,
+    log_choice,
+    reach_of,
+)
 from odconv.ops.recompute import recomputed
 from odconv.ops.reference import reference
 from odconv.ops.triton import triton_conv
@@ -19,6 +27,7 @@ from odconv.ops.tuning.problem import Call
 BACKENDS = {
     "reference": reference,
     "cpu": cpu.convolve,
+    "samples": samples.convolve,
     "triton": triton_conv,
     "single": eager.single,
     "shared": eager.shared,
@@ -27,7 +36,8 @@ BACKENDS = {
     "grouped": eager.grouped,
     "traced": traced.convolve,
 }
-PER_SAMPLE = {name: run for name, run in BACKENDS.items() if name != "shared"} | {"traced": traced.convolve_per_sample}
+PER_SAMPLE = {name: run for name, run in BACKENDS.items() if name not in ("shared", "samples")}
+PER_SAMPLE["traced"] = traced.convolve_per_sample
 
 
 def dynamic_conv(
@@ -65,8 +75,8 @@ def dynamic_conv(
         groups: blocks of channels and filters that are convolved apart; divides C and O.
         backend: "auto" chooses by shape and device, on CUDA by measuring. A named one is strict: "reference" (the
             definition, a loop), "single" (B = 1 only), "shared", "product", "pointwise" (one tap) or "grouped"
-            (B > 0), described in :mod:`odconv.ops.eager`; "cpu" (compiled C++); "triton" (CUDA, 1-d and 2-d); "traced"
-            (for torch.jit.trace).
+            (B > 0), described in :mod:`odconv.ops.eager`; "cpu" (compiled C++); "samples" (compiled C++ for few
+            positions, without groups); "triton" (CUDA, 1-d and 2-d); "traced" (for torch.jit.trace).
 
     Returns:
         (B, O, *map), in x's dtype, or in the autocast dtype under autocast.
@@ -113,7 +123,7 @@ def per_sample_conv(
         dilation: distance between taps, an int or one an axis.
         groups: blocks of channels and filters that are convolved apart; divides C and O.
         backend: "auto" chooses by shape and device; a named one is strict, as in :func:`dynamic_conv`, whose backends
-            all take kernels per sample but "shared".
+            all take kernels per sample but "shared" and "samples".
 
     Returns:
         (B, O, *map), in x's dtype, or in the autocast dtype under autocast.
@@ -176,7 +186,7 @@ def compute(
         with torch.autocast(x.device.type, enabled=False):
             y = compute(x.float(), weight, attentions, bias, geometry, per_sample=per_sample, epilogue=epilogue)
         return y.to(dtype)
-    if backend == "auto" and (reach := within_reach(x.shape[2:], weight.shape[3:], geometry)):
+    if backend == "auto" and (reach := reach_of(x, weight, geometry, n, dtype, differentiated)):
         weight, geometry, packed = reach.cut(weight, 3).contiguous(), reach.geometry, None
         if attentions.spatial is not None:
             attentions = attentions._replace(spatial=reach.cut(attentions.spatial, 1))

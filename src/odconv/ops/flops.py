@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from odconv.ops.contract import Geometry
+from odconv.ops.reach import count_pairs
+
 Shape = Sequence[int]
 
 
@@ -32,6 +35,8 @@ def register() -> None:
     register_flop_formula([ops.conv_backward, ops.triton_conv_backward])(backward)
     register_flop_formula(ops.conv_cells)(cells)
     register_flop_formula(ops.conv_cells_backward)(cells_backward)
+    register_flop_formula(ops.conv_samples)(samples)
+    register_flop_formula(ops.conv_samples_backward)(samples_backward)
     register_flop_formula(ops.attend)(attend)
     for mode in _get_current_dispatch_mode_stack():  # each has the formulas that were there when it was made
         counter: Any = getattr(mode, "counter", None)
@@ -97,6 +102,27 @@ def backward(
     to_x, to_weights = rest[4:] if len(rest) == 6 else (rest[4][0], any(rest[4][1:]))
     mixing = x[0] * math.prod(weight) * (weight[0] > 1)
     return 2 * ((to_x + to_weights) * convolution(weight, grad) + (1 + 2 * to_weights) * mixing)
+
+
+def samples(x: Shape, weight: Shape, shares: Shape, *geometry: Shape, out_shape: Shape, **_: Any) -> int:
+    """Count the products with n kernels at the taps that meet the map, and scaling the map for each."""
+    pairs = count_pairs(x[2:], weight[3:], geometry_of(geometry))
+    return 2 * x[0] * pairs * weight[0] * weight[2] * (weight[1] + 1)
+
+
+def samples_backward(grad: Shape, x: Shape, weight: Shape, shares: Shape, *rest: Any, **_: Any) -> int:
+    """Count the gradient of x, to which and to the shares' the products are added, and that of the kernels."""
+    *geometry, to_samples, to_kernels = rest
+    pairs = count_pairs(x[2:], weight[3:], geometry_of(geometry))
+    filters, channels = weight[1], weight[2]
+    each = to_samples * channels * (filters + 2) + to_kernels * filters * (channels + 1)
+    return 2 * x[0] * pairs * weight[0] * each
+
+
+def geometry_of(numbers: Sequence[Sequence[int]]) -> Geometry:
+    """Return stride, padding and dilation, as an operator gets them, as a geometry without groups."""
+    stride, padding, dilation = map(tuple, numbers)
+    return Geometry(stride, padding, dilation, 1)
 
 
 def attend(

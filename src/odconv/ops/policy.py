@@ -22,6 +22,8 @@ from odconv.ops.contract import (
     output_size,
     surely,
 )
+from odconv.ops.cpu import samples
+from odconv.ops.reach import Reach, count_pairs, within_reach
 
 FEW_POSITIONS = 64
 """Kernels times positions up to which n full products beat mixing a kernel for each sample in plain PyTorch.
@@ -34,6 +36,15 @@ MANY_SAMPLES = 8
 
 Rows: layers_small_maps.csv, n = 4, batch 8 and 64, training, "shared" against "cpu": "256->512 2x2 k3 s2 g1" below, and
 with more positions, "256->256 2x2 k3 s1 g1", above.
+"""
+MOST_POSITIONS = 16
+"""Positions up to which the compiled kernel over samples is asked for: its working space grows with them."""
+LEAST_SAMPLES = 8
+"""Samples below which most of its vectors would be empty.
+
+Rows of both and of `is_better_by_samples`: layers_small_maps.csv, "samples" against "cpu": n = 1, batch 16 and more,
+"128->128 4x4 k3 s1 g1" above in training, and "64->64 8x8 k3 s1 g1" below; n = 4, batch 64, "256->256 2x2 k3 s1 g1"
+above, and "128->128 4x4 k3 s1 g1" below.
 """
 LARGE_KERNEL = 2**20
 """Numbers of a lone 1x1 kernel from which scaling a small map beats scaling the kernel, for a batch of one.
@@ -69,6 +80,8 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry, differentiated: bool, 
     n = None if per_sample else weight.shape[0]
     if is_exporting():
         return choose_for_export(x, weight, geometry, n)
+    if is_better_by_samples(x, weight, geometry, n, x.dtype, differentiated):
+        return Choice("samples", "few positions: all samples meet the same kernels, and none is mixed")
     return choose_for_run(x, weight, geometry, n, differentiated)
 
 
@@ -122,6 +135,35 @@ def choose_plain(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None) -
     if n is not None and n * positions_of(x, geometry) <= FEW_POSITIONS:
         return Choice("shared", "so few positions that n products cost less than mixing a kernel for each sample")
     return Choice("shared" if n == 1 else "product", "a small map: its columns are cheap, and the products are dense")
+
+
+def is_better_by_samples(
+    x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, dtype: torch.dtype, differentiated: bool
+) -> bool:
+    """Return whether the compiled kernel whose vectors run over samples beats the one that mixes; n is None per sample.
+
+    It multiplies n kernels with the pairs of a position and a tap that meet the map, the other one mixes every tap and
+    multiplies it with every position. The less it saves, and in inference, the more samples it needs.
+    """
+    if n is None or is_exporting() or not samples.takes(x, dtype, geometry.groups):
+        return False
+    extents, kernel_size = x.shape[2:], weight.shape[3:]
+    taps, positions = math.prod(kernel_size), math.prod(output_size(extents, kernel_size, *geometry[:3]))
+    if positions > MOST_POSITIONS or (taps == 1 < positions):
+        return False
+    products = n * count_pairs(extents, kernel_size, geometry)
+    mixing = taps * (positions + (n if n > 1 else 0))
+    least = math.ceil((1 if differentiated else 4) * positions * products / mixing)
+    return products <= 2 * mixing and x.shape[0] >= max(LEAST_SAMPLES, least)
+
+
+def reach_of(
+    x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, dtype: torch.dtype, differentiated: bool
+) -> Reach | None:
+    """Return the taps to cut a kernel down to before a backend is chosen; None where it stays whole."""
+    if is_better_by_samples(x, weight, geometry, n, dtype, differentiated):  # which passes over taps by itself
+        return None
+    return within_reach(x.shape[2:], weight.shape[3:], geometry)
 
 
 def log_choice(choice: Choice, x: Tensor, weight: Tensor) -> None:

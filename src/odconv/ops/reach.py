@@ -50,6 +50,19 @@ def within_reach(extents: Sequence[int], taps: Sequence[int], geometry: Geometry
     return Reach(spans, Geometry(stride, margins, dilation, groups))
 
 
+def count_pairs(extents: Sequence[int], taps: Sequence[int], geometry: Geometry) -> int:
+    """Return how many pairs of an output position and a tap meet the map, and not padding alone."""
+    sizes = output_size(extents, taps, *geometry[:3])
+    axes = zip(extents, taps, sizes, *geometry[:3], strict=True)
+    return math.prod([count_on_axis(*axis) for axis in axes])
+
+
+def count_on_axis(extent: int, taps: int, positions: int, stride: int, padding: int, dilation: int) -> int:
+    """Return the same of one axis."""
+    inputs = [stride * at + dilation * tap - padding for at in range(positions) for tap in range(taps)]
+    return len([place for place in inputs if 0 <= place < extent])
+
+
 def reached(extent: int, taps: int, stride: int, padding: int, dilation: int) -> tuple[int, int]:
     """Return the first tap of an axis that meets the map, and the one behind the last.
 

@@ -14,8 +14,7 @@ from odconv.ops.cells import BY_TILES
 from odconv.ops.contract import Attentions, Geometry, check_map, output_size
 from odconv.ops.dynamic_conv import compute_dtype
 from odconv.ops.mixing import part_of_batch
-from odconv.ops.policy import Choice, choose, choose_transposed
-from odconv.ops.reach import within_reach
+from odconv.ops.policy import Choice, choose, choose_transposed, reach_of
 from odconv.ops.recompute import samples_at_a_time
 from odconv.ops.tuning.memory import memory_of
 from odconv.ops.tuning.problem import describe
@@ -133,7 +132,8 @@ def chosen(
     per_sample: bool = False,
 ) -> tuple[Choice, dict[str, float]]:
     """Return what the operator chooses for a call on a device, and the times that were measured for it."""
-    if reach := within_reach(x.shape[2:], weight.shape[3:], geometry):
+    n = None if per_sample else weight.shape[0]
+    if reach := reach_of(x, weight, geometry, n, x.dtype, differentiated):
         weight, geometry = reach.cut(weight, 3), reach.geometry
     choice = choose(x, weight, geometry, differentiated, per_sample)
     if reach:

@@ -13,8 +13,8 @@
 //
 // simd.h has the microkernel, kernels.h tiles of kernels, maps.h what meets what; convolve.h puts them together and explains
 // the whole, half.h does so in bfloat16 and float16; epilogue.h is what is done to outputs besides. Forms of their own have kernels of
-// one tap on contiguous maps, points.h, depth-wise layers, planes.h, and those on channels-last maps, depthwise.h. cells.h has the
-// gradients of cells, attend.h the attention; this file makes operators of them.
+// one tap on contiguous maps, points.h, maps of few positions, samples.h, depth-wise layers, planes.h, and those on channels-last
+// maps, depthwise.h. cells.h has the gradients of cells, attend.h the attention; this file makes operators of them.
 
 #include "attend.h"
 #include "cells.h"
@@ -22,6 +22,7 @@
 #include "half.h"
 #include "planes.h"
 #include "points.h"
+#include "samples.h"
 
 namespace odconv {
 namespace {
@@ -91,16 +92,20 @@ std::vector<int64_t> check_geometry(const Tensor& x, int64_t filters, Shape kern
   return size;
 }
 
-// The same, of arguments that were checked.
-std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
-                           const Optional& channel, const Optional& filter, const Numbers& stride, const Numbers& padding,
-                           const Numbers& dilation, int64_t groups) {
+void check_weight(const Tensor& x, const Tensor& weight, int64_t groups) {
   require((are_numbers(x) || (is_half(x) && is_strided(x))) && x.dim() > 2 && x.dim() < 6 && x.numel() > 0,
           "x must have 1, 2 or 3 axes of space, numbers of floating point, and some of them, got shape ", x.sizes());
   require(weight.dim() == x.dim() + 1 && weight.numel() > 0 && is_plain(weight, x) && groups > 0 &&
               weight.size(1) % groups == 0 && x.size(1) == weight.size(2) * groups,
           "x of shape ", x.sizes(), " does not fit a contiguous weight of shape ", weight.sizes(), " and its dtype, in ",
           groups, " groups");
+}
+
+// The same, of arguments that were checked.
+std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
+                           const Optional& channel, const Optional& filter, const Numbers& stride, const Numbers& padding,
+                           const Numbers& dilation, int64_t groups) {
+  check_weight(x, weight, groups);
   const int64_t batch = x.size(0), taps = weight.numel() / (weight.size(0) * weight.size(1) * weight.size(2));
   auto fits = [&](const Optional& tensor, int64_t size) {
     return !tensor || (tensor->dim() > 1 && tensor->size(0) == batch && tensor->numel() == batch * size && is_plain(*tensor, x));
@@ -415,6 +420,68 @@ std::tuple<Tensor, Tensor, Tensor> conv_cells_backward(const Tensor& grad, const
   return {x_grad, cells_grad, shares_grad};
 }
 
+// Arguments of conv_samples: the shares (B, n, taps) are of each sample's taps.
+std::vector<int64_t> check_samples(const Tensor& x, const Tensor& weight, const Tensor& shares, const Numbers& stride, const Numbers& padding,
+                                   const Numbers& dilation) {
+  check_weight(x, weight, 1);
+  require(are_numbers(x) && shares.dim() == 3 && shares.size(0) == x.size(0) && shares.size(1) == weight.size(0) &&
+              shares.size(1) * shares.size(2) * weight.size(1) * weight.size(2) == weight.numel() && is_plain(shares, x),
+          "shares of shape ", shares.sizes(), " do not fit x of shape ", x.sizes(), " and a weight of shape ", weight.sizes(),
+          ", in float32 or float64");
+  return check_geometry(x, weight.size(1), weight.sizes().slice(3), stride, padding, dilation);
+}
+
+template <class T>
+Batch<T> batch_of(const Tensor& x, const Tensor& weight, const Tensor& shares, const std::vector<int64_t>& size, const Geometry& g) {
+  const Axes in = three(x.sizes().slice(2), 1), out = three(Shape(size).slice(2), 1);
+  return {weight.const_data_ptr<T>(), shares.const_data_ptr<T>(), x.size(0), weight.size(0), weight.size(1), weight.size(2), shares.size(2),
+          in[0] * in[1] * in[2], out[0] * out[1] * out[2], pairs_of(g, in, out)};
+}
+
+Tensor conv_samples(const Tensor& x, const Tensor& weight, const Tensor& shares, const Numbers& stride, const Numbers& padding,
+                    const Numbers& dilation) {
+  const std::vector<int64_t> size = check_samples(x, weight, shares, stride, padding, dilation);
+  const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, 1);
+  const Tensor last = with_channels_last(x), y = empty_map(size, x.scalar_type(), true);
+  with_sum_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    convolve_samples<T>(batch_of<T>(x, weight, shares, size, g), last.const_data_ptr<T>(), y.mutable_data_ptr<T>());
+  });
+  return is_channels_last(x) ? y : as_contiguous(y);
+}
+
+// The gradients of x and of the shares, and of the kernels; what is not asked for is empty.
+std::tuple<Tensor, Tensor, Tensor> conv_samples_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& shares,
+                                                         const Numbers& stride, const Numbers& padding, const Numbers& dilation,
+                                                         bool to_samples, bool to_kernels) {
+  const std::vector<int64_t> size = check_samples(x, weight, shares, stride, padding, dilation);
+  require(is_same(grad.sizes(), size) && grad.scalar_type() == x.scalar_type() && is_strided(grad),
+          "grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
+  const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, 1);
+  const Tensor upstream = with_channels_last(grad), last = with_channels_last(x);
+  auto none = [&] { return empty({0}, x.scalar_type()); };
+  Tensor x_grad = none(), weight_grad = none(), shares_grad = none();
+  with_sum_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Batch<T> batch = batch_of<T>(x, weight, shares, size, g);
+    const T *from = upstream.const_data_ptr<T>(), *in = last.const_data_ptr<T>();
+    if (to_samples) {
+      const std::vector<Span> blocks = split(batch.channels, ceil_div(batch.channels, SHARED_CHANNELS));
+      x_grad = torch::stable::empty_like(x);
+      Tensor out = with_channels_last(x_grad);  // itself, where that is how it lies in memory
+      const Tensor parts = empty({int64_t(blocks.size()), shares.size(0), shares.size(1), shares.size(2)}, x.scalar_type());
+      differentiate_samples<T>(batch, from, in, blocks, out.mutable_data_ptr<T>(), parts.mutable_data_ptr<T>());
+      if (out.get() != x_grad.get()) torch::stable::copy_(x_grad, out);
+      shares_grad = sum_first(parts);
+    }
+    if (to_kernels) {
+      weight_grad = empty(weight.sizes(), x.scalar_type());
+      kernel_gradients_of_samples<T>(batch, from, in, weight_grad.mutable_data_ptr<T>());
+    }
+  });
+  return {x_grad, weight_grad, shares_grad};
+}
+
 // The gradients of x and of a depth-wise kernel for each sample, over channels.
 std::tuple<Tensor, Tensor> backward_over_channels(const Tensor& grad, const Tensor& x, const Tensor& weight, const Geometry& g, bool to_x,
                                                   bool to_weights) {
@@ -524,6 +591,8 @@ std::tuple<Tensor, Tensor> conv_fused_checked(const Tensor& x, const Tensor& wei
 STABLE_TORCH_LIBRARY_IMPL(odconv, CPU, library) {
   library.impl("conv", TORCH_BOX(&odconv::conv));
   library.impl("conv_fused", TORCH_BOX(&odconv::conv_fused_checked));
+  library.impl("conv_samples", TORCH_BOX(&odconv::conv_samples));
+  library.impl("conv_samples_backward", TORCH_BOX(&odconv::conv_samples_backward));
   library.impl("conv_cells", TORCH_BOX(&odconv::conv_cells));
   library.impl("conv_cells_backward", TORCH_BOX(&odconv::conv_cells_backward));
   library.impl("conv_backward", TORCH_BOX(&odconv::conv_backward));
