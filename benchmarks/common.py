@@ -4,6 +4,7 @@ import copy
 import csv
 import ctypes
 import platform
+import random
 import re
 import subprocess
 import time
@@ -74,15 +75,18 @@ def published_form() -> Iterator[None]:
 def alternate(runs: dict[str, Callable[[], Any]], seconds: float, least: int = 3) -> dict[str, list[float]]:
     """Milliseconds of each run, taken in turns so that a busy machine slows all alike.
 
+    Each turn has another order: what follows a run that fills the caches is slower for it.
     Goes on for `seconds`, and until every run was taken `least` times or took `seconds` by itself: what is much slower
     than the others is measured once.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order = random.Random(0)
     for run in runs.values():
         run()
     started = time.perf_counter()
     waiting = list(runs)
     while waiting:
+        order.shuffle(waiting)
         for name in waiting:
             before = time.perf_counter()
             runs[name]()
