@@ -234,7 +234,8 @@ def test_a_network_on_small_images_trains_the_same(compiled, monkeypatch):
         ((7, 32, 2, 2), {}, "cpu"),
         ((64, 32, 4, 4), {}, "cpu"),  # four kernels
         ((64, 32, 4, 4), {"n": 1}, "samples"),
-        ((64, 32, 5, 5), {"n": 1}, "cpu"),
+        ((64, 32, 5, 5), {"n": 1}, "samples"),
+        ((64, 32, 6, 6), {"n": 1}, "cpu"),
         ((64, 32, 1, 1), {"taps": 1}, "samples"),
         ((64, 32, 2, 2), {"taps": 1}, "cpu"),
         ((64, 32, 2, 2), {"groups": 2}, "cpu"),

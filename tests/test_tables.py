@@ -98,6 +98,6 @@ def test_rows_that_are_missing_or_several_are_named() -> None:
     with pytest.raises(ValueError, match=r"starts.csv has no rows with \{'method': 'none'\}"):
         tables.rows("starts", method="none")
     with pytest.raises(
-        ValueError, match=r"starts.csv has 2 rows with \{'method': 'static', 'optimizer': 'sgd'\}, not one"
+        ValueError, match=r"starts.csv has 4 rows with \{'method': 'static', 'optimizer': 'sgd'\}, not one"
     ):
         tables.row("starts", method="static", optimizer="sgd")

@@ -34,10 +34,11 @@ Rows: layers_small_maps.csv, n = 4, batch 64, "shared" against "product": "128->
 MANY_SAMPLES = 8
 """Samples from which n full products at one position beat the compiled kernel for the CPU, which mixes.
 
+It is for dtypes of 16 bits; the others have their kernel over samples there.
 Rows: layers_small_maps.csv, n = 4, batch 8 and 64, training, "shared" against "cpu": "256->512 2x2 k3 s2 g1" below, and
 with more positions, "256->256 2x2 k3 s1 g1", above.
 """
-MOST_POSITIONS = 16
+MOST_POSITIONS = 25
 """Positions up to which the compiled kernel over samples is asked for: its working space grows with them."""
 LEAST_SAMPLES = 8
 """Samples below which most of its vectors would be empty.
@@ -153,7 +154,8 @@ def is_better_by_samples(
         return False
     products = n * count_pairs(extents, kernel_size, geometry)
     mixing = taps * (positions + (n if n > 1 else 0))
-    least = math.ceil((1 if differentiated else 4) * positions * products / mixing)
+    scale = positions * products / mixing
+    least = math.ceil(scale if differentiated else 2 * scale + 4)
     return products <= 2 * mixing and x.shape[0] >= max(LEAST_SAMPLES, least)
 
 

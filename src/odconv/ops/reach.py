@@ -11,8 +11,8 @@ from odconv.ops.contract import Geometry, is_exporting, output_size
 FEW = 3
 """How many times fewer taps there must be to take them out of the kernels, of which the others are read as well.
 
-Rows: layers_small_maps.csv, "fewest taps" against "all taps": "512->512 1x1 k3 s1 g1" below, and
-"256->512 2x2 k3 s2 g1", where four of nine are left, above for batches of 8 in inference.
+Rows: layers_small_maps.csv, batch 4, "fewest taps" against "all taps": "512->512 1x1 k3 s1 g1" below, and
+"256->512 2x2 k3 s2 g1", where four of nine are left, above.
 """
 
 
