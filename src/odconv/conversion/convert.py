@@ -2,7 +2,6 @@
 
 import fnmatch
 import inspect
-import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 import odconv.layers
 from odconv.layers import DynamicConv, PerSampleConv
-from odconv.layers.starts import SETTLED, WARM_GATES, WARM_ROUTERS, WARM_SHARES, WARM_SIGMOIDS
+from odconv.layers.starts import SETTLED, WARM_GATES, WARM_ROUTERS, WARM_SHARES, draw_warm
 from odconv.layers.warehouse_conv import KWConv, KWConv1d, KWConv2d, KWConv3d
 from odconv.system.modules import check_module
 from odconv.system.text import first_few, suggest
@@ -338,21 +337,12 @@ def dynamic_like(
 def start_from(layer: DynamicConv, conv: Convolution) -> None:
     """Let a freshly drawn layer compute what a convolution does.
 
-    With heads of zero every sigmoid is 1/2 and every softmax 1/n. So the gates are gain/2, and the shares of the n
-    kernels sum to kernel_gain; CondConv's sigmoids to n/2, or by their bias to `WARM_SIGMOIDS` if that is less. The
-    kernels are divided by both. What they deviate by from the trained kernel is drawn at random and sums to zero:
-    kernels that are alike would stay alike, and the kernel head get no gradient.
+    The kernels are divided by what the gates are, gain/2, and by what their shares sum to. What they deviate by from
+    the trained kernel is drawn at random and sums to zero: kernels that are alike would stay alike, and the kernel head
+    get no gradient.
     """
     attention, n = layer.attention, layer.kernel_num
-    for name in attention.heads:
-        head = getattr(attention, f"{name}_fc")
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-    shares = attention.kernel_gain if n > 1 else 1.0
-    if attention.kernel_gate == "sigmoid":
-        shares = n / 2 if attention.init == "published" else min(n / 2, WARM_SIGMOIDS)
-        router: Any = attention.kernel_fc
-        nn.init.constant_(router.bias, math.log(shares / (n - shares)))
+    shares = draw_warm(attention, n)
     gates = (attention.gain / 2) ** len(attention.heads.keys() - {"kernel"})
     trained = conv.weight.to(torch.promote_types(conv.weight.dtype, torch.float32))
     kernels = trained[None]

@@ -39,14 +39,17 @@ WARM_SHARES: dict[str, Any] = {"kernel_gain": "sqrt"}
 """The same of shares: a mixture takes as large a step of SGD as one kernel does."""
 
 WARM_ROUTERS = SETTLED["condconv"]
-"""The same of CondConv's router, which has no temperature: without a norm it runs away with trained kernels."""
+"""The same of CondConv's router, which has no temperature: without a norm it runs away with trained kernels.
+
+Rows: warm.csv, method=condconv_8x, optimizer=sgd, "pace=warm" against "pace=full".
+"""
 
 WARM_SIGMOIDS = 2.0
 """What CondConv's sigmoids sum to around trained kernels, at most: as the shares of ODConv's four kernels do.
 
 A step of Adam moves the mixture so many times as far as one kernel. At 1/2 each, eight sum to 4, and Adam is behind.
 
-Rows: warm.csv, method=condconv_8x.
+Rows: warm.csv, method=condconv_8x, optimizer=adamw, lr=0.004, "pace=warm" against "pace=sigmoids of 1/2".
 """
 
 PACE = {"batch": 0.2, "group": 0.5, "layer": 0.5, "none": 0.2}
@@ -146,6 +149,33 @@ def draw_calm(attention: "Attention") -> None:
         head = getattr(attention, f"{name}_fc")
         nn.init.normal_(head.weight, std=LOGIT / pace * math.sqrt(2 / head.weight.shape[1]))
         nn.init.constant_(head.bias, 0.0 if name == "kernel" else math.log(share / (1 - share)))
+
+
+@torch.no_grad()
+def draw_warm(attention: "Attention", kernel_num: int) -> float:
+    """Set an attention to the same gates and shares for all samples, as beside trained kernels.
+
+    With heads of zero every sigmoid is 1/2 and every softmax 1/n. CondConv's sigmoids have a bias, by which they sum to
+    WARM_SIGMOIDS at most, and its logits move as slowly as with the temperature of WARM_GATES, by the size of what its
+    router reads (warm.csv, optimizer=sgd, lr=0.05, "pace=warm" against "pace=router of full size"). With `init="published"` they have neither.
+
+    Returns:
+        What the shares of the n kernels sum to.
+    """
+    for name in attention.heads:
+        head = getattr(attention, f"{name}_fc")
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    if attention.kernel_gate != "sigmoid":
+        return attention.kernel_gain if kernel_num > 1 else 1.0
+    if attention.init == "published":
+        return kernel_num / 2
+    shares = min(kernel_num / 2, WARM_SIGMOIDS)
+    router: Any = attention.kernel_fc
+    nn.init.constant_(router.bias, math.log(shares / (kernel_num - shares)))
+    if isinstance(scale := getattr(attention.bn, "weight", None), Tensor):
+        nn.init.constant_(scale, math.sqrt(ROUTED / scale.numel()) / WARM_GATES["temperature"])
+    return shares
 
 
 @torch.no_grad()
