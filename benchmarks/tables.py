@@ -328,18 +328,26 @@ def starts() -> str:
     )
 
 
-def adamw() -> str:
-    """New networks after short trainings with AdamW: as they are, and with batch norm's statistics recomputed."""
-    trainings = [("0.004", "60", "top1"), ("0.004", "60", "recomputed"), ("0.001", "240", "top1")]
+def rates() -> str:
+    """New networks after short trainings at other rates: as they are, or with batch norm's statistics recomputed."""
+    trainings = [
+        ("sgd", "0.01", "300", "top1"),
+        ("sgd", "0.2", "60", "top1"),
+        ("adamw", "0.0001", "600", "top1"),
+        ("adamw", "0.001", "240", "top1"),
+        ("adamw", "0.004", "60", "top1"),
+        ("adamw", "0.004", "60", "recomputed"),
+    ]
+    titles = {"sgd": "SGD", "adamw": "AdamW"}
     return table(
-        ["learning rate, steps", "start", *NEW.values()],
+        ["optimizer, rate, steps", "start", *NEW.values()],
         (
             [
-                f"{lr}, {steps}{', recomputed' if column == 'recomputed' else ''}",
+                f"{titles[optimizer]}, {lr}, {steps}{', recomputed' if column == 'recomputed' else ''}",
                 start,
-                *starts_by_method(start, column, optimizer="adamw", lr=lr, steps=steps),
+                *starts_by_method(start, column, optimizer=optimizer, lr=lr, steps=steps),
             ]
-            for lr, steps, column in trainings
+            for optimizer, lr, steps, column in trainings
             for start in ("settled", "calm")
         ),
     )
@@ -699,7 +707,7 @@ TABLES: dict[str, Callable[..., str]] = {
     make.__name__: make
     for make in (
         best, targets, detectors, detect_evaluated, accelerating, warehouse, export, quantising, serving, accuracy,
-        ablations, top1_by_method, starts, adamw, gradients, finetune, warm, counters, bandwidth, reading,
+        ablations, top1_by_method, starts, rates, gradients, finetune, warm, counters, bandwidth, reading,
         communication, decoding, decoding_steps, weights, published, methods, gflops, detector_sizes,
     )
 }  # fmt: skip

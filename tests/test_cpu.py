@@ -443,8 +443,10 @@ def test_no_sanitizer_complains(tmp_path):
         "test_the_operator_",
         "test_depth_wise_layers_train",
         "test_gradients_are_as_near",
+        "test_it_is_the_reference",
     ]
-    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_half.py", "test_cells.py"))]
+    others = ("test_half.py", "test_cells.py", "test_samples.py")
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", " or ".join(tests)]
     run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -554,7 +556,7 @@ def test_narrower_vectors_and_clang_too(compiler, capability, tmp_path):
         pytest.skip(f"no {compiler} here")
     names = ("large_problems_are_the_reference", "any_strides", "depth_wise_layers_train_on_channels_last_maps")
     tests = [f"{__file__}::test_{name}" for name in names]
-    tests += [str(Path(__file__).with_name(name)) for name in ("test_half.py", "test_cells.py")]
+    tests += [str(Path(__file__).with_name(name)) for name in ("test_half.py", "test_cells.py", "test_samples.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     changes = {"CXX": compiler, "ATEN_CPU_CAPABILITY": capability, "ODCONV_CACHE": str(tmp_path)}
     run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, check=False)
