@@ -381,6 +381,19 @@ def test_the_sigmoids_of_a_warm_router_sum_to_two_at_most(n, options, share):
     torch.testing.assert_close(shares, torch.full((3, n), share).to(shares.dtype))
 
 
+def test_the_logits_of_a_warm_router_move_as_slowly_as_at_the_temperature_of_gates():
+    x, convs = image(3, 64, 5, 5), (nn.Conv2d(64, 8, 3, padding=1), nn.Conv2d(64, 8, 3, padding=1))
+    slow, full = (odconv.convert(conv, "condconv", warm_start=warm) for conv, warm in zip(convs, (True, False)))
+    temperature = odconv.convert(nn.Conv2d(64, 8, 3), "odconv").attention.temperature
+    paces = []  # what a step of SGD on the router moves its logits by
+    for layer in (slow, full):
+        read = []
+        layer.attention.kernel_fc.register_forward_pre_hook(lambda _, inputs, read=read: read.append(inputs[0]))
+        layer(x)
+        paces.append(read[0].detach().square().sum(1).mean().item())
+    assert paces[1] / paces[0] == pytest.approx(temperature.item() ** 2, rel=1e-4)
+
+
 def test_a_cold_start_takes_the_settled_options_unless_others_are_chosen():
     settled = odconv.convert(nn.Conv2d(8, 8, 3), warm_start=False).attention
     assert (settled.norm, settled.gain, settled.kernel_gain) == ("layer", 2, 2)

@@ -83,9 +83,10 @@ def convert(
     With `warm_start` the network computes what it did before, up to rounding, and learns from there: the heads of the
     attentions are zero, ODConv's gates have gain 2 and so are 1, and the n kernels lie around the trained one, which
     is their mixture, by shares times sqrt(n). So that the new attentions do not answer to every step of training at
-    once, ODConv's temperature is 5, and CondConv, which has none, has layer norm before its router. Factors and
-    temperature travel beside the weights, in PyTorch's state dicts and in what :mod:`odconv.checkpoints` writes; load
-    others into a network that was converted in the same way, and CondConv's into one with ``norm="layer"``.
+    once, ODConv's temperature is 5, and CondConv, which has none, has layer norm of a small weight before its router.
+    Factors and temperature travel beside the weights, in PyTorch's state dicts and in what :mod:`odconv.checkpoints`
+    writes; load others into a network that was converted in the same way, and CondConv's into one with
+    ``norm="layer"``.
 
     With "kernelwarehouse" the layers share the cells of a warehouse, which becomes the network's first module,
     `warehouse_manager`; the options are those of

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.layers.attention import Attention
+from odconv.layers.parts import hidden_width
 from odconv.layers.per_sample import PerSampleConv, Size, below_each_other
 from odconv.layers.starts import draw_kernels, mixture_size
 from odconv.ops.contract import Attentions, check_map, positive
@@ -435,17 +436,6 @@ def share_factor(kernel_gain: float | str, kernel_num: int) -> float:
     if isinstance(kernel_gain, str) and kernel_gain != "sqrt":
         raise ValueError(f"kernel_gain must be a positive number or 'sqrt', got {kernel_gain!r}")
     return math.sqrt(kernel_num) if isinstance(kernel_gain, str) else kernel_gain
-
-
-def hidden_width(in_channels: int, reduction: float, min_channels: int) -> int:
-    """Width of an attention's hidden layer."""
-    if not 0 < reduction < math.inf:
-        raise ValueError(f"reduction must be above 0, got {reduction!r}")
-    if reduction > 1:
-        raise ValueError(
-            f"reduction must be a share of the channels, at most 1, got {reduction!r}; 1/16 for a sixteenth"
-        )
-    return max(int(in_channels * reduction), positive("min_channels", min_channels))
 
 
 class ODConv1d(_ODConv):

@@ -1,5 +1,6 @@
 """The parts of an attention: which can be read past, and calling them in another dtype, or on one sample."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,13 +9,24 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules import module as everywhere
 
-from odconv.ops.contract import is_traced
+from odconv.ops.contract import is_traced, positive
 
 Pointwise = nn.Conv1d | nn.Conv2d | nn.Conv3d
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 POINTWISE: dict[int, type[Pointwise]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM: dict[int, type[BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 PLAIN = frozenset((*POINTWISE.values(), *BATCH_NORM.values(), nn.GroupNorm))
+
+
+def hidden_width(in_channels: int, reduction: float, min_channels: int) -> int:
+    """Return the width of an attention's hidden layer; raise a ValueError for a share that is out of range."""
+    if not 0 < reduction < math.inf:
+        raise ValueError(f"reduction must be above 0, got {reduction!r}")
+    if reduction > 1:
+        raise ValueError(
+            f"reduction must be a share of the channels, at most 1, got {reduction!r}; 1/16 for a sixteenth"
+        )
+    return max(int(in_channels * reduction), positive("min_channels", min_channels))
 
 
 def is_plain(module: Any) -> bool:

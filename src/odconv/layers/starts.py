@@ -156,8 +156,10 @@ def draw_warm(attention: "Attention", kernel_num: int) -> float:
     """Set an attention to the same gates and shares for all samples, as beside trained kernels.
 
     With heads of zero every sigmoid is 1/2 and every softmax 1/n. CondConv's sigmoids have a bias, by which they sum to
-    WARM_SIGMOIDS at most, and its logits move as slowly as with the temperature of WARM_GATES, by the size of what its
-    router reads (warm.csv, optimizer=sgd, lr=0.05, "pace=warm" against "pace=router of full size"). With `init="published"` they have neither.
+    WARM_SIGMOIDS at most, and what its router reads is so small that its logits move as slowly as with the temperature
+    of WARM_GATES. With `init="published"` it has neither.
+
+    Rows: warm.csv, method=condconv_8x, optimizer=sgd, lr=0.05, "pace=warm" against "pace=router of full size".
 
     Returns:
         What the shares of the n kernels sum to.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.layers.attention import leave_as_drawn
-from odconv.layers.parts import call_in_dtype, normalise_one
+from odconv.layers.parts import call_in_dtype, hidden_width, normalise_one
 from odconv.layers.pooling import PoolingAttention, pool
 from odconv.layers.starts import check_start, draw_calm_warehouse, draw_published_warehouse
 from odconv.ops.contract import Attentions, is_traced
@@ -73,14 +73,11 @@ class WarehouseAttention(PoolingAttention):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-        for name, value in (("reduction", reduction), ("basis_ratio", basis_ratio)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
-        if reduction > 1:
-            raise ValueError(f"reduction must be a share of the channels, at most 1, got {reduction!r}")
+        if not 0 < basis_ratio < math.inf:
+            raise ValueError(f"basis_ratio must be a positive number, got {basis_ratio!r}")
         check_start(init)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        hidden = max(int(in_channels * reduction), 16)
+        hidden = hidden_width(in_channels, reduction, 16)
         pieces, cells = len(assignment.pieces), assignment.cells
         self.place, self.norm, self.init, self.size = assignment, norm, init, size
         self.basis_bias: nn.Parameter | None = None
