@@ -382,8 +382,8 @@ def test_the_sigmoids_of_a_warm_router_sum_to_two_at_most(n, options, share):
 
 
 def test_the_logits_of_a_warm_router_move_as_slowly_as_at_the_temperature_of_gates():
-    x, convs = image(3, 64, 5, 5), (nn.Conv2d(64, 8, 3, padding=1), nn.Conv2d(64, 8, 3, padding=1))
-    slow, full = (odconv.convert(conv, "condconv", warm_start=warm) for conv, warm in zip(convs, (True, False)))
+    x = image(3, 64, 5, 5)
+    slow, full = (odconv.convert(nn.Conv2d(64, 8, 3), "condconv", warm_start=warm) for warm in (True, False))
     temperature = odconv.convert(nn.Conv2d(64, 8, 3), "odconv").attention.temperature
     paces = []  # what a step of SGD on the router moves its logits by
     for layer in (slow, full):
