@@ -7,11 +7,14 @@
         --out benchmarks/results/layers_small_maps.csv         the maps of small images
     python benchmarks/layers.py --models od_resnet18 od_mobilenetv2_100 --batch 4 16 --dtype bfloat16 --train \\
         --forms cpu grouped product pointwise --out benchmarks/results/layers_bfloat16.csv
+    python benchmarks/layers.py --models od_resnet18 od_mobilenetv2_100 --batch 1 16 --dtype autocast --train \\
+        --out benchmarks/results/layers_autocast.csv
 
-What is timed is the operator, its attentions given. Where taps meet padding alone, "all taps" keeps them, and "fewest
-taps" leaves out all that it can; odconv.ops.reach chooses. Rows whose attentions are "kernel" have no other: ours is
-compared with timm's CondConv2d there, where timm is installed. Rows go to results/layers_MODE.csv as they come, the
-picture beside it; the limits in odconv.ops.policy are set by them. Ends with the rows in which ours is slower than
+With --dtype autocast, weights and attentions are in float32 and maps in bfloat16; "float32" is the operator without
+autocast. What is timed is the operator, its attentions given. Where taps meet padding alone, "all taps" keeps them, and
+"fewest taps" leaves out all that it can; odconv.ops.reach chooses. Rows whose attentions are "kernel" have no other:
+ours is compared with timm's CondConv2d there, where timm is installed. Rows go to results/layers_MODE.csv as they come,
+the picture beside it; the limits in odconv.ops.policy are set by them. Ends with the rows in which ours is slower than
 1.05 times the published form.
 """
 
@@ -88,10 +91,12 @@ def tensors_of(layer: Layer, batch: int, dtype: torch.dtype, train: bool) -> tup
 
 
 def contenders(
-    layer: Layer, batch: int, forms: Sequence[str], dtype: torch.dtype, train: bool
+    layer: Layer, batch: int, forms: Sequence[str], dtype: torch.dtype, train: bool, autocast: bool
 ) -> dict[tuple[str, str], Run]:
     """What is timed, by attentions and form."""
-    x, weight, attentions = tensors_of(layer, batch, dtype, train)
+    x, weight, attentions = tensors_of(layer, batch, torch.float32 if autocast else dtype, train)
+    if autocast:
+        x = x.detach().to(dtype, memory_format=torch.channels_last).requires_grad_(train)
     geometry = layer.geometry
     static = weight[0].detach().clone().requires_grad_(train)
     given = (x, weight, attentions, None, geometry)
@@ -118,6 +123,9 @@ def contenders(
         if timm is not None:
             timm.to(dtype)
             runs["kernel", "timm"] = (partial(timm, x, alone.kernel), [x, timm.weight, alone.kernel])
+    if autocast:
+        runs["all", "float32"] = (partial(in_float32, *given), leaves)
+        runs = {key: (partial(in_autocast, run), wanted) for key, (run, wanted) in runs.items()}
     if not train:
         return {key: run for key, (run, _) in runs.items()}
     return {key: partial(forward_and_backward, *run_and_leaves) for key, run_and_leaves in runs.items()}
@@ -147,6 +155,16 @@ def timm_condconv(layer: Layer) -> torch.nn.Module | None:
     return CondConv2d(layer.x[0], filters, tuple(taps), stride, padding[0], dilation, groups, num_experts=n)
 
 
+def in_autocast(run: Run) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return run()
+
+
+def in_float32(x: Tensor, weight: Tensor, attentions: Attentions, bias: None, geometry: Geometry) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return compute(x.float(), weight, attentions, bias, geometry).bfloat16()
+
+
 def forward_and_backward(run: Run, leaves: list[Tensor]) -> None:
     y = run()
     torch.autograd.grad(y, leaves, torch.ones_like(y))
@@ -172,21 +190,21 @@ def main() -> None:
     parser.add_argument("--kernel_num", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--forms", nargs="+", choices=BACKENDS, default=[], help="named forms to time besides")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "autocast"], default="float32")
     parser.add_argument("--train", action="store_true", help="forward and backward")
     parser.add_argument("--seconds", type=float, default=0.4, help="time for each comparison, after warming up")
     parser.add_argument("--out", type=Path, help="CSV to write; default benchmarks/results/layers_MODE.csv")
     args = parser.parse_args()
     mode = "training" if args.train else "inference"
     sheet = Sheet(args.out or RESULTS / f"layers_{mode}.csv", KEYS)
+    dtype = torch.bfloat16 if args.dtype == "autocast" else getattr(torch, args.dtype)
     where, slow = origin(), []
     for n in args.kernel_num:
         for layer in layers_of(args.models, n, args.size):
             for batch in args.batch:
                 with torch.inference_mode(not args.train):
-                    times = alternate(
-                        contenders(layer, batch, args.forms, getattr(torch, args.dtype), args.train), args.seconds
-                    )
+                    runs = contenders(layer, batch, args.forms, dtype, args.train, args.dtype == "autocast")
+                    times = alternate(runs, args.seconds)
                 keys = {"layer": str(layer), "kernel_num": n, "batch": batch, "mode": mode, "dtype": args.dtype}
                 rows = rows_of(times, keys)
                 sheet.add([row | where for row in rows])

@@ -212,8 +212,8 @@ def is_better_in_plain(
 
     Rows: layers_bfloat16.csv, batch 16, n = 4, "pointwise" against "cpu": "384->96 14x14 k1 s1 g1" above, and
     "576->160 7x7 k1 s1 g1" below; "grouped" against "cpu": "128->128 28x28 k3 s1 g1" above, and
-    "256->256 14x14 k3 s1 g1" below; n = 1, "auto" against "cpu": "256->512 14x14 k3 s2 g1" and
-    "576->160 7x7 k1 s1 g1" above.
+    "256->256 14x14 k3 s1 g1" below; n = 1, "shared" against "cpu": "512->512 7x7 k3 s1 g1" above in inference, and
+    "128->128 4x4 k3 s1 g1" below.
     """
     if torch.compiler.is_compiling() or cpu.is_depthwise(weight, geometry.groups):
         return False
@@ -224,8 +224,11 @@ def is_better_in_plain(
     positions = positions_of(x, geometry)
     if is_pointwise(weight, geometry):
         return positions > FEW_POSITIONS or 1 in (n, x.shape[0])
+    small = is_small(x, weight, geometry)
+    if not differentiated and positions <= FEW_POSITIONS:
+        return positions == 1 or (n == 1 and small and positions > FEW_POSITIONS // 2)
     kernels = n if n is not None and differentiated else 1
-    return kernels * positions <= FEW_POSITIONS or x.shape[0] == 1 or not is_small(x, weight, geometry)
+    return kernels * positions <= FEW_POSITIONS or not small or (differentiated and x.shape[0] == 1)
 
 
 def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, dtype: torch.dtype) -> bool:
@@ -235,6 +238,9 @@ def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | 
         x, weight, geometry: those of the operator, before they are cast.
         n: kernels that are mixed; None if each sample has its own.
         dtype: what autocast wants.
+
+    Rows: layers_autocast.csv, "float32" against "grouped", "shared" and "pointwise": few positions below, such as
+    "512->512 7x7 k3 s1 g1" and "576->160 7x7 k1 s1 g1"; many above, such as "128->128 28x28 k3 s1 g1".
     """
     if not cpu.computes_in_float32(dtype) or weight.dtype != torch.float32 or x.shape[0] == 0:
         return False
@@ -242,8 +248,9 @@ def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | 
         return False
     if not cpu.fits(x, weight, geometry):
         return False
-    lost = loses_gradients(x.shape[2:], weight.shape[3:], geometry, dtype)
-    return lost or not is_better_in_plain(x, weight, geometry, n, dtype, True)
+    if loses_gradients(x.shape[2:], weight.shape[3:], geometry, dtype) or positions_of(x, geometry) <= FEW_POSITIONS:
+        return True
+    return not is_better_in_plain(x, weight, geometry, n, dtype, True)
 
 
 def is_better_unrounded_by_tiles(taps: Sequence[int], dtype: torch.dtype) -> bool:
