@@ -239,18 +239,20 @@ def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | 
         n: kernels that are mixed; None if each sample has its own.
         dtype: what autocast wants.
 
-    Rows: layers_autocast.csv, "float32" against "grouped", "shared" and "pointwise": few positions below, such as
-    "512->512 7x7 k3 s1 g1" and "576->160 7x7 k1 s1 g1"; many above, such as "128->128 28x28 k3 s1 g1".
+    Rows: layers_autocast.csv, batch 16, n = 1, "float32" against "grouped" and "shared": "256->256 14x14 k3 s1 g1" and
+    "512->512 7x7 k3 s1 g1" below, "128->128 28x28 k3 s1 g1" and "576->160 7x7 k1 s1 g1" above; n = 4, against
+    "pointwise": "576->160 7x7 k1 s1 g1" below, "384->96 14x14 k1 s1 g1" above.
     """
     if not cpu.computes_in_float32(dtype) or weight.dtype != torch.float32 or x.shape[0] == 0:
         return False
-    if cpu.is_depthwise(weight, geometry.groups):
+    if cpu.is_depthwise(weight, geometry.groups) or not cpu.fits(x, weight, geometry):
         return False
-    if not cpu.fits(x, weight, geometry):
-        return False
-    if loses_gradients(x.shape[2:], weight.shape[3:], geometry, dtype) or positions_of(x, geometry) <= FEW_POSITIONS:
+    if dtype != torch.bfloat16 or not has_bfloat16():
         return True
-    return not is_better_in_plain(x, weight, geometry, n, dtype, True)
+    few = positions_of(x, geometry) <= FEW_POSITIONS
+    if is_pointwise(weight, geometry):
+        return x.shape[0] == 1 or (few and n != 1)
+    return few or is_small(x, weight, geometry) or loses_gradients(x.shape[2:], weight.shape[3:], geometry, dtype)
 
 
 def is_better_unrounded_by_tiles(taps: Sequence[int], dtype: torch.dtype) -> bool:
