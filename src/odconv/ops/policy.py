@@ -53,6 +53,13 @@ LARGE_KERNEL = 2**20
 Rows: layers_inference.csv, n = 1, batch 1, "2048->512 7x7 k1 s1 g1" and "512->2048 7x7 k1 s1 g1".
 """
 
+LARGE_COPY = 2**23
+"""Numbers of kernels whose copy in float32 the system hands out anew for each call, as glibc does from 32 MiB on.
+
+Rows: layers_bfloat16.csv, inference, n = 4, batch 1, "single" against "cpu": "512->512 7x7 k3 s1 g1" below, and
+"256->512 14x14 k3 s2 g1" above.
+"""
+
 EAGER = ("single", "shared", "product", "pointwise", "grouped")
 """Backends in plain PyTorch, which autograd would differentiate by keeping every mixed kernel."""
 
@@ -215,20 +222,20 @@ def is_better_in_plain(
     "256->256 14x14 k3 s1 g1" below; n = 1, "shared" against "cpu": "512->512 7x7 k3 s1 g1" above in inference, and
     "128->128 4x4 k3 s1 g1" below.
     """
-    if torch.compiler.is_compiling() or cpu.is_depthwise(weight, geometry.groups):
-        return False
-    if dtype != torch.bfloat16 or not has_bfloat16():
+    depthwise = cpu.is_depthwise(weight, geometry.groups)
+    if torch.compiler.is_compiling() or depthwise or dtype != torch.bfloat16 or not has_bfloat16():
         return False
     if cpu.has_matrix_units():
         return differentiated
-    positions = positions_of(x, geometry)
+    positions, small, alone = positions_of(x, geometry), is_small(x, weight, geometry), x.shape[0] == 1
     if is_pointwise(weight, geometry):
-        return positions > FEW_POSITIONS or 1 in (n, x.shape[0])
-    small = is_small(x, weight, geometry)
-    if not differentiated and positions <= FEW_POSITIONS:
-        return positions == 1 or (n == 1 and small and positions > FEW_POSITIONS // 2)
-    kernels = n if n is not None and differentiated else 1
-    return kernels * positions <= FEW_POSITIONS or not small or (differentiated and x.shape[0] == 1)
+        return positions > FEW_POSITIONS or n == 1 or alone
+    if differentiated:
+        return (n or 1) * positions <= FEW_POSITIONS or not small or alone
+    if positions > FEW_POSITIONS:
+        return not small or (n == 1 and alone)
+    afresh = alone and weight.numel() >= LARGE_COPY
+    return positions == 1 or afresh or (n == 1 and small and positions > FEW_POSITIONS // 2)
 
 
 def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, dtype: torch.dtype) -> bool:
