@@ -299,6 +299,7 @@ DIGITS = {
     "odconv_1x": "ODConv 1x",
     "odconv_4x": "ODConv 4x",
 }
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 NEW = DIGITS | {"kernelwarehouse_1x": "KernelWarehouse 1x", "kernelwarehouse_4x": "KernelWarehouse 4x"}
 
 
@@ -338,12 +339,11 @@ def rates() -> str:
         ("adamw", "0.004", "60", "top1"),
         ("adamw", "0.004", "60", "recomputed"),
     ]
-    titles = {"sgd": "SGD", "adamw": "AdamW"}
     return table(
         ["optimizer, rate, steps", "start", *NEW.values()],
         (
             [
-                f"{titles[optimizer]}, {lr}, {steps}{', recomputed' if column == 'recomputed' else ''}",
+                f"{OPTIMIZERS[optimizer]}, {lr}, {steps}{', recomputed' if column == 'recomputed' else ''}",
                 start,
                 *starts_by_method(start, column, optimizer=optimizer, lr=lr, steps=steps),
             ]
@@ -363,7 +363,7 @@ def warm() -> str:
     def line(optimizer: str, lr: str, pace: str) -> list[str]:
         found = {(one["method"], one["pace"]): one for one in rows("warm", optimizer=optimizer, lr=lr)}
         cells = (found.get((method, pace)) or found.get((method, "")) for method in DIGITS)
-        rate = f"{'SGD' if optimizer == 'sgd' else 'AdamW'}, {lr}"
+        rate = f"{OPTIMIZERS[optimizer]}, {lr}"
         return [rate, paces[pace], *(fixed(one["top1"], 1) if one else "" for one in cells)]
 
     runs = groups(rows("warm"), ["optimizer", "lr"])

@@ -1,6 +1,7 @@
 """Random operands of the operators, and what an operator makes of them."""
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 ATTENTIONS = ("kernel", "spatial", "channel", "filter")
 
@@ -37,3 +38,30 @@ def outcome(operator, tensors, **options):
     y = operator(**tensors, **options)
     upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
     return [y, *torch.autograd.grad(y, list(tensors.values()), upstream)]
+
+
+def assert_gradients_stand_alone(operator, tensors, **options):
+    """Assert that a gradient is the same whichever others are wanted."""
+    names = [*tensors]
+    y, *wanted = outcome(operator, tensors, **options)
+    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    for only in [{name} for name in names] + [{*names} - {name} for name in names]:
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name in only)
+        y = operator(**tensors, **options)
+        found = torch.autograd.grad(y, [tensors[name] for name in names if name in only], upstream)
+        expected = [gradient for name, gradient in zip(names, wanted, strict=True) if name in only]
+        torch.testing.assert_close(found, tuple(expected), rtol=1e-12, atol=1e-12)
+
+
+def assert_laid_out_as_told(operator, given):
+    """Assert that an operator returns what torch.compile is told: shapes, strides and dtypes."""
+    with FakeTensorMode() as mode:
+        told = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given))
+    for found, fake in zip(flat(operator(*given)), flat(told), strict=True):
+        assert (found.shape, found.stride(), found.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+def flat(found):
+    """One output of an operator, or several, as several."""
+    return (found,) if isinstance(found, torch.Tensor) else found

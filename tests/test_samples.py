@@ -6,8 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from operands import ATTENTIONS, arguments, outcome
-from torch._subclasses import FakeTensorMode
+from operands import ATTENTIONS, arguments, assert_gradients_stand_alone, assert_laid_out_as_told, outcome
 from torch.utils.flop_counter import FlopCounterMode
 
 import odconv
@@ -87,17 +86,7 @@ def test_large_problems_are_the_reference(shape, dtype):
 def test_a_gradient_does_not_depend_on_which_others_are_wanted(present):
     torch.manual_seed(0)
     tensors = arguments(3, 6, 4, 2 if "kernel" in present else 1, (3, 2), (3, 2), 1, present, "static")
-    names, geometry = [*tensors], {"padding": 1, "stride": (2, 1), "backend": "samples"}
-    y, *wanted = outcome(dynamic_conv, tensors, **geometry)
-    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-    for only in [{name} for name in names] + [{*names} - {name} for name in names]:
-        for name, tensor in tensors.items():
-            tensor.requires_grad_(name in only)
-        found = torch.autograd.grad(
-            dynamic_conv(**tensors, **geometry), [tensors[name] for name in names if name in only], upstream
-        )
-        expected = [gradient for name, gradient in zip(names, wanted, strict=True) if name in only]
-        torch.testing.assert_close(found, tuple(expected), rtol=1e-12, atol=1e-12)
+    assert_gradients_stand_alone(dynamic_conv, tensors, padding=1, stride=(2, 1), backend="samples")
 
 
 def test_second_derivatives():
@@ -193,11 +182,7 @@ def test_operators_lay_out_what_they_return_as_torch_compile_is_told(axes, layou
         torch.ops.odconv.conv_samples_backward: (torch.randn_like(y), x, weight, shares, *geometry, True, True),
     }
     for operator, inputs in calls.items():
-        with FakeTensorMode() as mode:
-            told = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in inputs))
-        pairs = zip(operator(*inputs), told, strict=True) if isinstance(told, tuple) else [(operator(*inputs), told)]
-        for found, fake in pairs:
-            assert (found.shape, found.stride(), found.dtype) == (fake.shape, fake.stride(), fake.dtype)
+        assert_laid_out_as_told(operator, inputs)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -153,11 +153,11 @@ def is_better_by_samples(
     It multiplies n kernels with the pairs of a position and a tap that meet the map, the other one mixes every tap and
     multiplies it with every position. The less it saves, and in inference, the more samples it needs.
     """
-    if n is None or is_exporting() or not samples.takes(x, dtype, geometry.groups):
+    if n is None or geometry.groups > 1:
         return False
     extents, kernel_size = x.shape[2:], weight.shape[3:]
     taps, positions = math.prod(kernel_size), math.prod(output_size(extents, kernel_size, *geometry[:3]))
-    if positions > MOST_POSITIONS or (taps == 1 < positions):
+    if positions > MOST_POSITIONS or (taps == 1 < positions) or not samples.takes(x, dtype):
         return False
     products = n * count_pairs(extents, kernel_size, geometry)
     mixing = taps * (positions + (n if n > 1 else 0))
@@ -170,9 +170,10 @@ def reach_of(
     x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, dtype: torch.dtype, differentiated: bool
 ) -> Reach | None:
     """Return the taps to cut a kernel down to before a backend is chosen; None where it stays whole."""
-    if is_better_by_samples(x, weight, geometry, n, dtype, differentiated):  # which passes over taps by itself
-        return None
-    return within_reach(x.shape[2:], weight.shape[3:], geometry)
+    reach = within_reach(x.shape[2:], weight.shape[3:], geometry)
+    if reach and is_better_by_samples(x, weight, geometry, n, dtype, differentiated):
+        return None  # that kernel passes over taps by itself
+    return reach
 
 
 def log_choice(choice: Choice, x: Tensor, weight: Tensor) -> None:
@@ -215,7 +216,7 @@ def is_better_in_plain(
 
     That has matrix units (AMX) forward alone, and else computes in float32, where oneDNN multiplies in bfloat16 if the
     processor does. What is gained by it plain PyTorch loses again by kernels for each sample on small maps: those of
-    few positions where a kernel has one tap, and all but those where it has more.
+    few positions where a kernel has one tap, and where it has more all but those, or without gradients most of all.
 
     Rows: layers_bfloat16.csv, batch 16, n = 4, "pointwise" against "cpu": "384->96 14x14 k1 s1 g1" above, and
     "576->160 7x7 k1 s1 g1" below; "grouped" against "cpu": "128->128 28x28 k3 s1 g1" above, and

@@ -328,6 +328,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(tensor if need else None for tensor, need in zip(found, needs, strict=True)), *(None,) * 4, to_bias
 
 
+def empty_output(
+    x: Tensor,
+    filters: int,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Return what an operator tells torch.compile of its output: its shape, (B, filters, *map), and x's layout."""
+    shape = (x.shape[0], filters, *output_size(x.shape[2:], taps, stride, padding, dilation))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
+
+
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -341,9 +354,7 @@ def _fake(
     groups: int,
     bias: Tensor | None,
 ) -> Tensor:
-    size = output_size(x.shape[2:], weight.shape[3:], stride, padding, dilation)
-    shape = (x.shape[0], weight.shape[1], *size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
+    return empty_output(x, weight.shape[1], weight.shape[3:], stride, padding, dilation)
 
 
 def _fake_fused(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -363,8 +374,7 @@ def _fake_cells(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    size = output_size(x.shape[2:], taps, stride, padding, dilation)
-    return x.new_empty((x.shape[0], filters, *size)).contiguous(memory_format=suggest_memory_format(x))
+    return empty_output(x, filters, taps, stride, padding, dilation)
 
 
 def _fake_cells_backward(grad: Tensor, x: Tensor, cells: Tensor, shares: Tensor, *rest: Any) -> tuple[Tensor, ...]:

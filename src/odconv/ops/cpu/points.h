@@ -21,19 +21,6 @@ inline bool by_point(const Tensor& x, const Geometry& g) {
   return g.kernel == ones && g.stride == ones && g.padding == Axes() && 5 * ceil_div(positions, lanes) * lanes <= 6 * positions;
 }
 
-// Copy `count` numbers into some vectors, with zeros beyond them; what follows is read next.
-template <class T>
-void copy_run(const T* in, int64_t count, int64_t vectors, T* out) {
-  using S = Simd<T>;
-  for (int64_t v = 0; v < vectors; ++v, in += S::LANES, out += S::LANES, count -= S::LANES) {
-    __builtin_prefetch(in + VECTORS * S::LANES);  // channels lie too far apart for the hardware to guess
-    if (count >= S::LANES)
-      S::store(out, S::load(in));
-    else
-      for (int64_t l = 0; l < S::LANES; ++l) out[l] = l < count ? in[l] : T(0);
-  }
-}
-
 // Convolve every sample's map, (B, groups * rows, positions), with its own mixed kernel of one tap, into y.
 template <class T>
 void convolve_points(const T* x, const Kernels<T>& kernels, int64_t groups, const Gates<T>& gates, const Epilogue<T>& epilogue, int64_t batch,

@@ -247,10 +247,8 @@ void kernel_gradients_of_samples(const Batch<T>& batch, const T* grad, const T* 
       T* out_grad = scratch.grad.get(batch.outputs * side.count * samples);
       T* scaled = scratch.columns.get(side.count * most);
       T* sums = scratch.out.get(taps * side.count * width);
-      for (int64_t row = 0; row < batch.samples * batch.inputs && held != at; ++row) {
-        std::copy_n(x + row * batch.channels + block.first, block.count, in + row * width);
-        std::fill(in + row * width + block.count, in + (row + 1) * width, T(0));
-      }
+      for (int64_t row = 0; row < batch.samples * batch.inputs && held != at; ++row)
+        copy_run<T>(x + row * batch.channels + block.first, block.count, vectors, in + row * width);
       held = at;
       samples_last<T>(batch.shares, shares_count, {0, batch.samples}, samples, shares);
       for (int64_t p = 0; p < batch.outputs; ++p)

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from odconv.ops import cpu
-from odconv.ops.contract import Attentions, Geometry, output_size
+from odconv.ops.contract import Attentions, Geometry
 from odconv.ops.eager import over_map
 from odconv.ops.recompute import differentiable_gradients
 
@@ -24,14 +23,14 @@ cpu.OPERATORS.define(
 )
 
 
-def takes(x: Tensor, dtype: torch.dtype, groups: int) -> bool:
+def takes(x: Tensor, dtype: torch.dtype) -> bool:
     """Return whether this form can compute with a tensor once it has a dtype."""
-    return groups == 1 and dtype not in cpu.HALF and cpu.takes(x)
+    return dtype not in cpu.HALF and cpu.takes(x)
 
 
 def convolve(x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry) -> Tensor:
     """Convolve all samples with all n kernels, tap by tap, each by its sample's share."""
-    if not takes(x, x.dtype, geometry.groups):
+    if geometry.groups > 1 or not takes(x, x.dtype):
         raise ValueError(
             "backend 'samples' needs x on the CPU in float32 or float64, at least one sample, no groups, and a C++ "
             f"compiler, got x of shape {tuple(x.shape)} on {x.device} in {x.dtype} and groups {geometry.groups}"
@@ -77,8 +76,7 @@ def _fake(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    shape = (x.shape[0], weight.shape[1], *output_size(x.shape[2:], weight.shape[3:], stride, padding, dilation))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
+    return cpu.empty_output(x, weight.shape[1], weight.shape[3:], stride, padding, dilation)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, shares: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -241,6 +241,19 @@ struct Scratch {
   }
 };
 
+// Copy `count` numbers into some vectors, with zeros beyond them; what follows is read next.
+template <class T>
+void copy_run(const T* in, int64_t count, int64_t vectors, T* out) {
+  using S = Simd<T>;
+  for (int64_t v = 0; v < vectors; ++v, in += S::LANES, out += S::LANES, count -= S::LANES) {
+    __builtin_prefetch(in + VECTORS * S::LANES);  // runs lie too far apart for the hardware to guess
+    if (count >= S::LANES)
+      S::store(out, S::load(in));
+    else
+      for (int64_t l = 0; l < S::LANES; ++l) out[l] = l < count ? in[l] : T(0);
+  }
+}
+
 // Swap the H x H blocks off the diagonal of each 2H x 2H square; H = 1, 2, 4 ... together transpose the rows.
 template <class T, int H, int... L>
 [[gnu::always_inline]] inline void transpose_step(typename Simd<T>::Vec* rows, std::integer_sequence<int, L...>) {
