@@ -108,6 +108,29 @@ def test_gradients_are_as_near_to_float64_as_rounding_allows(shape, dtype, backe
         assert error(value, gradient) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("groups", [1, 40], ids=["dense", "depth-wise"])
+def test_attentions_in_float32_are_not_rounded(groups):
+    torch.manual_seed(0)
+    tensors = problem(3, 40, 40, 4, (9, 8), (3, 3), {"groups": groups}, torch.bfloat16, True)
+    tensors |= {name: torch.rand_like(tensors[name], dtype=torch.float32) for name in Attentions._fields}
+    tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    given = {"padding": 1, "groups": groups}
+    wanted = dynamic_conv(**exact, **given, backend="reference")
+    y = dynamic_conv(**tensors, **given, backend="cpu")
+    assert y.dtype == torch.bfloat16
+    assert error(y, wanted) < torch.finfo(torch.bfloat16).eps / 2
+    upstream = torch.randn_like(wanted)
+    found = torch.autograd.grad(y, list(tensors.values()), upstream.bfloat16(), create_graph=True)
+    again = torch.autograd.grad(y, list(tensors.values()), upstream.bfloat16())
+    for gradients in (found, again):
+        for name, gradient, like in zip(
+            tensors, gradients, torch.autograd.grad(wanted, list(exact.values()), upstream, True), strict=True
+        ):
+            assert gradient.dtype == tensors[name].dtype
+            assert error(gradient, like) < 4 * torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize("call", [dynamic_conv, dynamic_conv_transpose, per_sample_conv])
 @pytest.mark.parametrize(("batch", "kernels", "groups"), [(1, 4, 1), (8, 4, 1), (8, 1, 1), (4, 4, 16)])
 @pytest.mark.parametrize(
@@ -136,10 +159,7 @@ def test_gradients_of_taps_that_meet_padding_alone_are_zeros(call, batch, kernel
     [
         # large and small map of 3x3 taps, few positions, large and small map of one tap, a batch of one
         ({"has_bfloat16": False, "has_matrix_units": False}, ["cpu"] * 6),
-        (
-            {"has_bfloat16": True, "has_matrix_units": False},
-            ["grouped", "cpu", "shared", "pointwise", "cpu", "single"],
-        ),
+        ({"has_bfloat16": True, "has_matrix_units": False}, ["cpu", "cpu", "cpu", "pointwise", "cpu", "cpu"]),
         (
             {"has_bfloat16": True, "has_matrix_units": True},
             ["grouped", "product", "shared", "pointwise", "pointwise", "single"],
@@ -149,9 +169,9 @@ def test_gradients_of_taps_that_meet_padding_alone_are_zeros(call, batch, kernel
 )
 def test_the_backend_of_a_training_in_bfloat16_is_that_of_the_processor(processor, backends, monkeypatch):
     for name, value in processor.items():
-        monkeypatch.setattr(policy.cpu if name == "has_matrix_units" else policy, name, lambda value=value: value)
+        monkeypatch.setattr(cpu, name, lambda value=value: value)
     weight = torch.zeros(2, 256, 64, 3, 3, dtype=torch.bfloat16)
-    calls = [(8, 20, 3), (8, 12, 3), (8, 4, 3), (8, 20, 1), (8, 7, 1), (1, 20, 3)]
+    calls = [(8, 20, 3), (8, 12, 3), (8, 4, 3), (8, 48, 1), (8, 7, 1), (1, 20, 3)]
     for (batch, size, taps), backend in zip(calls, backends, strict=True):
         x = torch.zeros(batch, 64, size, size, dtype=torch.bfloat16)
         geometry = Geometry((1, 1), (taps // 2,) * 2, (1, 1), 1)
@@ -220,7 +240,7 @@ def test_pooling_is_the_mean():
 
 
 def test_what_the_processor_cannot_do_in_16_bits_is_done_in_32():
-    """A group of an odd number of channels has no pairs for matrix units, and is computed in float32."""
+    """A group of an odd number of channels has no pairs to multiply, and is computed in float32."""
     torch.manual_seed(0)
     x, weight = torch.randn(2, 6, 8, 8).bfloat16(), torch.randn(1, 40, 3, 3, 3).bfloat16()
     geometry = Geometry((1, 1), (1, 1), (1, 1), 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odconv.ops import cpu
-from odconv.ops.contract import Attentions, is_exporting
+from odconv.ops.contract import Attentions, is_exporting, is_traced, is_transformed
 from odconv.system.modules import check_module
 
 
@@ -40,9 +40,10 @@ def pool(x: Tensor, extent: Tensor | None, dtype: torch.dtype) -> Tensor:
         return cpu.pool(x)
     if extent is None:
         axes = tuple(range(2, x.dim()))
-        if x.requires_grad and not (torch.compiler.is_compiling() or is_exporting()):
-            # the gradient of a sum is a view, to which that of mean would be a map
-            return x.sum(axes, dtype=dtype) / math.prod(x.shape[2:])
+        graph = torch.compiler.is_compiling() or is_exporting() or is_traced() or is_transformed()
+        if x.requires_grad and not graph:
+            pooled: Tensor = _Mean.apply(x, dtype)
+            return pooled
         return x.mean(axes) if x.dtype == dtype else x.mean(axes, dtype=dtype)  # some exporters know the first alone
     z = x.to(dtype)
     for share in reversed(extent.to(dtype).unbind(1)):
@@ -53,6 +54,24 @@ def pool(x: Tensor, extent: Tensor | None, dtype: torch.dtype) -> Tensor:
         inside = inside / inside.sum(1, keepdim=True).clamp(min=1)
         z = (z.flatten(1, -2) @ inside[:, :, None]).reshape(z.shape[:-1])
     return z
+
+
+class _Mean(torch.autograd.Function):
+    """The mean of each map, whose gradient is a view in the map's dtype; that of autograd would be written as a map."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return cpu.pool(x) if cpu.takes(x) else x.mean(tuple(range(2, x.dim())), dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        each = (grad / math.prod(ctx.shape[2:])).to(ctx.dtype)
+        return each.view(*each.shape, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.mean(tuple(range(2, tangent.dim())), dtype=torch.promote_types(ctx.dtype, torch.float32))
 
 
 @contextmanager

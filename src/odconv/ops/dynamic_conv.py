@@ -192,17 +192,16 @@ def compute(
             attentions = attentions._replace(spatial=reach.cut(attentions.spatial, 1))
     if x.dtype != dtype or weight.dtype != dtype:
         x, weight = x.to(dtype), weight.to(dtype)
-    attentions = Attentions(*(a if a is None or a.dtype == dtype else a.to(dtype) for a in attentions))
-
     if backend == "auto":
         choice = choose(x, weight, geometry, differentiated, per_sample)
         if tuning.applies(x, weight, x.device):
-            call = Call(x, weight, attentions, geometry, differentiated, per_sample)
+            call = Call(x, weight, in_dtype(attentions, dtype), geometry, differentiated, per_sample)
             choice = tuning.tuned(choice, call, compute_by)
         log_choice(choice, x, weight)
         backend = choice.backend
     else:
         check_backend(backend, x, weight, geometry, per_sample)
+    attentions = in_dtype(attentions, torch.promote_types(dtype, torch.float32) if backend == "cpu" else dtype)
     bias = None if bias is None else bias.to(dtype)
     packed = packed if packed is not None and packed.dtype == dtype else None
     if backend == "cpu" and (epilogue.activation or packed is not None) and not torch.is_grad_enabled():
@@ -213,6 +212,11 @@ def compute(
         return activate(cpu.convolve(x, weight, attentions, geometry, bias), epilogue)
     y = compute_by(backend, x, weight, attentions, geometry, differentiated, per_sample)
     return activate(add_bias(y, bias), epilogue)
+
+
+def in_dtype(attentions: Attentions, dtype: torch.dtype) -> Attentions:
+    """Return attentions in a dtype, those that have it as they are."""
+    return Attentions(*(a if a is None or a.dtype == dtype else a.to(dtype) for a in attentions))
 
 
 def compute_by(

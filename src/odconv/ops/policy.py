@@ -6,7 +6,6 @@ Every limit names the rows of benchmarks/results it comes from; ``odconv.explain
 import logging
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -53,12 +52,8 @@ LARGE_KERNEL = 2**20
 Rows: layers_inference.csv, n = 1, batch 1, "2048->512 7x7 k1 s1 g1" and "512->2048 7x7 k1 s1 g1".
 """
 
-LARGE_COPY = 2**23
-"""Numbers of kernels whose copy in float32 the system hands out anew for each call, as glibc does from 32 MiB on.
-
-Rows: layers_bfloat16.csv, inference, n = 4, batch 1, "single" against "cpu": "512->512 7x7 k3 s1 g1" below, and
-"256->512 14x14 k3 s2 g1" above.
-"""
+LARGE_MAP = 2048
+"""Positions from which kernels of one tap train in bfloat16 as matrix products; see `is_better_in_plain`."""
 
 EAGER = ("single", "shared", "product", "pointwise", "grouped")
 """Backends in plain PyTorch, which autograd would differentiate by keeping every mixed kernel."""
@@ -109,7 +104,7 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
         return Choice("shared" if n == 1 else "product", "an empty batch is no number of groups")
     if differentiated and cpu.takes(x) and loses_gradients(x.shape[2:], weight.shape[3:], geometry, x.dtype):
         return Choice("cpu", "oneDNN leaves gradients of such kernels unwritten in bfloat16")
-    if x.dtype in cpu.HALF and is_better_in_plain(x, weight, geometry, n, x.dtype, differentiated):
+    if is_better_in_plain(x, weight, geometry, x.dtype, differentiated):
         return choose_plain(x, weight, geometry, n)
     one = positions_of(x, geometry) == 1
     products = one and n is not None and geometry.groups == 1
@@ -117,8 +112,9 @@ def choose_for_run(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None,
     if (one and n in (1, None)) or (products and x.shape[0] >= MANY_SAMPLES) or not cpu.fits(x, weight, geometry):
         return choose_plain(x, weight, geometry, n)
     # A lone 1x1 kernel can do without a kernel per sample: a small map is scaled instead. On one thread PyTorch
-    # does not take oneDNN for that, and takes twice as long.
+    # does not take oneDNN for that, and takes twice as long. In 16 bits scaling a kernel costs less.
     lone = n == math.prod(weight.shape[3:]) == geometry.groups == 1 and is_small(x, weight, geometry)
+    lone = lone and x.dtype not in cpu.HALF
     if lone and cpu.threads() > 1 and not differentiated and (x.shape[0] > 1 or weight.numel() >= LARGE_KERNEL):
         return Choice("shared", "one 1x1 kernel on a small map: the map is scaled, and no kernel")
     return Choice("cpu", "the compiled kernel for the CPU takes this shape and dtype")
@@ -209,58 +205,46 @@ def is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
     return math.prod(weight.shape[3:]) == geometry.groups == 1 and not any(geometry.padding)
 
 
-def is_better_in_plain(
-    x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, dtype: torch.dtype, differentiated: bool
-) -> bool:
-    """Return whether PyTorch, by oneDNN, computes in 16 bits faster than the compiled kernel, which is not depth-wise.
+def is_better_in_plain(x: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype, differentiated: bool) -> bool:
+    """Return whether PyTorch computes in bfloat16 faster than the compiled kernel, where both multiply it.
 
-    That has matrix units (AMX) forward alone, and else computes in float32, where oneDNN multiplies in bfloat16 if the
-    processor does. What is gained by it plain PyTorch loses again by kernels for each sample on small maps: those of
-    few positions where a kernel has one tap, and where it has more all but those, or without gradients most of all.
+    That is so in training: on matrix units, and without them of kernels of one tap on large maps.
 
-    Rows: layers_bfloat16.csv, batch 16, n = 4, "pointwise" against "cpu": "384->96 14x14 k1 s1 g1" above, and
-    "576->160 7x7 k1 s1 g1" below; "grouped" against "cpu": "128->128 28x28 k3 s1 g1" above, and
-    "256->256 14x14 k3 s1 g1" below; n = 1, "shared" against "cpu": "512->512 7x7 k3 s1 g1" above in inference, and
-    "128->128 4x4 k3 s1 g1" below.
+    Rows: layers_autocast.csv, batch 16, "pointwise" against "cpu": "96->24 56x56 k1 s1 g1" above, and
+    "144->32 28x28 k1 s1 g1" below.
     """
     depthwise = cpu.is_depthwise(weight, geometry.groups)
-    if torch.compiler.is_compiling() or depthwise or dtype != torch.bfloat16 or not has_bfloat16():
+    if torch.compiler.is_compiling() or depthwise or dtype != torch.bfloat16 or not cpu.has_bfloat16():
         return False
-    if cpu.has_matrix_units():
-        return differentiated
-    positions, small, alone = positions_of(x, geometry), is_small(x, weight, geometry), x.shape[0] == 1
-    if is_pointwise(weight, geometry):
-        return positions > FEW_POSITIONS or n == 1 or alone
-    if differentiated:
-        return (n or 1) * positions <= FEW_POSITIONS or not small or alone
-    if positions > FEW_POSITIONS:
-        return not small or (n == 1 and alone)
-    afresh = alone and weight.numel() >= LARGE_COPY
-    return positions == 1 or afresh or (n == 1 and small and positions > FEW_POSITIONS // 2)
+    large = is_pointwise(weight, geometry) and positions_of(x, geometry) >= LARGE_MAP
+    return differentiated and (cpu.has_matrix_units() or large)
 
 
 def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | None, dtype: torch.dtype) -> bool:
     """Return whether a training in 16 bits computes a layer in float32, for which autocast need not round its kernels.
+
+    Where the processor multiplies bfloat16, that is on few positions, of which float32 has a kernel over samples, and
+    with fewer samples than kernels, all of which would be packed for them.
 
     Args:
         x, weight, geometry: those of the operator, before they are cast.
         n: kernels that are mixed; None if each sample has its own.
         dtype: what autocast wants.
 
-    Rows: layers_autocast.csv, batch 16, n = 1, "float32" against "grouped" and "shared": "256->256 14x14 k3 s1 g1" and
-    "512->512 7x7 k3 s1 g1" below, "128->128 28x28 k3 s1 g1" and "576->160 7x7 k1 s1 g1" above; n = 4, against
-    "pointwise": "576->160 7x7 k1 s1 g1" below, "384->96 14x14 k1 s1 g1" above.
+    Rows: layers_autocast.csv, "float32" against "cpu": n = 1, batch 16, "128->256 4x4 k3 s2 g1" below, and
+    "64->128 8x8 k3 s2 g1" above; n = 4, batch 16, "128->128 4x4 k3 s1 g1" below, and "64->64 8x8 k3 s1 g1" above;
+    n = 4, batch 1, "192->64 14x14 k1 s1 g1" below, and "144->32 28x28 k1 s1 g1" above.
     """
-    if not cpu.computes_in_float32(dtype) or weight.dtype != torch.float32 or x.shape[0] == 0:
+    if dtype not in cpu.HALF or weight.dtype != torch.float32 or x.shape[0] == 0:
         return False
     if cpu.is_depthwise(weight, geometry.groups) or not cpu.fits(x, weight, geometry):
         return False
-    if dtype != torch.bfloat16 or not has_bfloat16():
+    if cpu.computes_in_float32(dtype):
         return True
-    few = positions_of(x, geometry) <= FEW_POSITIONS
-    if is_pointwise(weight, geometry):
-        return x.shape[0] == 1 or (few and n != 1)
-    return few or is_small(x, weight, geometry) or loses_gradients(x.shape[2:], weight.shape[3:], geometry, dtype)
+    positions = positions_of(x, geometry)
+    few = positions <= 8 or (n != 1 and positions <= 16)
+    scarce = n is not None and x.shape[0] < n and positions <= 256
+    return not cpu.has_matrix_units() and (few or scarce)
 
 
 def is_better_unrounded_by_tiles(taps: Sequence[int], dtype: torch.dtype) -> bool:
@@ -268,8 +252,9 @@ def is_better_unrounded_by_tiles(taps: Sequence[int], dtype: torch.dtype) -> boo
 
     Kernels of one tap are faster as products in bfloat16, where the processor has those.
     """
-    products = dtype == torch.bfloat16 and has_bfloat16() and math.prod(taps) == 1
-    return cpu.computes_in_float32(dtype) and not products
+    if dtype != torch.bfloat16 or not cpu.has_bfloat16():
+        return dtype in cpu.HALF
+    return math.prod(taps) > 1 and not cpu.has_matrix_units()
 
 
 def loses_gradients(map_size: Sequence[int], taps: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> bool:
@@ -277,7 +262,7 @@ def loses_gradients(map_size: Sequence[int], taps: Sequence[int], geometry: Geom
 
     It does for taps that meet padding alone, and for some 3-d maps where all of them meet the map, those of two planes.
     """
-    if dtype != torch.bfloat16 or torch.compiler.is_compiling() or not has_bfloat16() or cpu.has_matrix_units():
+    if dtype != torch.bfloat16 or torch.compiler.is_compiling() or not cpu.has_bfloat16() or cpu.has_matrix_units():
         return False
     sizes = zip(map_size, taps, output_size(map_size, taps, *geometry[:3]), *geometry[:3], strict=True)
     return len(taps) == 3 or any(
@@ -285,12 +270,6 @@ def loses_gradients(map_size: Sequence[int], taps: Sequence[int], geometry: Geom
         for extent, count, size, stride, padding, dilation in sizes
         for tap in range(count)
     )
-
-
-@cache
-def has_bfloat16() -> bool:
-    """Return whether the processor multiplies numbers in bfloat16."""
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:

@@ -87,18 +87,9 @@ def differentiable_gradients(
 ) -> list[Tensor | None]:
     """Return gradients that can be differentiated again: autograd makes them, of a backend in plain PyTorch."""
     again = [t if t is None else t.view_as(t) for t in tensors]  # not through one of them into another, if they depend
-    x, weight, attentions = _arguments(again)
+    x, weight, attentions = _arguments([t if t is None else t.to(grad.dtype) for t in again])
     y = eager.grouped(x, mix(weight, attentions.kernel), attentions._replace(kernel=None), geometry)
     return _where_needed(y, again, needs, grad, create_graph=True)
-
-
-def mixture_gradients(grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]) -> list[Tensor | None]:
-    """Return the gradients of a mixture of whole kernels, or of a kernel for each sample, by PyTorch's convolution."""
-    weight, kernel = tensors[1], tensors[2]
-    per_sample = kernel is None and weight.shape[0] > 1
-    numbers = math.prod(weight.shape[1:])
-    step = Step(eager.grouped, geometry, numbers, per_sample, differentiate=grouped_backward)
-    return _gradients(step, grad, tensors, needs)
 
 
 def depthwise_gradients(
@@ -127,7 +118,7 @@ def depthwise_gradients(
     base = (kernels if kernel is None else kernel @ kernels).view(-1, channels, math.prod(taps))
     mixed = (base * by_tap * by_channel * by_filter).expand(batch, -1, -1).reshape(batch, channels, 1, *taps)
     x_grad, mixed_grad = differentiate(grad, x, mixed.to(x.dtype), geometry, needs[0], any(needs[1:]))
-    found: list[Tensor | None] = [x_grad.view_as(x) if needs[0] else None]
+    found: list[Tensor | None] = [_as_shaped(x_grad, x) if needs[0] else None]
     if not any(needs[1:]):
         return [*found, *(None for _ in needs[1:])]
     d = mixed_grad.view(batch, channels, -1).to(dtype)
@@ -141,7 +132,9 @@ def depthwise_gradients(
         None if channel is None else to_both * by_filter[:, :, 0],
         None if filter is None else to_both * by_channel[:, :, 0],
     ]
-    return [one if one is None else one.to(x.dtype) for one in found]
+    return [
+        None if one is None or like is None else one.to(like.dtype) for one, like in zip(found, tensors, strict=True)
+    ]
 
 
 def scaled_gradients(grad: Tensor, tensors: Tensors, geometry: Geometry, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -208,7 +201,12 @@ def _through_kernels(step: Step, grad: Tensor, tensors: Tensors, needs: Sequence
     found: list[Tensor | None] = [None] * len(needs)
     if any(needs[1:]):
         found = _where_needed(mixed, again, (False, *needs[1:]), mixed_grad.view_as(mixed))
-    return [x_grad.view_as(x) if needs[0] else None, *found[1:]]
+    return [_as_shaped(x_grad, x) if needs[0] else None, *found[1:]]
+
+
+def _as_shaped(grad: Tensor, like: Tensor) -> Tensor:
+    """Return a gradient in the shape of a tensor; no needless view, to which autograd would add nothing in place."""
+    return grad if grad.shape == like.shape else grad.view_as(like)
 
 
 def grouped_backward(

@@ -26,7 +26,6 @@ from odconv.ops.recompute import (
     depthwise_gradients,
     differentiable_gradients,
     grouped_backward,
-    mixture_gradients,
 )
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -118,14 +117,20 @@ def fits(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 
 @cache
+def has_bfloat16() -> bool:
+    """Return whether the processor multiplies numbers in bfloat16: by AVX-512's products, or on matrix units (AMX)."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+@cache
 def has_matrix_units() -> bool:
     """Return whether the processor multiplies matrices in bfloat16 (AMX)."""
     return torch.cpu._is_amx_tile_supported()
 
 
 def computes_in_float32(dtype: torch.dtype) -> bool:
-    """Return whether dense layers in a dtype of 16 bits are computed in float32: matrix units have bfloat16 alone."""
-    return dtype in HALF and not (dtype == torch.bfloat16 and has_matrix_units())
+    """Return whether dense layers of 16 bits are computed in float32: products are of bfloat16 alone."""
+    return dtype in HALF and not (dtype == torch.bfloat16 and has_bfloat16())
 
 
 def is_depthwise(weight: Tensor, groups: int) -> bool:
@@ -141,7 +146,10 @@ def runs_over_channels(x: Tensor) -> bool:
 def convolve(
     x: Tensor, weight: Tensor, attentions: Attentions, geometry: Geometry, bias: Tensor | None = None
 ) -> Tensor:
-    """Mix and multiply tile by tile, in C++, and add a bias, (O) or (B, O), to what is written."""
+    """Mix and multiply tile by tile, in C++, and add a bias, (O) or (B, O), to what is written.
+
+    Beside x and weight of 16 bits the attentions may be in float32, in which they are multiplied.
+    """
     if not takes(x):
         raise ValueError(
             "backend 'cpu' needs x on the CPU in floating point, at least one sample, and a C++ compiler, "
@@ -229,7 +237,7 @@ def cells_backward(
 def pack(weight: Tensor, groups: int) -> Tensor | None:
     """Return kernels (n, O, C/groups, *k) in the order that the compiled kernel computes with, for many calls.
 
-    None where it takes them as they are: in other dtypes than those of 16 bits on matrix units, and depth-wise.
+    None where it takes them as they are: depth-wise, and in dtypes that the processor does not multiply in 16 bits.
     """
     if weight.dtype not in HALF or not takes(weight):
         return None
@@ -314,13 +322,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     elif is_depthwise(tensors[1], ctx.geometry.groups):
         differentiate = depthwise_backward(tensors[0], ctx.geometry.groups)
         found = depthwise_gradients(grad, tensors, ctx.geometry, needs, differentiate)
-    elif grad.dtype in HALF and not computes_in_float32(grad.dtype):
-        found = mixture_gradients(grad, tensors, ctx.geometry, needs)
     else:
-        exact = torch.promote_types(grad.dtype, torch.float32)
-        operands = [None if tensor is None else tensor.to(exact) for tensor in (grad, *tensors)]
-        found = torch.ops.odconv.conv_backward(*operands, *ctx.geometry, needs[0], any(needs[1:]))
-        found = [tensor.to(grad.dtype) for tensor in found]
+        found = torch.ops.odconv.conv_backward(grad, *tensors, *ctx.geometry, needs[0], any(needs[1:]))
     to_bias = None
     if ctx.needs_input_grad[10]:
         to_bias = grad.reshape(*grad.shape[:2], -1).sum(2)  # PyTorch has no rule to batch `flatten` in here
@@ -387,7 +390,10 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple
     *_, to_x, to_weights = rest
     batch = x.shape[0]
     shapes = ((batch, weight.shape[0]), (batch, *weight.shape[3:]), x.shape[:2], (batch, weight.shape[1]))
-    weights = [torch.empty_like(weight), *(x.new_empty(shape) for shape in shapes)]
+    attentions = rest[: len(shapes)]
+    dtypes = [x.dtype if attention is None else attention.dtype for attention in attentions]
+    sums = (x.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    weights = [torch.empty_like(weight), *sums]
     return (
         torch.empty_like(x) if to_x else x.new_empty(0),
         *(weight if to_weights else x.new_empty(0) for weight in weights),

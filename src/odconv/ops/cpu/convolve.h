@@ -488,13 +488,11 @@ class TileGradient {
   std::vector<const T*> taps_and_rows_;
 };
 
-// Gradients of the kernels and all attentions; each tile owns a piece of every sum, so the order of sums is fixed.
-template <class T>
-void gradients(const Map<const T>& source, const Map<const T>& grad, const Kernels<T>& kernels, int64_t groups,
-               const Gates<T>& gates, int64_t batch, const Phase& phase, const std::vector<Span>& rows,
-               const std::vector<Span>& lanes, T* weight_grad, Partial& partial) {
-  const std::vector<Phase> phases = {phase};
-  const std::vector<Panel> panels = panels_of(phases, batch, 1, PANEL_POSITIONS);
+// Gradients of the kernels and all attentions; each tile owns a piece of every sum, so the order of sums is fixed. What `make` returns
+// accumulates the gradient of a tile's mixed kernel, panel by panel.
+template <class T, class Make>
+void gradients(Make make, const Kernels<T>& kernels, int64_t groups, const Gates<T>& gates, int64_t batch, const Phase& phase,
+               const std::vector<Panel>& panels, const std::vector<Span>& rows, const std::vector<Span>& lanes, T* weight_grad, Partial& partial) {
   const int64_t n = kernels.n, taps = kernels.taps, high = rows.size(), count = high * lanes.size();
   const int64_t channels = groups * kernels.rows, filters = groups * kernels.lanes;
   const bool plain = kernels.per_sample() && !gates.taps && !gates.rows && !gates.lanes;
@@ -503,7 +501,7 @@ void gradients(const Map<const T>& source, const Map<const T>& grad, const Kerne
 
   parallel_for(0, groups * count, 1, [&](int64_t begin, int64_t end) {
     Scratch<T>& scratch = Scratch<T>::mine();
-    TileGradient<T> gradient(source, grad, phase);
+    auto gradient = make();
     std::vector<int64_t> order;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / count, block = task % count / high;

@@ -1,8 +1,5 @@
-// Depth-wise layers on channels-last maps: vectors run over channels. Numbers of 16 bits are widened a line at a time, once for
-// all taps; others are read where they lie.
+// Depth-wise layers on channels-last maps: vectors run over channels.
 #pragma once
-
-#include <optional>
 
 #include "convolve.h"
 
@@ -31,85 +28,105 @@ void mix_taps(const T* kernels, int64_t n, bool per_sample, int64_t taps, int64_
   }
 }
 
-// The sums of P positions, each `jump` numbers after the one before, for V vectors of channels: taps at `from` a position.
-// They are written `step` numbers apart, and added to `line` too.
-template <class T, class In, int P, int V, class A>
-void multiply_taps(const In* x, int64_t jump, const std::vector<int64_t>& from, const typename Stored<T>::Sum* const* kernels,
-                   const typename Stored<T>::Sum* bias, T* y, int64_t step, typename Stored<T>::Sum* line) {
-  using S = Stored<T>;
-  constexpr int L = Simd<typename S::Sum>::LANES;
-  typename S::Vec sums[P][V] = {};
-  const int64_t taps = from.size(), *offsets = from.data();
-  for (int64_t t = 0; t < taps; ++t) {
-    const In* at = x + offsets[t];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const typename S::Vec weight = Simd<typename S::Sum>::load(kernels[t] + v * L);
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) sums[p][v] += weight * Stored<In>::load(at + p * jump + v * L);
-    }
-  }
+// Write the sums of P positions for V vectors of channels, `step` numbers apart, and add them to `line` too.
+template <class T, int P, int V, class A>
+[[gnu::always_inline]] inline void write_sums(const typename Stored<T>::Vec (&sums)[P][V], const typename Stored<T>::Sum* bias, T* y, int64_t step,
+                                              typename Stored<T>::Sum* line) {
+  using S = Simd<typename Stored<T>::Sum>;
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    typename S::Vec all = Simd<typename S::Sum>::load(line + v * L);
+    typename S::Vec all = S::load(line + v * S::LANES);
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
-      const typename S::Vec sum = A()(bias ? sums[p][v] + Simd<typename S::Sum>::load(bias + v * L) : sums[p][v]);
-      S::store(y + p * step + v * L, sum);
+      const typename S::Vec sum = A()(bias ? sums[p][v] + S::load(bias + v * S::LANES) : sums[p][v]);
+      Stored<T>::store(y + p * step + v * S::LANES, sum);
       all += sum;
     }
-    Simd<typename S::Sum>::store(line + v * L, all);
+    S::store(line + v * S::LANES, all);
   }
 }
 
-// Lines of a map, (size[2], channels), in the dtype of sums, the last ones that taps met.
+// What the taps of a position or of some read: each from its place on, in `count` taps.
 template <class T>
-class Lines {
- public:
-  using Sum = typename Stored<T>::Sum;
-  Lines(int64_t numbers, const Phase& phase) : numbers_(numbers) {
-    for (int a = 0; a < 2; ++a) slots_[a] = phase.high[a] + 1 - phase.low[a];
-    held_.assign(slots_[0] * slots_[1], nullptr);
-    data_ = Scratch<Sum>::mine().window.get(held_.size() * numbers);
-  }
-  const Sum* data() const { return data_; }
-
-  // Where the line at (row, column), which begins at x, lies in data().
-  int64_t at(int64_t row, int64_t column, const T* x) {
-    const int64_t slot = row % slots_[0] * slots_[1] + column % slots_[1];
-    if (held_[slot] != x) {
-      Sum* to = data_ + slot * numbers_;
-      constexpr int L = Simd<Sum>::LANES;
-      int64_t i = 0;
-      for (; i + L <= numbers_; i += L) Simd<Sum>::store(to + i, Stored<T>::load(x + i));
-      for (; i < numbers_; ++i) to[i] = Sum(x[i]);
-      held_[slot] = x;
-    }
-    return slot * numbers_;
-  }
-
- private:
-  int64_t numbers_, slots_[2];
-  std::vector<const T*> held_;
-  Sum* data_;
+struct Met {
+  const T* x;
+  int64_t jump, channels;  // how far apart the positions of outputs are, and those of inputs
+  const int64_t* from;
+  int64_t count;
+  const typename Stored<T>::Sum* const* kernels;
 };
+
+// The sums of one position, tap by tap.
+template <class T, int V, class A>
+void multiply_taps(const Met<T>& met, const typename Stored<T>::Sum* bias, T* y, int64_t step, typename Stored<T>::Sum* line) {
+  using S = Simd<typename Stored<T>::Sum>;
+  typename S::Vec sums[1][V] = {};
+  for (int64_t t = 0; t < met.count; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[0][v] += S::load(met.kernels[t] + v * S::LANES) * Stored<T>::load(met.x + met.from[t] + v * S::LANES);
+  write_sums<T, 1, V, A>(sums, bias, y, step, line);
+}
+
+// The sums of P positions, J inputs apart, where W taps that follow each other make a row: what several taps read is read once.
+template <class T, int V, class A, int P, int W, int J>
+void multiply_rows(const Met<T>& met, const typename Stored<T>::Sum* bias, T* y, int64_t step, typename Stored<T>::Sum* line) {
+  using S = Simd<typename Stored<T>::Sum>;
+  typename S::Vec sums[P][V] = {};
+  for (int64_t row = 0; row < met.count; row += W) {
+    const T* at = met.x + met.from[row];
+    typename S::Vec weights[W][V];
+#pragma GCC unroll 8
+    for (int t = 0; t < W; ++t)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) weights[t][v] = S::load(met.kernels[row + t] + v * S::LANES);
+    const int64_t apart = W > 1 ? met.channels : met.jump;
+#pragma GCC unroll 16
+    for (int q = 0; q < (P - 1) * J + W; ++q)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const typename S::Vec read = Stored<T>::load(at + q * apart + v * S::LANES);
+#pragma GCC unroll 8
+        for (int t = 0; t < W; ++t)
+          if (q >= t && (q - t) % J == 0 && (q - t) / J < P) sums[(q - t) / J][v] += weights[t][v] * read;
+      }
+  }
+  write_sums<T, P, V, A>(sums, bias, y, step, line);
+}
+
+constexpr int PLACES = 4;  // positions whose sums are computed together
+
+// Those functions by vectors: for one position, and for some, of rows of 3 or 5 taps at stride 1 or 2, or of single taps.
+template <class T>
+using MultiplyMet = void (*)(const Met<T>&, const typename Stored<T>::Sum*, T*, int64_t, typename Stored<T>::Sum*);
+
+template <class T, class A, int... V>
+MultiplyMet<T> pick_met(int vectors, int positions, int width, int64_t jump, std::integer_sequence<int, V...>) {
+  static constexpr MultiplyMet<T> one[] = {multiply_taps<T, V + 1, A>...}, single[] = {multiply_rows<T, V + 1, A, PLACES, 1, 1>...},
+                                  three[] = {multiply_rows<T, V + 1, A, PLACES, 3, 1>...}, three_apart[] = {multiply_rows<T, V + 1, A, PLACES, 3, 2>...},
+                                  five[] = {multiply_rows<T, V + 1, A, PLACES, 5, 1>...}, five_apart[] = {multiply_rows<T, V + 1, A, PLACES, 5, 2>...};
+  const auto* table = positions == 1 ? one : width == 1 ? single : width == 3 ? (jump == 1 ? three : three_apart) : (jump == 1 ? five : five_apart);
+  return table[vectors - 1];
+}
+
+// How many taps of a phase, in the order of their offsets, make a row that is read at once: 1, 3 or 5.
+inline int row_width(const Phase& phase) {
+  int64_t width = 1;
+  const std::vector<Tap>& taps = phase.taps;
+  while (width < int64_t(taps.size()) && taps[width].offset[0] == taps[0].offset[0] && taps[width].offset[1] == taps[0].offset[1]) ++width;
+  const bool next = width == 1 || taps[1].offset[2] == taps[0].offset[2] + 1;
+  return (width == 3 || width == 5) && next && phase.jump[2] < 3 ? int(width) : 1;
+}
 
 // Convolve each channel of a map, [sample][position][channel], with its own kernel, [sample][tap][channel], of at least a
 // vector of channels, into the positions of a phase. The last vector may overlap the one before.
 template <class T>
 void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::Sum* kernels, int64_t taps,
-                        const Epilogue<typename Stored<T>::Sum>& epilogue, int64_t channels, int64_t batch, const Phase& phase, const Axes& y_size, T* y) {
+                        const Epilogue<typename Stored<T>::Sum>& epilogue, int64_t channels, int64_t batch, Phase phase, const Axes& y_size, T* y) {
   using Sum = typename Stored<T>::Sum;
-  constexpr bool widens = !std::is_same_v<T, Sum>;
-  using In = std::conditional_t<widens, Sum, T>;
-  constexpr int L = Simd<Sum>::LANES, P = 4, V = 4;
-  // for one position and P of them, of 1 to V vectors
-  const auto multiply = with_activation(epilogue.activation, [](auto activate) {
-    using A = decltype(activate);
-    return std::array{
-        std::array{&multiply_taps<T, In, 1, 1, A>, &multiply_taps<T, In, 1, 2, A>, &multiply_taps<T, In, 1, 3, A>, &multiply_taps<T, In, 1, V, A>},
-        std::array{&multiply_taps<T, In, P, 1, A>, &multiply_taps<T, In, P, 2, A>, &multiply_taps<T, In, P, 3, A>, &multiply_taps<T, In, P, V, A>}};
-  });
+  constexpr int L = Simd<Sum>::LANES, V = 4;
+  const auto pick = with_activation(epilogue.activation, [](auto activate) { return &pick_met<T, decltype(activate), 0, 1, 2, 3>; });
+  order_taps(phase);
+  const int width = row_width(phase);
   const Axes& count = phase.count;
   const Axes step = {size[1] * size[2] * channels, size[2] * channels, channels};
   const int64_t jump = phase.jump[2] * channels, apart = phase.stride[2] * channels;
@@ -121,25 +138,17 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
     std::vector<int64_t> starts, from, some;  // of the line that a tap meets, and with the tap's place in it
     std::vector<const Tap*> met;
     std::vector<const Sum*> weights, chosen;
-    std::optional<Lines<T>> widened;
-    if (widens) widened.emplace(size[2] * channels, phase);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / lines, i = task % lines / count[1], j = task % count[1];
       const T* map = x + b * size[0] * step[0];
-      const In* lines_at;
-      if constexpr (widens)
-        lines_at = widened->data();
-      else
-        lines_at = map;
       const int64_t line_of_y = (b * y_size[0] + phase.origin[0] + i * phase.stride[0]) * y_size[1] + phase.origin[1] + j * phase.stride[1];
       T* out = y + (line_of_y * y_size[2] + phase.origin[2]) * channels;
       met.clear(), starts.clear();
       for (const Tap& tap : phase.taps) {
         const int64_t row = i * phase.jump[0] + tap.offset[0], column = j * phase.jump[1] + tap.offset[1];
         if (row < 0 || row >= size[0] || column < 0 || column >= size[1]) continue;
-        const int64_t start = row * step[0] + column * step[1];
         met.push_back(&tap);
-        starts.push_back(widens ? widened->at(row, column, map + start) : start);
+        starts.push_back(row * step[0] + column * step[1]);
       }
       for (int64_t c = 0; c < channels;) {
         const int64_t left = ceil_div(channels - c, L);  // in nearly equal blocks
@@ -151,11 +160,10 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
           from.push_back(starts[t] + met[t]->offset[2] * channels);
           weights.push_back(kernels + (b * taps + met[t]->index) * channels + c);
         }
-        auto run = [&](int64_t k, bool block, const std::vector<int64_t>& at, const std::vector<const Sum*>& of) {
-          const In* a = lines_at + k * jump + c;
-          T* to = out + k * apart + c;
+        const MultiplyMet<T> one = pick(vectors, 1, width, phase.jump[2], {}), several = pick(vectors, PLACES, width, phase.jump[2], {});
+        auto run = [&](int64_t k, MultiplyMet<T> multiply, const std::vector<int64_t>& at, const std::vector<const Sum*>& of) {
           const Sum* add = epilogue.bias.data ? epilogue.bias.of_sample(b) + c : nullptr;
-          multiply[block][vectors - 1](a, jump, at, of.data(), add, to, apart, line);
+          multiply({map + k * jump + c, jump, channels, at.data(), int64_t(at.size()), of.data()}, add, out + k * apart + c, apart, line);
         };
         auto border = [&](int64_t k) {
           some.clear(), chosen.clear();
@@ -163,12 +171,12 @@ void convolve_depthwise(const T* x, const Axes& size, const typename Stored<T>::
             const int64_t place = k * phase.jump[2] + met[t]->offset[2];
             if (place >= 0 && place < size[2]) some.push_back(from[t]), chosen.push_back(weights[t]);
           }
-          run(k, false, some, chosen);
+          run(k, one, some, chosen);
         };
         for (int64_t k = 0; k < first; ++k) border(k);
         int64_t k = first;
-        for (; k + P <= last; k += P) run(k, true, from, weights);
-        for (; k < last; ++k) run(k, false, from, weights);
+        for (; k + PLACES <= last; k += PLACES) run(k, several, from, weights);
+        for (; k < last; ++k) run(k, one, from, weights);
         for (; k < count[2]; ++k) border(k);
         if (Sum* sums = epilogue.line(b, task % lines)) std::copy_n(line, vectors * L, sums + c);
         c += vectors * L;

@@ -1,8 +1,9 @@
-// Convolution in bfloat16 or float16 on matrix units (AMX), by oneDNN's microkernel, with float32 sums.
+// Convolution in bfloat16 or float16 by oneDNN's microkernel, with float32 sums: on matrix units (AMX), or in bfloat16 by
+// AVX-512's products of pairs.
 //
-// One product, out[position][filter] += a[position][:] * b[:][filter], takes a row of taps at once: the map is channels-last,
-// so that the channels under the taps of a row follow each other. Kernels are mixed in float32, rounded once, and written as
-// the microkernel wants them: [tap][channel / 2][filter][2].
+// One product, out[position][lane] += a[position][:] * b[:][lane], takes a line of taps at once: the map is channels-last, so that
+// the channels under the taps of a line follow each other. Rows and lanes are those of convolve.h. Kernels are mixed in float32,
+// rounded once, and written as the microkernel wants them: [tap][row / 2][lane][2].
 #pragma once
 
 #include <cstring>
@@ -21,19 +22,42 @@ __attribute__((weak)) void brgemm_release(bool is_vnni = true);
 
 namespace odconv {
 
-// Whether matrix units multiply in a dtype.
-inline bool has_matrix_units(ScalarType dtype) {
+// Whether the microkernel adds up one pair of products for each filter. It raises where oneDNN is switched off.
+inline bool adds_pairs() {
+  constexpr int64_t L = Simd<float>::LANES;
+  const c10::BFloat16 a[] = {2, 3};
+  c10::BFloat16 b[2 * L];
+  float sums[L];
+  for (int64_t l = 0; l < L; ++l) b[2 * l] = c10::BFloat16(1), b[2 * l + 1] = c10::BFloat16(float(l));
+  try {
+    at::native::cpublas::brgemm(1, L, 2, 2, L, L, false, a, b, sums);
+  } catch (...) {
+    return false;
+  }
+  for (int64_t l = 0; l < L; ++l)
+    if (sums[l] != 2 + 3 * l) return false;
+  return true;
+}
+
+// Whether the microkernel multiplies pairs in a dtype. PyTorch says so of matrix units alone: AVX-512's products are tried.
+inline bool multiplies_pairs(ScalarType dtype) {
   using at::native::cpublas::brgemm;
   void (*by_bfloat16)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const c10::BFloat16*, const c10::BFloat16*, float*, bool) = &brgemm;
   void (*by_half)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const c10::Half*, const c10::Half*, float*, bool) = &brgemm;
-  return by_bfloat16 && by_half && at::native::cpublas::could_pack && at::native::cpublas::brgemm_release && at::native::cpublas::could_pack(dtype);
+  if (!by_bfloat16 || !by_half || !at::native::cpublas::could_pack || !at::native::cpublas::brgemm_release) return false;
+  if (at::native::cpublas::could_pack(dtype)) return true;
+#if defined(__AVX512BF16__)
+  return dtype == ScalarType::BFloat16 && adds_pairs();
+#else
+  return false;
+#endif
 }
 
 constexpr int64_t POSITIONS = 256;        // of one product: their sums stay in the cache
 constexpr int64_t FEW = 32;               // a rest of fewer positions is a product of its own, so that few kinds are generated
-constexpr int64_t FILTERS = Lanes<float>::MOST;  // of one product
-constexpr int64_t BLOCK_BYTES = 1 << 20;  // of the n kernels of these filters, which stay in the cache from sample to sample
-constexpr int64_t CHUNK = 256;            // numbers of a filter that are packed at a time, or two channels' taps
+constexpr int64_t LANES_MOST = Lanes<float>::MOST;  // of one product
+constexpr int64_t BLOCK_BYTES = 1 << 20;  // of the n kernels of these lanes, which stay in the cache from sample to sample
+constexpr int64_t CHUNK = 256;            // numbers of a lane that are packed at a time, or two rows' taps
 constexpr int64_t PADDED_BYTES = 1 << 25; // of padded maps at a time, or one sample's
 
 // A channels-last map with zeros around it, taken apart by its coordinates modulo the stride: [sample][remainder][position]
@@ -98,46 +122,50 @@ void pad(const T* x, const Axes& size, int64_t channels, const Phase& phase, con
   });
 }
 
-// A block of filters of some kernels: their numbers, [filter][channel][tap], and the width of vectors that they fill.
+// A block of lanes of some kernels, the width of vectors that they fill, and rows and taps; see Kernels.
 struct Block {
-  Span filters;
-  int64_t width, channels, taps;
-  int64_t pairs() const { return ceil_div(channels, 2); }
-  int64_t length() const { return channels * taps; }
+  Span lanes;
+  int64_t width, rows, taps;
+  int64_t pairs() const { return ceil_div(rows, 2); }
+  int64_t length() const { return rows * taps; }
   int64_t packed() const { return taps * pairs() * width * 2; }
 };
 
-// Pack a kernel, whose filters are `step` apart, as [tap][channel / 2][filter][2], with zeros beyond its filters and channels.
 template <class T>
-void pack_pairs(const T* in, int64_t step, const Block& block, Buffer<float>& buffer, T* out) {
+Block block_of(const Kernels<T>& kernels, const Span& lanes) {
+  constexpr int L = Simd<float>::LANES;
+  return {lanes, ceil_div(lanes.count, L) * L, kernels.rows, kernels.taps};
+}
+
+// Pack a kernel whose rows run, of lanes that are `step` apart, as [tap][row / 2][lane][2], with zeros beyond its lanes and rows.
+template <class T>
+void pack_rows(const T* in, int64_t step, const Block& block, Buffer<float>& buffer, T* out) {
   using S = Simd<float>;
   using H = Stored<T>;
   constexpr int L = S::LANES;
   const int64_t taps = block.taps, chunk = std::max<int64_t>(1, CHUNK / 2 / taps) * 2, pitch = ceil_div(chunk / 2 * taps, L) * L + L;
-  float* paired = buffer.get(L * pitch);  // [filter][channel / 2, tap]
+  float* paired = buffer.get(L * pitch);  // [lane][row / 2, tap]
   for (int64_t lane = 0; lane < block.width; lane += L) {
-    const int64_t valid = std::clamp<int64_t>(block.filters.count - lane, 0, L);
+    const int64_t valid = std::clamp<int64_t>(block.lanes.count - lane, 0, L);
     std::fill_n(paired, L * pitch, 0.0f);
-    for (int64_t c = 0; c < block.channels; c += chunk) {
-      const int64_t channels = std::min(chunk, block.channels - c), count = ceil_div(channels, 2) * taps;
+    for (int64_t c = 0; c < block.rows; c += chunk) {
+      const int64_t rows = std::min(chunk, block.rows - c), count = ceil_div(rows, 2) * taps;
       for (int64_t l = 0; l < valid; ++l) {
         const T* from = in + (lane + l) * step + c * taps;
         float* to = paired + l * pitch;
-        const int64_t last = block.channels * taps - c * taps;  // numbers up to the filter's end
+        const int64_t last = block.rows * taps - c * taps;  // numbers up to the lane's end
         if (taps == 1)
-          std::memcpy(static_cast<void*>(to), from, channels * sizeof(T));
-        for (int64_t r = 0; taps > 1 && r < channels; r += 2)
+          std::memcpy(static_cast<void*>(to), from, rows * sizeof(T));
+        for (int64_t r = 0; taps > 1 && r < rows; r += 2)
           for (int64_t t = 0; t < taps; t += L) {  // what a vector has beyond the taps is written over by the next pair
             const int64_t at = r * taps + t;
             if (at + taps + L <= last)
-              *reinterpret_cast<typename H::LooseBits*>(to + r / 2 * taps + t) =
-                  __builtin_convertvector(H::read(from + at), typename H::Bits) |
-                  __builtin_convertvector(H::read(from + at + taps), typename H::Bits) << 16;
+              *reinterpret_cast<typename H::LooseBits*>(to + r / 2 * taps + t) = H::join(H::read(from + at), H::read(from + at + taps));
             else
               for (int64_t i = t; i < std::min(t + L, taps); ++i) {
                 T* pair = reinterpret_cast<T*>(to + r / 2 * taps + i);
                 pair[0] = from[r * taps + i];
-                pair[1] = r + 1 < channels ? from[(r + 1) * taps + i] : T(0);
+                pair[1] = r + 1 < rows ? from[(r + 1) * taps + i] : T(0);
               }
           }
       }
@@ -155,31 +183,67 @@ void pack_pairs(const T* in, int64_t step, const Block& block, Buffer<float>& bu
   }
 }
 
-// Mix n packed kernels into one: factors has what the attentions of tap and channel multiply, [tap][channel], pairs complete.
-template <class T, int N>
-void mix_packed(const T* packed, int64_t n, const Block& block, const float* shares, const float* factors, T* out) {
+// The same of a kernel whose lanes run, of rows that are `step` apart.
+template <class T>
+void pack_lanes(const T* in, int64_t step, const Block& block, Buffer<float>& buffer, T* out) {
+  using S = Simd<float>;
   using H = Stored<T>;
-  const int64_t size = block.packed(), kernels = N > 0 ? N : n;
-  for (int64_t row = 0; row < block.taps * block.pairs(); ++row)
-    for (int64_t l = 0; l < block.width; l += Simd<float>::LANES) {
-      const int64_t at = (row * block.width + l) * 2;
-      typename H::Vec low = {}, high = {};
-      for (int64_t i = 0; i < kernels; ++i) {
-        const typename H::Bits pairs = *reinterpret_cast<const typename H::Bits*>(packed + i * size + at);
-        low += shares[i] * H::low(pairs);
-        high += shares[i] * H::high(pairs);
-      }
-      *reinterpret_cast<typename H::Bits*>(out + at) = H::pairs(low * factors[2 * row], high * factors[2 * row + 1]);
+  constexpr int L = S::LANES;
+  const int64_t taps = block.taps, length = block.lanes.count * taps;
+  float* paired = buffer.get(block.width * taps + L);  // [lane][tap]
+  std::fill_n(paired, block.width * taps + L, 0.0f);
+  for (int64_t pair = 0; pair < block.pairs(); ++pair, in += 2 * step) {
+    const bool whole = 2 * pair + 1 < block.rows;
+    int64_t e = 0;
+    for (; whole && e + L <= length; e += L) *reinterpret_cast<typename H::LooseBits*>(paired + e) = H::join(H::read(in + e), H::read(in + step + e));
+    for (; e < length; ++e) {
+      T* both = reinterpret_cast<T*>(paired + e);
+      both[0] = in[e];
+      both[1] = whole ? in[step + e] : T(0);
     }
+    for (int64_t lane = 0; lane < block.width; lane += L)
+      for (int64_t t = 0; t < taps; t += L) {
+        float* to = reinterpret_cast<float*>(out) + (t * block.pairs() + pair) * block.width + lane;
+        typename S::Vec v[L];
+        if (taps == 1) {
+          S::store(to, S::load(paired + lane));
+          continue;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) v[i] = S::load(paired + (lane + i) * taps + t);
+        transpose<float>(v);
+        for (int i = 0; i < L && t + i < taps; ++i) S::store(to + i * block.pairs() * block.width, v[i]);
+      }
+  }
 }
 
-// Mix n kernels in the order of memory, where that costs less than packing each of them: out is [filter][channel][tap].
+// Mix the taps of a phase of n packed kernels into one: factors has what the attentions of tap and row multiply, [tap][row], pairs
+// complete.
 template <class T, int N>
-void mix_filters(const Kernels<T>& kernels, const Block& block, const float* shares, const float* factors, T* out) {
+void mix_packed(const T* packed, int64_t n, const Block& block, const std::vector<Tap>& taps, const float* shares, const float* factors, T* out) {
+  using H = Stored<T>;
+  const int64_t size = block.packed(), kernels = N > 0 ? N : n;
+  for (const Tap& tap : taps)
+    for (int64_t pair = 0; pair < block.pairs(); ++pair, factors += 2)
+      for (int64_t l = 0; l < block.width; l += Simd<float>::LANES, out += 2 * Simd<float>::LANES) {
+        const T* in = packed + ((tap.index * block.pairs() + pair) * block.width + l) * 2;
+        typename H::Vec low = {}, high = {};
+        for (int64_t i = 0; i < kernels; ++i) {
+          const typename H::Bits pairs = *reinterpret_cast<const typename H::Bits*>(in + i * size);
+          low += shares[i] * H::low(pairs);
+          high += shares[i] * H::high(pairs);
+        }
+        *reinterpret_cast<typename H::Bits*>(out) = H::pairs(low * factors[0], high * factors[1]);
+      }
+}
+
+// Mix n kernels in the order of memory, where that costs less than packing each of them: out is [lane][row][tap].
+template <class T, int N>
+void mix_rows(const Kernels<T>& kernels, const Block& block, const float* shares, const float* factors, T* out) {
   constexpr int L = Simd<float>::LANES;
   const int64_t n = N > 0 ? N : kernels.n, length = block.length();
-  for (int64_t l = 0; l < block.filters.count; ++l, out += length) {
-    const T* in = kernels.data + (block.filters.first + l) * kernels.lane_step;
+  for (int64_t l = 0; l < block.lanes.count; ++l, out += length) {
+    const T* in = kernels.data + (block.lanes.first + l) * kernels.lane_step;
     int64_t e = 0;
     for (; e + L <= length; e += L) {
       typename Stored<T>::Vec sum = shares[0] * Stored<T>::load(in + e);
@@ -194,150 +258,202 @@ void mix_filters(const Kernels<T>& kernels, const Block& block, const float* sha
   }
 }
 
-// One sample's kernel, packed: mixed of packed ones, or mixed in the order of memory and then packed.
+// The taps of a phase of one sample's kernel, packed: mixed of packed ones, or, where all taps are wanted, mixed in the order of
+// memory and then packed.
 template <class T>
-void mix_half(const Kernels<T>& kernels, const Block& block, const Gates<float>& gates, int64_t sample, int64_t own, bool packs_first,
-              const T* packed, Scratch<float>& scratch, T* out) {
+void mix_half(const Kernels<T>& kernels, const Block& block, const std::vector<Tap>& taps, const Gates<float>& gates, int64_t sample, int64_t own,
+              bool packs_first, const T* packed, Scratch<float>& scratch, T* out) {
   const float one = 1, *shares = gates.shares ? gates.shares + sample * kernels.n : &one;
-  const int64_t taps = block.taps, channels = block.channels, even = 2 * block.pairs();
-  float* factors = scratch.grad.get(taps * even);
-  for (int64_t r = 0; r < channels; ++r)
-    for (int64_t t = 0; t < taps; ++t)
-      factors[packs_first ? t * even + r : r * taps + t] = (gates.rows ? gates.rows[own * channels + r] : one) *
-                                                         (gates.taps ? gates.taps[sample * taps + t] : one);
+  const int64_t count = taps.size(), rows = block.rows, even = 2 * block.pairs();
+  float* factors = scratch.grad.get(count * even);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t t = 0; t < count; ++t)
+      factors[packs_first ? t * even + r : r * count + t] = (gates.rows ? gates.rows[own * rows + r] : one) *
+                                                            (gates.taps ? gates.taps[sample * block.taps + taps[t].index] : one);
   if (packs_first) {
-    for (int64_t t = 0; t < taps && even > channels; ++t) factors[t * even + channels] = 0;
-    (kernels.n == 1 ? mix_packed<T, 1> : kernels.n == 4 ? mix_packed<T, 4> : mix_packed<T, 0>)(packed, kernels.n, block, shares, factors, out);
+    for (int64_t t = 0; t < count && even > rows; ++t) factors[t * even + rows] = 0;
+    (kernels.n == 1 ? mix_packed<T, 1> : kernels.n == 4 ? mix_packed<T, 4> : mix_packed<T, 0>)(packed, kernels.n, block, taps, shares, factors, out);
   } else {
-    T* filters = reinterpret_cast<T*>(scratch.window.get(ceil_div(block.filters.count * block.length(), 2)));
-    (kernels.n == 1 ? mix_filters<T, 1> : kernels.n == 4 ? mix_filters<T, 4> : mix_filters<T, 0>)(kernels, block, shares, factors, filters);
-    pack_pairs<T>(filters, block.length(), block, scratch.blend, out);
+    T* lanes = reinterpret_cast<T*>(scratch.window.get(ceil_div(block.lanes.count * block.length(), 2)));
+    (kernels.n == 1 ? mix_rows<T, 1> : kernels.n == 4 ? mix_rows<T, 4> : mix_rows<T, 0>)(kernels, block, shares, factors, lanes);
+    pack_rows<T>(lanes, block.length(), block, scratch.blend, out);
   }
 }
 
-// How many filters a block has at most.
-inline int64_t block_width(int64_t n, int64_t channels, int64_t taps) {
-  return n * FILTERS * channels * taps * 2 > BLOCK_BYTES ? FILTERS / 2 : FILTERS;
+// How many lanes a block has at most.
+inline int64_t block_width(int64_t n, int64_t rows, int64_t taps) {
+  return n * LANES_MOST * rows * taps * 2 > BLOCK_BYTES ? LANES_MOST / 2 : LANES_MOST;
 }
 
-// Kernels packed once for many calls: those of a group after those of the one before, in blocks of so many filters, of each the n
+// Kernels packed once for many calls: those of a group after those of the one before, in blocks of so many lanes, of each the n
 // kernels.
 struct Packed {
   std::vector<Span> blocks;
   std::vector<int64_t> from;  // where the kernels of a block begin, and where the last ones end
 };
 
-inline Packed packed_of(int64_t n, int64_t lanes, int64_t channels, int64_t taps) {
-  constexpr int L = Simd<float>::LANES;
-  Packed out = {split(lanes, ceil_div(lanes, block_width(n, channels, taps)), L), {0}};
-  for (const Span& filters : out.blocks)
-    out.from.push_back(out.from.back() + n * Block{filters, ceil_div(filters.count, L) * L, channels, taps}.packed());
+template <class T>
+Packed packed_of(const Kernels<T>& kernels) {
+  Packed out = {split(kernels.lanes, ceil_div(kernels.lanes, block_width(kernels.n, kernels.rows, kernels.taps)), Simd<float>::LANES), {0}};
+  for (const Span& lanes : out.blocks) out.from.push_back(out.from.back() + kernels.n * block_of(kernels, lanes).packed());
   return out;
 }
 
 // Pack the n kernels of a block one after the other.
 template <class T>
 void pack_block(const Kernels<T>& kernels, const Block& block, Buffer<float>& buffer, T* out) {
-  const T* in = kernels.data + block.filters.first * kernels.lane_step;
-  for (int64_t i = 0; i < kernels.n; ++i) pack_pairs<T>(in + i * kernels.size, kernels.lane_step, block, buffer, out + i * block.packed());
+  const T* in = kernels.data + block.lanes.first * kernels.lane_step;
+  for (int64_t i = 0; i < kernels.n; ++i, in += kernels.size, out += block.packed())
+    if (rows_run(kernels))
+      pack_rows<T>(in, kernels.lane_step, block, buffer, out);
+    else
+      pack_lanes<T>(in, kernels.row_step, block, buffer, out);
 }
 
 template <class T>
 void pack_half(const Kernels<T>& kernels, int64_t groups, T* out) {
-  constexpr int L = Simd<float>::LANES;
-  const Packed packed = packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps);
+  const Packed packed = packed_of(kernels);
   const int64_t blocks = packed.blocks.size();
   parallel_for(0, groups * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const Span& filters = packed.blocks[task % blocks];
-      const Block block = {filters, ceil_div(filters.count, L) * L, kernels.rows, kernels.taps};
       T* to = out + task / blocks * packed.from.back() + packed.from[task % blocks];
-      pack_block<T>(kernels.of_group(task / blocks), block, Scratch<float>::mine().blend, to);
+      pack_block<T>(kernels.of_group(task / blocks), block_of(kernels, packed.blocks[task % blocks]), Scratch<float>::mine().blend, to);
     }
   });
 }
 
-// Convolve every sample of a channels-last map, [sample][position][channel], with its own mixed kernel. The kernels
-// may come packed, see pack_half.
-template <class T>
-void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, const T* packed_before, int64_t groups, const Gates<float>& gates,
-                   const Epilogue<float>& epilogue, int64_t batch, const Phase& phase, T* y) {
-  constexpr int L = Simd<float>::LANES;
-  const int64_t channels = groups * kernels.rows, filters = groups * kernels.lanes, taps = kernels.taps;
-  const int64_t positions = size[0] * size[1] * size[2], outputs = phase.count[0] * phase.count[1] * phase.count[2];
-  const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_positions<T, decltype(activate)>; });
-  const Padding padding = padding_of(size, channels, phase);
-  const int64_t padded = padding.part * phase.jump[0] * phase.jump[1] * phase.jump[2] * padding.channels;
+// Blocks that a task computes side by side, as many as leave their n kernels, of `numbers` each, in the cache: the map is read
+// once for all of them, and lines of memory are written as a whole. There are so many tasks for each of the spans.
+inline std::vector<Span> sides_of(int64_t blocks, int64_t numbers, int64_t tasks) {
+  const int64_t threads = int64_t(get_num_threads());
+  int64_t sides = std::min(blocks, std::max(ceil_div(blocks * numbers * 2, BLOCK_BYTES), ceil_div(threads, tasks)));
+  while (sides < blocks && sides * tasks < 8 * threads && sides * tasks % threads) ++sides;
+  return split(blocks, sides);
+}
 
-  struct Run {
-    int64_t from, tap, taps;
-  };
-  std::vector<Run> runs;  // taps whose channels follow each other are one product
-  const bool joined = groups == 1;
-  for (int64_t t = 0; t < taps; ++t)
+// Where the outputs of a phase lie in a channels-last map: those of a sample and block from `to` on, positions `step` apart.
+template <class T>
+struct Outputs {
+  const Phase& phase;
+  Axes size;  // of the map
+  int64_t step;
+  T* to;
+  T* at(int64_t i, int64_t j, int64_t k) const {
+    const Axes &first = phase.origin, &apart = phase.stride;
+    return to + (((first[0] + i * apart[0]) * size[1] + first[1] + j * apart[1]) * size[2] + first[2] + k * apart[2]) * step;
+  }
+};
+
+// Write the sums of `count` positions of a padded map from `p` on, [position][lane], where they are outputs.
+template <class T, class W>
+void write_padded(const float* sums, const Block& block, int64_t count, int64_t p, const Axes& extent, const Outputs<T>& out, W write,
+                  const Epilogue<float>& epilogue, int64_t sample, int64_t first, Lanes<float>& per) {
+  const Phase& phase = out.phase;
+  for (int64_t r = 0; r < count;) {  // the rest of a line at a time
+    const int64_t i = (p + r) / extent[2] / extent[1], j = (p + r) / extent[2] % extent[1], k = (p + r) % extent[2];
+    const int64_t within = std::min(count - r, extent[2] - k), positions = std::min(within, phase.count[2] - k);
+    if (j < phase.count[1] && positions > 0) {
+      write(sums + r * block.width, block.width, positions, block.lanes.count, per, out.at(i, j, k), phase.stride[2] * out.step);
+      if (k + positions == phase.count[2]) {
+        float* whole = epilogue.line(sample, i * phase.count[1] + j);
+        per.end_line(whole ? whole + first : nullptr, block.lanes.count);
+      }
+    }
+    r += within;
+  }
+}
+
+// Taps whose rows follow each other in the padded map are one product.
+struct Run {
+  int64_t from, tap, taps;
+};
+
+inline std::vector<Run> runs_of_taps(const Padding& padding, bool joined) {
+  std::vector<Run> runs;
+  for (int64_t t = 0; t < int64_t(padding.from.size()); ++t)
     if (joined && t > 0 && padding.from[t] == padding.from[t - 1] + 1)
       ++runs.back().taps;
     else
       runs.push_back({padding.from[t], t, 1});
+  return runs;
+}
+
+// Convolve every sample of a channels-last map, [sample][position][row], with its own mixed kernel, at the outputs of a phase of another
+// one, [sample][position][lane]. The kernels may come packed, see pack_half.
+template <class T>
+void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, const T* packed_before, int64_t groups, const Gates<float>& gates,
+                   const Epilogue<float>& epilogue, int64_t batch, Phase phase, const Axes& out_size, T* y) {
+  const int64_t rows = groups * kernels.rows, lanes = groups * kernels.lanes;
+  const int64_t positions = size[0] * size[1] * size[2], outputs = out_size[0] * out_size[1] * out_size[2];
+  const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_positions<T, decltype(activate)>; });
+  order_taps(phase);
+  const Padding padding = padding_of(size, rows, phase);
+  const int64_t padded = padding.part * phase.jump[0] * phase.jump[1] * phase.jump[2] * padding.channels;
+  const std::vector<Run> runs = runs_of_taps(padding, groups == 1);
 
   const int64_t threads = int64_t(get_num_threads()), n = kernels.n;
-  const bool few = batch * groups * ceil_div(kernels.lanes, FILTERS) < threads;  // tasks, of whole blocks
-  const int64_t wide = few ? FILTERS / 2 : block_width(n, kernels.rows, taps);
+  const bool few = batch * groups * ceil_div(kernels.lanes, LANES_MOST) < threads;  // tasks, of whole blocks
+  const int64_t wide = few ? LANES_MOST / 2 : block_width(n, kernels.rows, kernels.taps);
   const T* given = few ? nullptr : packed_before;
-  const Packed before = given ? packed_of(n, kernels.lanes, kernels.rows, taps) : Packed{};
-  const std::vector<Span> blocks = given ? before.blocks : split(kernels.lanes, ceil_div(kernels.lanes, wide), L);
+  const Packed before = given ? packed_of(kernels) : Packed{};
+  const std::vector<Span> blocks = given ? before.blocks : split(kernels.lanes, ceil_div(kernels.lanes, wide), Simd<float>::LANES);
   const int64_t at_once = std::clamp<int64_t>(PADDED_BYTES / (padded * sizeof(T)), 1, batch);
-  const bool packs_first = given || (!kernels.per_sample() && at_once >= std::max<int64_t>(n, 2));  // n kernels once, not one a sample
+  // n kernels once, not one a sample
+  const bool packs_first = given || !rows_run(kernels) || (!kernels.per_sample() && at_once >= std::max<int64_t>(n, 2));
+  const int64_t numbers = Block{{0, wide}, wide, kernels.rows, kernels.taps}.packed();  // of a kernel, at most
+  const std::vector<Span> sides = sides_of(blocks.size(), n * numbers, groups * at_once);
   const Tensor buffer = empty({padding.copied ? at_once * padded : 0}, torch::headeronly::CppTypeToScalarType<T>::value);
 
+  struct Part {
+    Block block;
+    int64_t first;  // of the map's lanes
+    Lanes<float> per;
+  };
   for (int64_t start = 0; start < batch; start += at_once) {
     const int64_t samples = std::min(at_once, batch - start);
-    const T* maps = x + start * positions * channels;
+    const T* maps = x + start * positions * rows;
     if (padding.copied) {
       T* copies = buffer.mutable_data_ptr<T>();
       parallel_for(0, samples, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) pad<T>(maps + b * positions * channels, size, channels, phase, padding, copies + b * padded);
+        for (int64_t b = begin; b < end; ++b) pad<T>(maps + b * positions * rows, size, rows, phase, padding, copies + b * padded);
       });
       maps = copies;
     }
-    parallel_for(0, groups * blocks.size() * samples, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, groups * sides.size() * samples, 1, [&](int64_t begin, int64_t end) {
       Scratch<float>& scratch = Scratch<float>::mine();
-      for (int64_t task = begin; task < end; ++task) {  // samples of one block follow each other
-        const int64_t sample = start + task % samples, group = task / samples / int64_t(blocks.size()), own = sample * groups + group;
-        const int64_t at = task / samples % blocks.size();
-        const Span& lanes = blocks[at];
-        const Block block = {lanes, ceil_div(lanes.count, L) * L, kernels.rows, taps};
+      std::vector<Part> parts;
+      for (int64_t task = begin; task < end; ++task) {  // samples of the same blocks follow each other
+        const int64_t sample = start + task % samples, group = task / samples / int64_t(sides.size()), own = sample * groups + group;
+        const Span& side = sides[task / samples % sides.size()];
         const Kernels<T> here = kernels.of_sample(sample).of_group(group);
-        T* packs = given ? nullptr : reinterpret_cast<T*>(scratch.packed.get((packs_first ? n : 1) * block.packed() / 2));
-        const T* packed = given ? given + group * before.from.back() + before.from[at] : packs;
-        T* mixed = reinterpret_cast<T*>(scratch.mixed.get(block.packed() / 2));
-        float* sums = scratch.out.get(POSITIONS * block.width);
-        if (packs && packs_first && (task == begin || task % samples == 0)) pack_block<T>(here, block, scratch.blend, packs);
-        mix_half<T>(here, block, gates, sample, own, packs_first, packed, scratch, mixed);
-        const int64_t first = group * kernels.lanes + lanes.first;
-        Lanes<float> per(epilogue, gates.lanes ? gates.lanes + own * kernels.lanes + lanes.first : nullptr, sample, first, lanes.count);
+        T* packs = given || !packs_first ? nullptr : reinterpret_cast<T*>(scratch.packed.get(side.count * n * numbers / 2));
+        T* mixed = reinterpret_cast<T*>(scratch.mixed.get(side.count * numbers / 2));
+        float* sums = scratch.out.get(POSITIONS * wide);
+        parts.clear();
+        for (int64_t i = 0; i < side.count; ++i) {
+          const int64_t at = side.first + i;
+          const Block block = block_of(kernels, blocks[at]);
+          if (packs && (kernels.per_sample() || task == begin || task % samples == 0))
+            pack_block<T>(here, block, scratch.blend, packs + i * n * numbers);
+          const T* packed = given ? given + group * before.from.back() + before.from[at] : packs + i * n * numbers;
+          mix_half<T>(here, block, phase.taps, gates, sample, own, packs_first, packed, scratch, mixed + i * numbers);
+          const float* factors = gates.lanes ? gates.lanes + own * kernels.lanes + block.lanes.first : nullptr;
+          const int64_t first = group * kernels.lanes + block.lanes.first;
+          parts.push_back({block, first, {epilogue, factors, sample, first, block.lanes.count}});
+        }
         const T* map = maps + task % samples * padded + group * kernels.rows;
-        T* to = y + sample * outputs * filters + first;
         for (int64_t p = 0; p < padding.wide;) {
-          const int64_t rest = padding.wide - p, rows = rest < FEW ? rest : std::min(POSITIONS, rest / FEW * FEW);
-          for (const Run& run : runs)
-            at::native::cpublas::brgemm(rows, block.width, run.taps * block.pairs() * 2, padding.channels, block.width, block.width,
-                                        &run != runs.data(), map + (run.from + p) * padding.channels,
-                                        mixed + run.tap * block.pairs() * block.width * 2, sums);
-          for (int64_t r = 0; r < rows;) {  // the rest of a line at a time
-            const int64_t i = (p + r) / padding.extent[2] / padding.extent[1], j = (p + r) / padding.extent[2] % padding.extent[1],
-                          k = (p + r) % padding.extent[2], line = i * phase.count[1] + j;
-            const int64_t within = std::min(rows - r, padding.extent[2] - k), positions = std::min(within, phase.count[2] - k);
-            if (j < phase.count[1] && positions > 0) {
-              write(sums + r * block.width, block.width, positions, lanes.count, per, to + (line * phase.count[2] + k) * filters, filters);
-              if (k + positions == phase.count[2]) {
-                float* whole = epilogue.line(sample, line);
-                per.end_line(whole ? whole + first : nullptr, lanes.count);
-              }
-            }
-            r += within;
+          const int64_t rest = padding.wide - p, count = rest < FEW ? rest : std::min(POSITIONS, rest / FEW * FEW);
+          for (int64_t i = 0; i < side.count; ++i) {
+            auto& [block, first, per] = parts[i];
+            for (const Run& run : runs)
+              at::native::cpublas::brgemm(count, block.width, run.taps * block.pairs() * 2, padding.channels, block.width, block.width,
+                                          &run != runs.data(), map + (run.from + p) * padding.channels,
+                                          mixed + i * numbers + run.tap * block.pairs() * block.width * 2, sums);
+            const Outputs<T> out = {phase, out_size, lanes, y + sample * outputs * lanes + first};
+            write_padded<T>(sums, block, count, p, padding.extent, out, write, epilogue, sample, first, per);
           }
-          p += rows;
+          p += count;
         }
       }
       at::native::cpublas::brgemm_release();

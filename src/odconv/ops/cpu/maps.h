@@ -137,6 +137,11 @@ void each(const Axes& size, F body) {
       for (at[2] = 0; at[2] < size[2]; ++at[2]) body(at);
 }
 
+// Put taps in the order in which they lie in a map.
+inline void order_taps(Phase& phase) {
+  std::sort(phase.taps.begin(), phase.taps.end(), [](const Tap& one, const Tap& other) { return one.offset < other.offset; });
+}
+
 inline Phase forward_phase(const Geometry& g, const Axes& out_size) {
   Phase phase = {{0, 0, 0}, {1, 1, 1}, out_size, g.stride, {}, {}, {}};
   int64_t index = 0;

@@ -19,7 +19,7 @@
 #include "attend.h"
 #include "cells.h"
 #include "depthwise.h"
-#include "half.h"
+#include "half_gradients.h"
 #include "planes.h"
 #include "points.h"
 #include "samples.h"
@@ -60,6 +60,11 @@ Geometry geometry_of(Shape kernel, Shape stride, Shape padding, Shape dilation,
 // with whatever arguments, from dividing by zero and from reading or writing elsewhere.
 bool is_plain(const Tensor& tensor, const Tensor& x) {
   return tensor.is_contiguous() && tensor.scalar_type() == x.scalar_type() && tensor.is_cpu();
+}
+
+// Whether an attention has the dtype of x, or that of its sums.
+bool is_gate(const Tensor& tensor, const Tensor& x) {
+  return tensor.is_contiguous() && tensor.is_cpu() && (tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == sum_type(x));
 }
 
 // As it is computed with: numbers of 16 bits in float32.
@@ -108,7 +113,7 @@ std::vector<int64_t> check(const Tensor& x, const Tensor& weight, const Optional
   check_weight(x, weight, groups);
   const int64_t batch = x.size(0), taps = weight.numel() / (weight.size(0) * weight.size(1) * weight.size(2));
   auto fits = [&](const Optional& tensor, int64_t size) {
-    return !tensor || (tensor->dim() > 1 && tensor->size(0) == batch && tensor->numel() == batch * size && is_plain(*tensor, x));
+    return !tensor || (tensor->dim() > 1 && tensor->size(0) == batch && tensor->numel() == batch * size && is_gate(*tensor, x));
   };
   require(fits(kernel, weight.size(0)) && fits(spatial, taps) && fits(channel, x.size(1)) && fits(filter, weight.size(1)) &&
               (kernel || weight.size(0) == 1 || weight.size(0) == batch),
@@ -172,9 +177,9 @@ Epilogue<T> epilogue_of(const Extras& extras, bool streamed = false) {
           sums.defined() ? sums.size(1) : 0, sums.defined() ? sums.size(2) : 0, streamed};
 }
 
-// Whether matrix units convolve in this dtype with so many channels a group.
-bool on_matrix_units(ScalarType dtype, int64_t channels, int64_t groups) {
-  return has_matrix_units(dtype) && (groups == 1 || channels % 2 == 0);
+// Whether 16 bits are multiplied as they are, with so many channels a group.
+bool by_pairs(ScalarType dtype, int64_t channels, int64_t groups) {
+  return (groups == 1 || channels % 2 == 0) && multiplies_pairs(dtype);
 }
 
 // The kernels of a weight of 16 bits.
@@ -190,20 +195,20 @@ Tensor pack_kernels(const Tensor& weight, int64_t groups) {
   require(weight.dim() > 3 && weight.dim() < 7 && weight.numel() > 0 && is_half(weight) && weight.is_contiguous() && groups > 0 &&
               weight.size(1) % groups == 0,
           "weight must be contiguous numbers of 16 bits (n, O, C / groups, ...), got shape ", weight.sizes());
-  if (!on_matrix_units(weight.scalar_type(), weight.size(2), groups) || (weight.size(1) == groups && weight.size(2) == 1))
+  if ((weight.size(1) == groups && weight.size(2) == 1) || !by_pairs(weight.scalar_type(), weight.size(2), groups))
     return empty({0}, weight.scalar_type());
   Tensor out;
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_of<T>(weight, groups, false);
-    out = empty({groups * packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps).from.back()}, weight.scalar_type());
+    out = empty({groups * packed_of(kernels).from.back()}, weight.scalar_type());
     pack_half<T>(kernels, groups, out.mutable_data_ptr<T>());
   };
   weight.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
   return out;
 }
 
-// In bfloat16 and float16, on matrix units.
+// In bfloat16 and float16, by products of pairs.
 Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial, const Optional& channel,
                  const Optional& filter, const Optional& packed, const Extras& extras, const std::vector<int64_t>& size, const Geometry& g) {
   const bool per_sample = !kernel && weight.size(0) > 1;
@@ -213,11 +218,11 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const Kernels<T> kernels = kernels_of<T>(weight, g.groups, per_sample);
-    require(!packed || (!per_sample && is_plain(*packed, x) &&
-                        packed->numel() == g.groups * packed_of(kernels.n, kernels.lanes, kernels.rows, kernels.taps).from.back()),
+    require(!packed || (!per_sample && is_plain(*packed, x) && packed->numel() == g.groups * packed_of(kernels).from.back()),
             "packed must be what pack makes of weight");
+    const Axes y_size = three(Shape(size).slice(2), 1);
     convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, numbers<T>(packed), g.groups, gates, epilogue_of<float>(extras),
-                     x.size(0), forward_phase(g, three(Shape(size).slice(2), 1)), out.mutable_data_ptr<T>());
+                     x.size(0), forward_phase(g, y_size), y_size, out.mutable_data_ptr<T>());
   };
   x.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
   return is_channels_last(x) ? out : as_contiguous(out);
@@ -312,7 +317,7 @@ std::tuple<Tensor, Tensor> conv_fused(const Tensor& x, const Tensor& weight, con
           "bias must be contiguous numbers (1 or B, O) in the dtype of x");
   const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
   const bool over_channels = is_over_channels(x, weight, groups);
-  if (is_half(x) && !over_channels && !on_matrix_units(x.scalar_type(), weight.size(2), groups)) {
+  if (is_half(x) && !over_channels && !by_pairs(x.scalar_type(), weight.size(2), groups)) {
     auto [y, found] = conv_fused(*in_sums(x), *in_sums(weight), in_sums(kernel), in_sums(spatial), in_sums(channel), in_sums(filter), stride,
                                  padding, dilation, groups, in_sums(bias), activation, means, {});
     return {converted(y, x.scalar_type()), found};
@@ -488,7 +493,7 @@ std::tuple<Tensor, Tensor> backward_over_channels(const Tensor& grad, const Tens
   const Tensor upstream = with_channels_last(grad), last = with_channels_last(x);
   const Axes x_size = three(x.sizes().slice(2), 1), y_size = three(grad.sizes().slice(2), 1);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], batch = x.size(0);
-  Tensor x_grad = empty({0}, x.scalar_type()), weight_grad = x_grad;
+  Tensor x_grad = empty({0}, x.scalar_type()), weight_grad = empty({0}, x.scalar_type());
   with_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using Sum = typename Stored<T>::Sum;
@@ -512,38 +517,116 @@ std::tuple<Tensor, Tensor> backward_over_channels(const Tensor& grad, const Tens
   return {x_grad, weight_grad};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
-    const Optional& channel, const Optional& filter, const Numbers& stride, const Numbers& padding,
-    const Numbers& dilation, int64_t groups, bool to_x, bool to_weights) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // of x, weight, kernel, spatial, channel and filter
+
+// None of them: what an operator returns shares no memory.
+Gradients no_gradients(ScalarType type) {
+  auto none = [&] { return empty({0}, type); };
+  return {none(), none(), none(), none(), none(), none()};
+}
+
+// Those of a depth-wise kernel for each sample: of no attentions there is no gradient.
+Gradients gradients_over_channels(const Tensor& grad, const Tensor& x, const Tensor& weight, const Geometry& g, bool to_x, bool to_weights) {
+  const ScalarType type = x.scalar_type();
+  Gradients found = no_gradients(type);
+  auto& [x_grad, weight_grad, kernel_grad, spatial_grad, channel_grad, filter_grad] = found;
+  std::tie(x_grad, weight_grad) = backward_over_channels(grad, x, weight, g, to_x, to_weights);
+  if (!to_weights) return found;
+  Numbers taps = {x.size(0)};
+  for (int64_t size : weight.sizes().slice(3)) taps.push_back(size);
+  kernel_grad = zeros({x.size(0), weight.size(0)}, type), spatial_grad = zeros(taps, type);
+  channel_grad = zeros({x.size(0), x.size(1)}, type), filter_grad = zeros({x.size(0), weight.size(1)}, type);
+  return found;
+}
+
+// Compute the gradients of the kernels and all attentions, which are numbers in the dtype of sums, into those found.
+template <class T, class Make>
+void find_kernel_gradients(Make make, const Kernels<T>& kernels, int64_t groups, const Gates<T>& gates, int64_t batch, const Phase& phase,
+                           int64_t panel_positions, const std::vector<Span>& rows, const std::vector<Span>& lanes, const Tensor& weight, Gradients& found) {
+  constexpr ScalarType type = torch::headeronly::CppTypeToScalarType<T>::value;
+  const std::vector<Phase> phases = {phase};
+  const int64_t high = rows.size(), wide = lanes.size(), count = groups * wide * high;
+  Partial partial = {zeros({count, batch, kernels.n}, type), zeros({count, batch, kernels.taps}, type), zeros({wide, batch, groups * kernels.rows}, type),
+                     zeros({high, batch, groups * kernels.lanes}, type)};
+  auto& [x_grad, weight_grad, kernel_grad, spatial_grad, channel_grad, filter_grad] = found;
+  weight_grad = empty(weight.sizes(), type);
+  gradients<T>(make, kernels, groups, gates, batch, phase, panels_of(phases, batch, 1, panel_positions), rows, lanes,
+               weight_grad.mutable_data_ptr<T>(), partial);
+  kernel_grad = kernels.per_sample() ? zeros({batch, batch}, type) : sum_first(partial.shares);
+  Numbers shape = {batch};
+  for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
+  spatial_grad = torch::stable::view(sum_first(partial.taps), shape);
+  channel_grad = sum_first(partial.rows);
+  filter_grad = sum_first(partial.lanes);
+}
+
+// Of 16 bits, by products of pairs.
+Gradients backward_by_pairs(const Tensor& grad, const Tensor& x, const Tensor& weight, const Gates<float>& gates, const Geometry& g, bool per_sample,
+                            bool to_x, bool to_weights) {
+  const int64_t n = per_sample ? 1 : weight.size(0), batch = x.size(0), filters = weight.size(1) / g.groups, channels = weight.size(2);
+  const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0), apart = per_sample ? one : 0;
+  const Tensor upstream = with_channels_last(grad), last = with_channels_last(x);
+  const Axes x_size = three(x.sizes().slice(2), 1), y_size = three(grad.sizes().slice(2), 1);
+  Gradients found = no_gradients(x.scalar_type());
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    if (to_x) {
+      const std::vector<Phase> phases = backward_phases(g, x_size);
+      Tensor& x_grad = std::get<0>(found) = empty_gradient(x, phases);
+      Tensor out = with_channels_last(x_grad);  // itself, where that is how it lies in memory
+      const Kernels<T> kernels = {weight.const_data_ptr<T>(), n, one, filters, channels, taps, channels * taps, taps, apart};
+      for (const Phase& phase : phases)
+        convolve_half<T>(upstream.const_data_ptr<T>(), y_size, kernels, nullptr, g.groups, {gates.shares, gates.taps, gates.lanes, gates.rows}, {}, batch,
+                         phase, x_size, out.mutable_data_ptr<T>());
+      if (out.get() != x_grad.get()) torch::stable::copy_(x_grad, out);
+    }
+    if (to_weights) {
+      const Tensor exact = *in_sums(weight);
+      const Kernels<float> kernels = {exact.const_data_ptr<float>(), n, one, channels, filters, taps, taps, channels * taps, apart};
+      const std::vector<Span> lanes = lane_blocks(kernels);
+      const std::vector<Span> rows = rows_of_pairs(kernels, ceil_div(2 * int64_t(get_num_threads()), int64_t(lanes.size()) * g.groups));
+      const Phase phase = forward_phase(g, y_size);
+      const Copies<T> copies = copy_pairs<T>(last.const_data_ptr<T>(), x_size, upstream.const_data_ptr<T>(), kernels, g.groups, lanes, batch, phase);
+      find_kernel_gradients<float>([&] { return PairsGradient<T>(copies); }, kernels, g.groups, gates, batch, phase,
+                                   y_size[0] * y_size[1] * y_size[2], rows, lanes, exact, found);
+    }
+  };
+  x.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
+  return found;
+}
+
+Gradients conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Optional& kernel, const Optional& spatial,
+                        const Optional& channel, const Optional& filter, const Numbers& stride, const Numbers& padding, const Numbers& dilation,
+                        int64_t groups, bool to_x, bool to_weights) {
   const std::vector<int64_t> size = check(x, weight, kernel, spatial, channel, filter, stride, padding, dilation, groups);
-  const bool plain = weight.size(0) == x.size(0) && !kernel && !spatial && !channel && !filter;
-  const bool over_channels = plain && is_over_channels(x, weight, groups);
-  require((are_numbers(x) || over_channels) && is_same(grad.sizes(), size) && grad.scalar_type() == x.scalar_type() && is_strided(grad),
-          "grad must be numbers of shape ", size, " in the dtype of x, got shape ", grad.sizes());
+  const ScalarType type = x.scalar_type();
+  require(is_same(grad.sizes(), size) && grad.scalar_type() == type && is_strided(grad), "grad must be numbers of shape ", size,
+          " in the dtype of x, got shape ", grad.sizes());
   const Geometry g = geometry_of(weight.sizes().slice(3), stride, padding, dilation, groups);
-  const bool per_sample = !kernel && weight.size(0) > 1;
+  const bool per_sample = !kernel && weight.size(0) > 1, plain = weight.size(0) == x.size(0) && !kernel && !spatial && !channel && !filter;
+  if (plain && is_over_channels(x, weight, groups)) return gradients_over_channels(grad, x, weight, g, to_x, to_weights);
   const int64_t n = per_sample ? 1 : weight.size(0), batch = x.size(0), filters = weight.size(1) / groups, channels = weight.size(2);
   const int64_t taps = g.kernel[0] * g.kernel[1] * g.kernel[2], one = weight.numel() / weight.size(0);
-  auto none = [&] { return empty({0}, x.scalar_type()); };
-  Tensor x_grad = none(), weight_grad = none(), kernel_grad = none(), spatial_grad = none(), channel_grad = none(),
-         filter_grad = none();
-  if (over_channels) {
-    std::tie(x_grad, weight_grad) = backward_over_channels(grad, x, weight, g, to_x, to_weights);
-    if (!to_weights) return {x_grad, weight_grad, kernel_grad, spatial_grad, channel_grad, filter_grad};
-    Numbers shape = {x.size(0)};  // of no attentions there is no gradient
-    for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
-    const ScalarType type = x.scalar_type();
-    return {x_grad, weight_grad, zeros({x.size(0), weight.size(0)}, type), zeros(shape, type), zeros({x.size(0), x.size(1)}, type),
-            zeros({x.size(0), weight.size(1)}, type)};
+  if (is_half(x)) {
+    const Optional shares = in_sums(kernel), by_tap = in_sums(spatial), by_channel = in_sums(channel), by_filter = in_sums(filter);
+    const Gates<float> gates = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
+    const bool pairs = by_pairs(type, channels, groups) && by_pairs(type, filters, groups);
+    auto found = pairs ? backward_by_pairs(grad, x, weight, gates, g, per_sample, to_x, to_weights)
+                       : conv_backward(*in_sums(grad), *in_sums(x), *in_sums(weight), shares, by_tap, by_channel, by_filter, stride, padding, dilation,
+                                       groups, to_x, to_weights);
+    const auto& [x_grad, weight_grad, kernel_grad, spatial_grad, channel_grad, filter_grad] = found;
+    auto as_given = [&](const Tensor& sums, const Optional& given) { return converted(sums, given ? given->scalar_type() : type); };
+    return {converted(x_grad, type), converted(weight_grad, type), as_given(kernel_grad, kernel), as_given(spatial_grad, spatial),
+            as_given(channel_grad, channel), as_given(filter_grad, filter)};
   }
+  Gradients found = no_gradients(type);
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const T* data = weight.const_data_ptr<T>();
     const auto upstream = map_of<const T>(grad, grad.const_data_ptr<T>());
     if (to_x) {
       const std::vector<Phase> phases = backward_phases(g, three(x.sizes().slice(2), 1));
-      x_grad = empty_gradient(x, phases);
+      Tensor& x_grad = std::get<0>(found) = empty_gradient(x, phases);
       const Kernels<T> kernels = {data, n, one, filters, channels, taps, channels * taps, taps, per_sample ? one : 0};
       const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(filter), numbers<T>(channel)};
       if (x_grad.is_contiguous() && grad.is_contiguous() && by_point(grad, g))
@@ -552,28 +635,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_backward(
         convolve<T>(upstream, map_of<T>(x_grad, x_grad.mutable_data_ptr<T>()), kernels, groups, gates, {}, batch, phases);
     }
     if (to_weights) {
-      weight_grad = empty(weight.sizes(), x.scalar_type());
       const Kernels<T> kernels = {data, n, one, channels, filters, taps, taps, channels * taps, per_sample ? one : 0};
       const Gates<T> gates = {numbers<T>(kernel), numbers<T>(spatial), numbers<T>(channel), numbers<T>(filter)};
       const std::vector<Span> lanes = lane_blocks(kernels);
-      const int64_t wide = lanes.size();
-      const std::vector<Span> rows = row_blocks(kernels, ceil_div(4 * int64_t(get_num_threads()), wide * groups));
-      const int64_t high = rows.size(), count = groups * wide * high;
-      Partial partial = {zeros({count, batch, n}, x.scalar_type()), zeros({count, batch, taps}, x.scalar_type()),
-                            zeros({wide, batch, groups * channels}, x.scalar_type()),
-                            zeros({high, batch, groups * filters}, x.scalar_type())};
-      gradients<T>(map_of<const T>(x, x.const_data_ptr<T>()), upstream, kernels, groups, gates,
-                   batch, forward_phase(g, upstream.size), rows, lanes, weight_grad.mutable_data_ptr<T>(), partial);
-      kernel_grad = per_sample ? zeros({batch, batch}, x.scalar_type()) : sum_first(partial.shares);
-      std::vector<int64_t> shape = {batch};
-      for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
-      spatial_grad = torch::stable::view(sum_first(partial.taps), shape);
-      channel_grad = sum_first(partial.rows);
-      filter_grad = sum_first(partial.lanes);
+      const std::vector<Span> rows = row_blocks(kernels, ceil_div(4 * int64_t(get_num_threads()), int64_t(lanes.size()) * groups));
+      const auto source = map_of<const T>(x, x.const_data_ptr<T>());
+      const Phase phase = forward_phase(g, upstream.size);
+      find_kernel_gradients<T>([&] { return TileGradient<T>(source, upstream, phase); }, kernels, groups, gates, batch, phase, PANEL_POSITIONS, rows,
+                               lanes, weight, found);
     }
   };
   with_sum_type(x, run);
-  return {x_grad, weight_grad, kernel_grad, spatial_grad, channel_grad, filter_grad};
+  return found;
 }
 
 // As the operator's schema has it: an operator returns no undefined tensor.
