@@ -6,10 +6,11 @@
     python benchmarks/layers.py --models od_resnet18 --size 32 --batch 1 4 8 16 64 \\
         --forms cpu samples shared product grouped \\
         --out benchmarks/results/layers_small_maps.csv         the maps of small images
-    python benchmarks/layers.py --models od_resnet18 od_mobilenetv2_100 --batch 4 16 --dtype bfloat16 --train \\
-        --forms cpu grouped product pointwise --out benchmarks/results/layers_bfloat16.csv
+    python benchmarks/layers.py --models od_resnet18 od_mobilenetv2_100 --batch 1 4 16 --dtype bfloat16 \\
+        --forms cpu single grouped shared pointwise --out benchmarks/results/layers_bfloat16.csv
     python benchmarks/layers.py --models od_resnet18 od_mobilenetv2_100 --batch 1 16 --dtype autocast --train \\
-        --forms grouped shared pointwise --out benchmarks/results/layers_autocast.csv
+        --forms cpu grouped shared pointwise --out benchmarks/results/layers_autocast.csv
+                                                               and with --models od_resnet18 --size 32 besides
 
 With --dtype autocast, weights and attentions are in float32 and maps in bfloat16; "float32" is the operator without
 autocast. What is timed is the operator, its attentions given. Where taps meet padding alone, "all taps" keeps them, and

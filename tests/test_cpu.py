@@ -166,6 +166,9 @@ def test_the_operators_are_registered_as_operators_should_be():
     for to_x, to_weights in ((True, True), (True, False), (False, True)):
         arguments = (grad, *plain, *geometry, to_x, to_weights)
         torch.library.opcheck(torch.ops.odconv.conv_backward.default, arguments)
+        halves = [tensor.bfloat16() for tensor in (grad, *plain[:2])]
+        floats = [tensor.float() for tensor in plain[2:]]
+        torch.library.opcheck(torch.ops.odconv.conv_backward.default, (*halves, *floats, *geometry, to_x, to_weights))
 
 
 @NEEDS_KERNEL

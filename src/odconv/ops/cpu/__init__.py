@@ -396,7 +396,7 @@ def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple
     weights = [torch.empty_like(weight), *sums]
     return (
         torch.empty_like(x) if to_x else x.new_empty(0),
-        *(weight if to_weights else x.new_empty(0) for weight in weights),
+        *(weight if to_weights else weight.new_empty(0) for weight in weights),
     )
 
 

@@ -80,20 +80,32 @@ auto with_activation(std::string_view name, F body) {
 // Sums of `count` vectors of channels that follow each other, in blocks, so that rounding does not grow with count.
 template <class T>
 void sum_channels(const T* x, int64_t count, int64_t channels, typename Stored<T>::Sum* out) {
-  using S = Stored<T>;
-  using Sum = typename S::Sum;
-  constexpr int64_t L = Simd<Sum>::LANES, BLOCK = 64;
-  const int64_t whole = channels / L * L;
-  std::fill_n(out, channels, Sum(0));
-  std::vector<Sum> part(channels);
-  for (int64_t first = 0; first < count; first += BLOCK) {
-    std::fill(part.begin(), part.end(), Sum(0));
-    for (int64_t i = first; i < std::min(first + BLOCK, count); ++i) {
-      const T* in = x + i * channels;
-      for (int64_t c = 0; c < whole; c += L) Simd<Sum>::store(&part[c], Simd<Sum>::load(&part[c]) + S::load(in + c));
-      for (int64_t c = whole; c < channels; ++c) part[c] += Sum(in[c]);
+  using Sum = typename Stored<T>::Sum;
+  using S = Simd<Sum>;
+  constexpr int64_t L = S::LANES, BLOCK = 64;
+  auto sum = [&](int64_t c, auto vectors) {
+    typename S::Vec all[vectors] = {};
+    for (int64_t first = 0; first < count; first += BLOCK) {
+      typename S::Vec part[vectors] = {};
+      for (int64_t i = first; i < std::min(first + BLOCK, count); ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) part[v] += Stored<T>::load(x + i * channels + c + v * L);
+      for (int v = 0; v < vectors; ++v) all[v] += part[v];
     }
-    for (int64_t c = 0; c < channels; ++c) out[c] += part[c];
+    for (int v = 0; v < vectors; ++v) S::store(out + c + v * L, all[v]);
+    return c + vectors * L;
+  };
+  int64_t c = 0;
+  while (c + 4 * L <= channels) c = sum(c, std::integral_constant<int, 4>());
+  while (c + L <= channels) c = sum(c, std::integral_constant<int, 1>());
+  if (c < channels && channels > L) c = sum(channels - L, std::integral_constant<int, 1>());  // which overlaps the one before
+  for (; c < channels; ++c) {
+    out[c] = 0;
+    for (int64_t first = 0; first < count; first += BLOCK) {
+      Sum part = 0;
+      for (int64_t i = first; i < std::min(first + BLOCK, count); ++i) part += Sum(x[i * channels + c]);
+      out[c] += part;
+    }
   }
 }
 

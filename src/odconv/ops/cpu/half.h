@@ -57,38 +57,53 @@ constexpr int64_t POSITIONS = 256;        // of one product: their sums stay in 
 constexpr int64_t FEW = 32;               // a rest of fewer positions is a product of its own, so that few kinds are generated
 constexpr int64_t LANES_MOST = Lanes<float>::MOST;  // of one product
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // of the n kernels of these lanes, which stay in the cache from sample to sample
+constexpr int64_t ENDS = 100;             // products with the ends of lines, for each number of a line, that cost more than copying it
+constexpr int64_t MIXED_BYTES = 640 * 1024;  // of mixed kernels of some samples
+constexpr int64_t MIXED_SAMPLES = 4;         // that are mixed at a time, so that kernels are read from the cache less often
 constexpr int64_t CHUNK = 256;            // numbers of a lane that are packed at a time, or two rows' taps
 constexpr int64_t PADDED_BYTES = 1 << 25; // of padded maps at a time, or one sample's
 
 // A channels-last map with zeros around it, taken apart by its coordinates modulo the stride: [sample][remainder][position]
-// [channel]. Then each tap reads consecutive positions, `from` its own first one, if the ends of lines are read as well.
+// [channel]. Then each tap reads consecutive positions, `from` its own first one, if the ends of lines are read as well. Where these
+// would cost more, there are copies of lines instead, one for each place of a tap along the last axis, without ends.
 struct Padding {
-  Axes extent;             // of one remainder
-  int64_t channels, part;  // with the zero that makes channels even; positions of one remainder
-  int64_t wide;            // positions from the first output to the last, ends of lines included
-  bool copied;             // whether it is not the map itself
-  std::vector<int64_t> from;
+  Axes extent;              // of one remainder
+  int64_t channels, part;   // with the zero that makes channels even; positions of one remainder
+  int64_t wide;             // positions from the first output to the last, ends of lines included
+  int64_t numbers;          // of a sample
+  bool copied;              // whether it is not the map itself
+  std::vector<int64_t> places, from;  // along the last axis, where lines are copied
 };
 
-inline Padding padding_of(const Axes& size, int64_t channels, const Phase& phase) {
+inline Padding padding_of(const Axes& size, int64_t channels, const Phase& phase, bool by_line = false) {
   Padding out;
   const Axes& stride = phase.jump;
-  out.copied = channels % 2 != 0;
+  out.copied = by_line || channels % 2 != 0;
   for (int a = 0; a < 3; ++a) {
     out.extent[a] = ceil_div((phase.count[a] - 1) * stride[a] + phase.high[a] + 1 - phase.low[a], stride[a]);
     out.copied = out.copied || stride[a] > 1 || phase.low[a] != 0 || out.extent[a] != size[a];
   }
+  if (by_line) {
+    out.extent[2] = phase.count[2];
+    for (const Tap& tap : phase.taps)
+      if (std::count(out.places.begin(), out.places.end(), tap.offset[2]) == 0) out.places.push_back(tap.offset[2]);
+  }
+  const int64_t last = by_line ? out.places.size() : stride[2];
   out.channels = channels + channels % 2;
   out.part = out.extent[0] * out.extent[1] * out.extent[2];
   out.wide = ((phase.count[0] - 1) * out.extent[1] + phase.count[1] - 1) * out.extent[2] + phase.count[2];
+  out.numbers = stride[0] * stride[1] * last * out.part * out.channels;
   for (const Tap& tap : phase.taps) {
     int64_t remainder = 0, position = 0;
-    for (int a = 0; a < 3; ++a) {
+    for (int a = 0; a < 2; ++a) {
       const int64_t offset = tap.offset[a] - phase.low[a];
       remainder = remainder * stride[a] + offset % stride[a];
       position = position * out.extent[a] + offset / stride[a];
     }
-    out.from.push_back(remainder * out.part + position);
+    const int64_t offset = tap.offset[2] - phase.low[2];
+    const int64_t place = std::find(out.places.begin(), out.places.end(), tap.offset[2]) - out.places.begin();
+    out.from.push_back((remainder * last + (by_line ? place : offset % stride[2])) * out.part + position * out.extent[2] +
+                       (by_line ? 0 : offset / stride[2]));
   }
   return out;
 }
@@ -98,9 +113,10 @@ template <class T>
 void pad(const T* x, const Axes& size, int64_t channels, const Phase& phase, const Padding& padding, T* out) {
   const Axes& stride = phase.jump;
   const int64_t line = padding.extent[2] * padding.channels;
-  each(stride, [&](const Axes& remainder) {
+  each({stride[0], stride[1], padding.places.empty() ? stride[2] : int64_t(padding.places.size())}, [&](const Axes& remainder) {
     Axes first;
     for (int a = 0; a < 3; ++a) first[a] = phase.low[a] + remainder[a];
+    if (!padding.places.empty()) first[2] = padding.places[remainder[2]];
     for (int64_t i = 0; i < padding.extent[0]; ++i)
       for (int64_t j = 0; j < padding.extent[1]; ++j, out += line) {
         const int64_t y = first[0] + i * stride[0], z = first[1] + j * stride[1];
@@ -154,6 +170,7 @@ void pack_rows(const T* in, int64_t step, const Block& block, Buffer<float>& buf
         const T* from = in + (lane + l) * step + c * taps;
         float* to = paired + l * pitch;
         const int64_t last = block.rows * taps - c * taps;  // numbers up to the lane's end
+        for (int64_t i = rows * taps; i < 2 * rows * taps; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);  // too far apart to be guessed
         if (taps == 1)
           std::memcpy(static_cast<void*>(to), from, rows * sizeof(T));
         for (int64_t r = 0; taps > 1 && r < rows; r += 2)
@@ -217,31 +234,51 @@ void pack_lanes(const T* in, int64_t step, const Block& block, Buffer<float>& bu
   }
 }
 
-// Mix the taps of a phase of n packed kernels into one: factors has what the attentions of tap and row multiply, [tap][row], pairs
-// complete.
+// What one sample's kernel is mixed by, and where to: factors has what the attentions of tap and row multiply, pairs complete.
+template <class T>
+struct Mixture {
+  const float *shares, *factors;
+  T* out;
+};
+
+// Mix the taps of a phase of n packed kernels into one for each of some samples, which read a kernel's numbers together. The factors
+// are [tap][row].
 template <class T, int N>
-void mix_packed(const T* packed, int64_t n, const Block& block, const std::vector<Tap>& taps, const float* shares, const float* factors, T* out) {
+void mix_packed(const T* packed, int64_t n, const Block& block, const std::vector<Tap>& taps, const std::vector<Mixture<T>>& samples) {
   using H = Stored<T>;
+  constexpr int L = Simd<float>::LANES;
   const int64_t size = block.packed(), kernels = N > 0 ? N : n;
+  int64_t row = 0, at = 0;
   for (const Tap& tap : taps)
-    for (int64_t pair = 0; pair < block.pairs(); ++pair, factors += 2)
-      for (int64_t l = 0; l < block.width; l += Simd<float>::LANES, out += 2 * Simd<float>::LANES) {
+    for (int64_t pair = 0; pair < block.pairs(); ++pair, row += 2)
+      for (int64_t l = 0; l < block.width; l += L, at += 2 * L) {
         const T* in = packed + ((tap.index * block.pairs() + pair) * block.width + l) * 2;
-        typename H::Vec low = {}, high = {};
-        for (int64_t i = 0; i < kernels; ++i) {
+        typename H::Vec lows[N + 1], highs[N + 1];
+        for (int i = 0; i < N; ++i) {
           const typename H::Bits pairs = *reinterpret_cast<const typename H::Bits*>(in + i * size);
-          low += shares[i] * H::low(pairs);
-          high += shares[i] * H::high(pairs);
+          lows[i] = H::low(pairs), highs[i] = H::high(pairs);
         }
-        *reinterpret_cast<typename H::Bits*>(out) = H::pairs(low * factors[0], high * factors[1]);
+        for (const Mixture<T>& sample : samples) {
+          typename H::Vec low = {}, high = {};
+          for (int64_t i = 0; i < kernels; ++i) {
+            if (N == 0) {
+              const typename H::Bits pairs = *reinterpret_cast<const typename H::Bits*>(in + i * size);
+              lows[0] = H::low(pairs), highs[0] = H::high(pairs);
+            }
+            low += sample.shares[i] * lows[N > 0 ? i : 0];
+            high += sample.shares[i] * highs[N > 0 ? i : 0];
+          }
+          *reinterpret_cast<typename H::Bits*>(sample.out + at) = H::pairs(low * sample.factors[row], high * sample.factors[row + 1]);
+        }
       }
 }
 
-// Mix n kernels in the order of memory, where that costs less than packing each of them: out is [lane][row][tap].
+// Mix n kernels in the order of memory, where that costs less than packing each of them: out is [lane][row][tap], as the factors.
 template <class T, int N>
-void mix_rows(const Kernels<T>& kernels, const Block& block, const float* shares, const float* factors, T* out) {
+void mix_rows(const Kernels<T>& kernels, const Block& block, const Mixture<T>& sample, T* out) {
   constexpr int L = Simd<float>::LANES;
   const int64_t n = N > 0 ? N : kernels.n, length = block.length();
+  const float *shares = sample.shares, *factors = sample.factors;
   for (int64_t l = 0; l < block.lanes.count; ++l, out += length) {
     const T* in = kernels.data + (block.lanes.first + l) * kernels.lane_step;
     int64_t e = 0;
@@ -258,25 +295,31 @@ void mix_rows(const Kernels<T>& kernels, const Block& block, const float* shares
   }
 }
 
-// The taps of a phase of one sample's kernel, packed: mixed of packed ones, or, where all taps are wanted, mixed in the order of
-// memory and then packed.
+// The kernels of `count` samples from the first on, `apart` numbers apart, the taps of a phase packed: mixed of packed ones, or, where
+// there are none, all taps are mixed in the order of memory and then packed.
 template <class T>
-void mix_half(const Kernels<T>& kernels, const Block& block, const std::vector<Tap>& taps, const Gates<float>& gates, int64_t sample, int64_t own,
-              bool packs_first, const T* packed, Scratch<float>& scratch, T* out) {
-  const float one = 1, *shares = gates.shares ? gates.shares + sample * kernels.n : &one;
+void mix_half(const Kernels<T>& kernels, const Block& block, const std::vector<Tap>& taps, const Gates<float>& gates, int64_t groups, int64_t group,
+              const Span& samples, const T* packed, Scratch<float>& scratch, T* out, int64_t apart) {
+  static const float one = 1;
   const int64_t count = taps.size(), rows = block.rows, even = 2 * block.pairs();
-  float* factors = scratch.grad.get(count * even);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t t = 0; t < count; ++t)
-      factors[packs_first ? t * even + r : r * count + t] = (gates.rows ? gates.rows[own * rows + r] : one) *
-                                                            (gates.taps ? gates.taps[sample * block.taps + taps[t].index] : one);
-  if (packs_first) {
-    for (int64_t t = 0; t < count && even > rows; ++t) factors[t * even + rows] = 0;
-    (kernels.n == 1 ? mix_packed<T, 1> : kernels.n == 4 ? mix_packed<T, 4> : mix_packed<T, 0>)(packed, kernels.n, block, taps, shares, factors, out);
-  } else {
-    T* lanes = reinterpret_cast<T*>(scratch.window.get(ceil_div(block.lanes.count * block.length(), 2)));
-    (kernels.n == 1 ? mix_rows<T, 1> : kernels.n == 4 ? mix_rows<T, 4> : mix_rows<T, 0>)(kernels, block, shares, factors, lanes);
-    pack_rows<T>(lanes, block.length(), block, scratch.blend, out);
+  float* factors = scratch.grad.get(samples.count * count * even);
+  std::vector<Mixture<T>> mixtures;
+  for (int64_t b = samples.first; b < samples.first + samples.count; ++b, factors += count * even, out += apart) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t t = 0; t < count; ++t)
+        factors[packed ? t * even + r : r * count + t] = (gates.rows ? gates.rows[(b * groups + group) * rows + r] : one) *
+                                                         (gates.taps ? gates.taps[b * block.taps + taps[t].index] : one);
+    for (int64_t t = 0; t < count && packed && even > rows; ++t) factors[t * even + rows] = 0;
+    mixtures.push_back({gates.shares ? gates.shares + b * kernels.n : &one, factors, out});
+  }
+  if (packed) {
+    (kernels.n == 1 ? mix_packed<T, 1> : kernels.n == 4 ? mix_packed<T, 4> : mix_packed<T, 0>)(packed, kernels.n, block, taps, mixtures);
+    return;
+  }
+  T* lanes = reinterpret_cast<T*>(scratch.window.get(ceil_div(block.lanes.count * block.length(), 2)));
+  for (const Mixture<T>& sample : mixtures) {
+    (kernels.n == 1 ? mix_rows<T, 1> : kernels.n == 4 ? mix_rows<T, 4> : mix_rows<T, 0>)(kernels, block, sample, lanes);
+    pack_rows<T>(lanes, block.length(), block, scratch.blend, sample.out);
   }
 }
 
@@ -387,8 +430,9 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, cons
   const int64_t positions = size[0] * size[1] * size[2], outputs = out_size[0] * out_size[1] * out_size[2];
   const auto write = with_activation(epilogue.activation, [](auto activate) { return &write_positions<T, decltype(activate)>; });
   order_taps(phase);
-  const Padding padding = padding_of(size, rows, phase);
-  const int64_t padded = padding.part * phase.jump[0] * phase.jump[1] * phase.jump[2] * padding.channels;
+  Padding padding = padding_of(size, rows, phase);
+  if ((padding.extent[2] - phase.count[2]) * kernels.taps * kernels.lanes > ENDS * padding.extent[2]) padding = padding_of(size, rows, phase, true);
+  const int64_t padded = padding.numbers;
   const std::vector<Run> runs = runs_of_taps(padding, groups == 1);
 
   const int64_t threads = int64_t(get_num_threads()), n = kernels.n;
@@ -398,17 +442,18 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, cons
   const Packed before = given ? packed_of(kernels) : Packed{};
   const std::vector<Span> blocks = given ? before.blocks : split(kernels.lanes, ceil_div(kernels.lanes, wide), Simd<float>::LANES);
   const int64_t at_once = std::clamp<int64_t>(PADDED_BYTES / (padded * sizeof(T)), 1, batch);
+  bool in_order = rows_run(kernels) && int64_t(phase.taps.size()) == kernels.taps;  // whether taps are wanted as they lie in memory
+  for (int64_t t = 0; t < int64_t(phase.taps.size()); ++t) in_order = in_order && phase.taps[t].index == t;
   // n kernels once, not one a sample
-  const bool packs_first = given || !rows_run(kernels) || (!kernels.per_sample() && at_once >= std::max<int64_t>(n, 2));
+  const bool packs_first = given || !in_order || (!kernels.per_sample() && at_once >= std::max<int64_t>(n, 2));
   const int64_t numbers = Block{{0, wide}, wide, kernels.rows, kernels.taps}.packed();  // of a kernel, at most
   const std::vector<Span> sides = sides_of(blocks.size(), n * numbers, groups * at_once);
   const Tensor buffer = empty({padding.copied ? at_once * padded : 0}, torch::headeronly::CppTypeToScalarType<T>::value);
 
-  struct Part {
-    Block block;
-    int64_t first;  // of the map's lanes
-    Lanes<float> per;
-  };
+  // samples of a task, whose mixed kernels stay in the cache
+  const int64_t most = packs_first && n > 1 ? std::clamp<int64_t>(MIXED_BYTES / (sides[0].count * numbers * 2), 1, MIXED_SAMPLES) : 1;
+  const int64_t together = std::clamp<int64_t>(groups * sides.size() * at_once / threads, 1, most);
+
   for (int64_t start = 0; start < batch; start += at_once) {
     const int64_t samples = std::min(at_once, batch - start);
     const T* maps = x + start * positions * rows;
@@ -419,41 +464,47 @@ void convolve_half(const T* x, const Axes& size, const Kernels<T>& kernels, cons
       });
       maps = copies;
     }
-    parallel_for(0, groups * sides.size() * samples, 1, [&](int64_t begin, int64_t end) {
+    const std::vector<Span> shares = split(samples, ceil_div(samples, together));
+    const int64_t parts = shares.size();
+    parallel_for(0, groups * sides.size() * parts, 1, [&](int64_t begin, int64_t end) {
       Scratch<float>& scratch = Scratch<float>::mine();
-      std::vector<Part> parts;
+      std::vector<Lanes<float>> lanes_of;
       for (int64_t task = begin; task < end; ++task) {  // samples of the same blocks follow each other
-        const int64_t sample = start + task % samples, group = task / samples / int64_t(sides.size()), own = sample * groups + group;
-        const Span& side = sides[task / samples % sides.size()];
-        const Kernels<T> here = kernels.of_sample(sample).of_group(group);
+        const int64_t group = task / parts / int64_t(sides.size());
+        const Span &share = shares[task % parts], &side = sides[task / parts % sides.size()], some = {start + share.first, share.count};
+        const Kernels<T> here = kernels.of_sample(some.first).of_group(group);
         T* packs = given || !packs_first ? nullptr : reinterpret_cast<T*>(scratch.packed.get(side.count * n * numbers / 2));
-        T* mixed = reinterpret_cast<T*>(scratch.mixed.get(side.count * numbers / 2));
+        T* mixed = reinterpret_cast<T*>(scratch.mixed.get(some.count * side.count * numbers / 2));
         float* sums = scratch.out.get(POSITIONS * wide);
-        parts.clear();
         for (int64_t i = 0; i < side.count; ++i) {
           const int64_t at = side.first + i;
           const Block block = block_of(kernels, blocks[at]);
-          if (packs && (kernels.per_sample() || task == begin || task % samples == 0))
-            pack_block<T>(here, block, scratch.blend, packs + i * n * numbers);
-          const T* packed = given ? given + group * before.from.back() + before.from[at] : packs + i * n * numbers;
-          mix_half<T>(here, block, phase.taps, gates, sample, own, packs_first, packed, scratch, mixed + i * numbers);
-          const float* factors = gates.lanes ? gates.lanes + own * kernels.lanes + block.lanes.first : nullptr;
-          const int64_t first = group * kernels.lanes + block.lanes.first;
-          parts.push_back({block, first, {epilogue, factors, sample, first, block.lanes.count}});
+          if (packs && (kernels.per_sample() || task == begin || task % parts == 0)) pack_block<T>(here, block, scratch.blend, packs + i * n * numbers);
+          const T* packed = given ? given + group * before.from.back() + before.from[at] : packs ? packs + i * n * numbers : nullptr;
+          mix_half<T>(here, block, phase.taps, gates, groups, group, some, packed, scratch, mixed + i * numbers, side.count * numbers);
         }
-        const T* map = maps + task % samples * padded + group * kernels.rows;
-        for (int64_t p = 0; p < padding.wide;) {
-          const int64_t rest = padding.wide - p, count = rest < FEW ? rest : std::min(POSITIONS, rest / FEW * FEW);
+        for (int64_t b = some.first; b < some.first + some.count; ++b, mixed += side.count * numbers) {
+          lanes_of.clear();
           for (int64_t i = 0; i < side.count; ++i) {
-            auto& [block, first, per] = parts[i];
-            for (const Run& run : runs)
-              at::native::cpublas::brgemm(count, block.width, run.taps * block.pairs() * 2, padding.channels, block.width, block.width,
-                                          &run != runs.data(), map + (run.from + p) * padding.channels,
-                                          mixed + i * numbers + run.tap * block.pairs() * block.width * 2, sums);
-            const Outputs<T> out = {phase, out_size, lanes, y + sample * outputs * lanes + first};
-            write_padded<T>(sums, block, count, p, padding.extent, out, write, epilogue, sample, first, per);
+            const Span& span = blocks[side.first + i];
+            const float* factors = gates.lanes ? gates.lanes + b * lanes + group * kernels.lanes + span.first : nullptr;
+            lanes_of.emplace_back(epilogue, factors, b, group * kernels.lanes + span.first, span.count);
           }
-          p += count;
+          const T* map = maps + (b - start) * padded + group * kernels.rows;
+          for (int64_t p = 0; p < padding.wide;) {
+            const int64_t rest = padding.wide - p, count = rest < FEW ? rest : std::min(POSITIONS, rest / FEW * FEW);
+            for (int64_t i = 0; i < side.count; ++i) {
+              const Block block = block_of(kernels, blocks[side.first + i]);
+              for (const Run& run : runs)
+                at::native::cpublas::brgemm(count, block.width, run.taps * block.pairs() * 2, padding.channels, block.width, block.width,
+                                            &run != runs.data(), map + (run.from + p) * padding.channels,
+                                            mixed + i * numbers + run.tap * block.pairs() * block.width * 2, sums);
+              const int64_t first = group * kernels.lanes + block.lanes.first;
+              const Outputs<T> out = {phase, out_size, lanes, y + b * outputs * lanes + first};
+              write_padded<T>(sums, block, count, p, padding.extent, out, write, epilogue, b, first, lanes_of[i]);
+            }
+            p += count;
+          }
         }
       }
       at::native::cpublas::brgemm_release();

@@ -105,7 +105,7 @@ Copies<T> copy_pairs(const T* x, const Axes& size, const T* grad, const Kernels<
   out.padding = padding_of(size, groups * kernels.rows, phase);
   out.channels = groups * kernels.rows;
   out.total = ceil_div(out.padding.wide, 32) * 32;
-  const int64_t parts = out.padding.part * phase.jump[0] * phase.jump[1] * phase.jump[2];
+  const int64_t parts = out.padding.numbers / out.padding.channels;
   out.pitch = pitch_of(std::max(parts, *std::max_element(out.padding.from.begin(), out.padding.from.end()) + out.total));
   const std::vector<int64_t> places = places_of(size, phase, out.padding, out.pitch), output_places = output_places_of(phase, out.padding, out.total);
   const int64_t filters = groups * kernels.lanes, positions = size[0] * size[1] * size[2],

@@ -12,8 +12,8 @@
 // sums has one order. Those of kernels and attentions run over the batch; they are the same from run to run.
 //
 // simd.h has the microkernel, kernels.h tiles of kernels, maps.h what meets what; convolve.h puts them together and explains
-// the whole, half.h does so in bfloat16 and float16; epilogue.h is what is done to outputs besides. Forms of their own have kernels of
-// one tap on contiguous maps, points.h, maps of few positions, samples.h, depth-wise layers, planes.h, and those on channels-last
+// the whole, half.h and half_gradients.h do so in bfloat16 and float16; epilogue.h is what is done to outputs besides. Forms of their
+// own have kernels of one tap on contiguous maps, points.h, maps of few positions, samples.h, depth-wise layers, planes.h, and those on channels-last
 // maps, depthwise.h. cells.h has the gradients of cells, attend.h the attention; this file makes operators of them.
 
 #include "attend.h"
