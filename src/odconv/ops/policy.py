@@ -208,7 +208,7 @@ def is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
 def is_better_in_plain(x: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype, differentiated: bool) -> bool:
     """Return whether PyTorch computes in bfloat16 faster than the compiled kernel, where both multiply it.
 
-    That is so in training: on matrix units, and without them of kernels of one tap on large maps.
+    That is so in training: on matrix units, and without them of kernels of one tap in batches of large maps.
 
     Rows: layers_autocast.csv, batch 16, "pointwise" against "cpu": "96->24 56x56 k1 s1 g1" above, and
     "144->32 28x28 k1 s1 g1" below.
@@ -216,7 +216,7 @@ def is_better_in_plain(x: Tensor, weight: Tensor, geometry: Geometry, dtype: tor
     depthwise = cpu.is_depthwise(weight, geometry.groups)
     if torch.compiler.is_compiling() or depthwise or dtype != torch.bfloat16 or not cpu.has_bfloat16():
         return False
-    large = is_pointwise(weight, geometry) and positions_of(x, geometry) >= LARGE_MAP
+    large = is_pointwise(weight, geometry) and positions_of(x, geometry) >= LARGE_MAP and x.shape[0] > 1
     return differentiated and (cpu.has_matrix_units() or large)
 
 
