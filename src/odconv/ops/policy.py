@@ -231,9 +231,9 @@ def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | 
         n: kernels that are mixed; None if each sample has its own.
         dtype: what autocast wants.
 
-    Rows: layers_autocast.csv, "float32" against "cpu": n = 1, batch 16, "128->256 4x4 k3 s2 g1" below, and
-    "64->128 8x8 k3 s2 g1" above; n = 4, batch 16, "128->128 4x4 k3 s1 g1" below, and "64->64 8x8 k3 s1 g1" above;
-    n = 4, batch 1, "192->64 14x14 k1 s1 g1" below, and "144->32 28x28 k1 s1 g1" above.
+    Rows: layers_autocast.csv, "float32" against "cpu": batch 16, "128->256 4x4 k3 s2 g1" below, and
+    "64->128 8x8 k3 s2 g1" above; n = 4, batch 1, "576->160 7x7 k1 s1 g1" and "256->256 14x14 k3 s1 g1" below,
+    "192->64 14x14 k1 s1 g1" and "128->128 28x28 k3 s1 g1" above.
     """
     if dtype not in cpu.HALF or weight.dtype != torch.float32 or x.shape[0] == 0:
         return False
@@ -242,9 +242,9 @@ def is_better_unrounded(x: Tensor, weight: Tensor, geometry: Geometry, n: int | 
     if cpu.computes_in_float32(dtype):
         return True
     positions = positions_of(x, geometry)
-    few = positions <= 8 or (n != 1 and positions <= 16)
-    scarce = n is not None and x.shape[0] < n and positions <= 256
-    return not cpu.has_matrix_units() and (few or scarce)
+    small = positions <= (1 if is_pointwise(weight, geometry) else 4) * FEW_POSITIONS
+    scarce = n is not None and x.shape[0] < n and small
+    return not cpu.has_matrix_units() and (positions <= 8 or scarce)
 
 
 def is_better_unrounded_by_tiles(taps: Sequence[int], dtype: torch.dtype) -> bool:
