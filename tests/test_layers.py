@@ -545,3 +545,16 @@ def test_functions_of_networks_want_networks(function):
         function(torch.ones(3))
     with pytest.raises(TypeError, match=r"got str; odconv\.create_model\('od_resnet18'\) makes a network of the zoo"):
         function("od_resnet18")
+
+
+@pytest.mark.parametrize("size", [(7,), (5, 4), (2, 3, 4)], ids=str)
+def test_an_attention_has_derivatives_forward_and_again(size):
+    layers = {1: odconv.ODConv1d, 2: odconv.ODConv2d, 3: odconv.ODConv3d}
+    attention = layers[len(size)](6, 8, 3, padding=1, kernel_num=2, norm="layer").double().attention
+    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+
+    def gates(x):
+        return tuple(gate for gate in attention(x) if gate is not None)
+
+    assert torch.autograd.gradcheck(gates, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(gates, x)

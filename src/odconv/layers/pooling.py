@@ -62,7 +62,7 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        return cpu.pool(x) if cpu.takes(x) else x.mean(tuple(range(2, x.dim())), dtype=dtype)
+        return cpu.pool(x) if has_compiled_kernel(x) else x.mean(tuple(range(2, x.dim())), dtype=dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

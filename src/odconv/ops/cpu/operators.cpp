@@ -204,7 +204,7 @@ Tensor pack_kernels(const Tensor& weight, int64_t groups) {
     out = empty({groups * packed_of(kernels).from.back()}, weight.scalar_type());
     pack_half<T>(kernels, groups, out.mutable_data_ptr<T>());
   };
-  weight.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
+  with_half_type(weight, run);
   return out;
 }
 
@@ -224,7 +224,7 @@ Tensor conv_half(const Tensor& x, const Tensor& weight, const Optional& kernel, 
     convolve_half<T>(last.const_data_ptr<T>(), three(x.sizes().slice(2), 1), kernels, numbers<T>(packed), g.groups, gates, epilogue_of<float>(extras),
                      x.size(0), forward_phase(g, y_size), y_size, out.mutable_data_ptr<T>());
   };
-  x.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
+  with_half_type(x, run);
   return is_channels_last(x) ? out : as_contiguous(out);
 }
 
@@ -525,6 +525,13 @@ Gradients no_gradients(ScalarType type) {
   return {none(), none(), none(), none(), none(), none()};
 }
 
+// Of the attention of each tap.
+Numbers spatial_shape(int64_t batch, const Tensor& weight) {
+  Numbers shape = {batch};
+  for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
+  return shape;
+}
+
 // Those of a depth-wise kernel for each sample: of no attentions there is no gradient.
 Gradients gradients_over_channels(const Tensor& grad, const Tensor& x, const Tensor& weight, const Geometry& g, bool to_x, bool to_weights) {
   const ScalarType type = x.scalar_type();
@@ -532,9 +539,7 @@ Gradients gradients_over_channels(const Tensor& grad, const Tensor& x, const Ten
   auto& [x_grad, weight_grad, kernel_grad, spatial_grad, channel_grad, filter_grad] = found;
   std::tie(x_grad, weight_grad) = backward_over_channels(grad, x, weight, g, to_x, to_weights);
   if (!to_weights) return found;
-  Numbers taps = {x.size(0)};
-  for (int64_t size : weight.sizes().slice(3)) taps.push_back(size);
-  kernel_grad = zeros({x.size(0), weight.size(0)}, type), spatial_grad = zeros(taps, type);
+  kernel_grad = zeros({x.size(0), weight.size(0)}, type), spatial_grad = zeros(spatial_shape(x.size(0), weight), type);
   channel_grad = zeros({x.size(0), x.size(1)}, type), filter_grad = zeros({x.size(0), weight.size(1)}, type);
   return found;
 }
@@ -553,9 +558,7 @@ void find_kernel_gradients(Make make, const Kernels<T>& kernels, int64_t groups,
   gradients<T>(make, kernels, groups, gates, batch, phase, panels_of(phases, batch, 1, panel_positions), rows, lanes,
                weight_grad.mutable_data_ptr<T>(), partial);
   kernel_grad = kernels.per_sample() ? zeros({batch, batch}, type) : sum_first(partial.shares);
-  Numbers shape = {batch};
-  for (int64_t size : weight.sizes().slice(3)) shape.push_back(size);
-  spatial_grad = torch::stable::view(sum_first(partial.taps), shape);
+  spatial_grad = torch::stable::view(sum_first(partial.taps), spatial_shape(batch, weight));
   channel_grad = sum_first(partial.rows);
   filter_grad = sum_first(partial.lanes);
 }
@@ -591,7 +594,7 @@ Gradients backward_by_pairs(const Tensor& grad, const Tensor& x, const Tensor& w
                                    y_size[0] * y_size[1] * y_size[2], rows, lanes, exact, found);
     }
   };
-  x.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
+  with_half_type(x, run);
   return found;
 }
 
@@ -610,7 +613,7 @@ Gradients conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weigh
   if (is_half(x)) {
     const Optional shares = in_sums(kernel), by_tap = in_sums(spatial), by_channel = in_sums(channel), by_filter = in_sums(filter);
     const Gates<float> gates = {numbers<float>(shares), numbers<float>(by_tap), numbers<float>(by_channel), numbers<float>(by_filter)};
-    const bool pairs = by_pairs(type, channels, groups) && by_pairs(type, filters, groups);
+    const bool pairs = (groups == 1 || filters % 2 == 0) && by_pairs(type, channels, groups);
     auto found = pairs ? backward_by_pairs(grad, x, weight, gates, g, per_sample, to_x, to_weights)
                        : conv_backward(*in_sums(grad), *in_sums(x), *in_sums(weight), shares, by_tap, by_channel, by_filter, stride, padding, dilation,
                                        groups, to_x, to_weights);

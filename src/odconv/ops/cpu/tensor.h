@@ -64,6 +64,11 @@ void with_sum_type(const Tensor& x, Run run) {
   x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }
 
+template <class Run>
+void with_half_type(const Tensor& x, Run run) {
+  x.scalar_type() == ScalarType::Half ? run(c10::Half()) : run(c10::BFloat16());
+}
+
 // Whether a map has strides that PyTorch takes as those of channels-last ones; of one with a single position it does not say so.
 inline bool is_channels_last(const Tensor& x) {
   if (x.dim() < 4 || x.stride(1) == 0) return false;
